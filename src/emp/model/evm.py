@@ -1,0 +1,93 @@
+"""An EVM (elastic VM): what it is made of, where it runs, and how it is."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from uuid import UUID
+
+from pydantic import Field
+
+from emp.model.base import Model
+from emp.model.names import Ip, Mac, Name, SizeBytes
+
+
+class RestartPolicy(StrEnum):
+    """What the controller does when a guest ended by itself; an agent never boots a guest on its own."""
+
+    NEVER = "never"
+    ON_FAILURE = "on-failure"
+    """after a guest panic or QEMU's death, not after a shutdown from inside"""
+    ALWAYS = "always"
+
+
+class Nic(Model):
+    """One network card of an EVM, with the primary address behind it."""
+
+    mac: Mac
+    address: Ip
+    prefix_length: int = Field(ge=0, le=128)
+
+
+class Pod(Model):
+    """A pod inside an EVM, on the wire with a MAC and address of its own."""
+
+    name: Name
+    nic: int = 0
+    mac: Mac
+    address: Ip
+    prefix_length: int = Field(ge=0, le=128)
+
+
+class EvmSpec(Model):
+    """Everything a node must know to build the EVM's QEMU; both ends of a migration build it from this record alone."""
+
+    name: Name
+    uuid: UUID
+    memory_bytes: SizeBytes
+    vcpus: int = Field(ge=1, le=255)
+    image: Name
+    image_digest: str
+    machine: str
+    """versioned machine type, such as ``pc-q35-10.0``: the same on every node that the EVM visits"""
+    cpu_model: str
+    nics: tuple[Nic, ...] = Field(min_length=1)
+    pods: tuple[Pod, ...] = ()
+    volumes: tuple[str, ...] = ()
+    restart: RestartPolicy = RestartPolicy.ON_FAILURE
+
+    @property
+    def addresses(self) -> tuple[tuple[str, str], ...]:
+        """Every (MAC, IP) that moves with the EVM: its own first, then its pods'."""
+        return tuple((n.mac, n.address) for n in self.nics) + tuple((p.mac, p.address) for p in self.pods)
+
+
+class EvmState(StrEnum):
+    """What an EVM is doing, as its owner node reports it."""
+
+    CREATING = "creating"
+    RUNNING = "running"
+    MIGRATING = "migrating"
+    PAUSED = "paused"
+    """the guest stands still (a blackout, a storage error); the reason is beside it"""
+    STOPPED = "stopped"
+    """shut down from inside or by request"""
+    PANICKED = "panicked"
+    CRASHED = "crashed"
+    """QEMU is gone without the guest having shut down"""
+    UNKNOWN = "unknown"
+    """the owner node does not answer, or its journal cannot be trusted"""
+
+
+class Evm(Model):
+    """The controller's record of an EVM. ``owner`` and ``epoch`` are a copy: the truth is the owner's own journal."""
+
+    spec: EvmSpec
+    state: EvmState = EvmState.CREATING
+    reason: str | None = None
+    want_running: bool = True
+    owner: Name | None = None
+    epoch: int = 0
+    migration: str | None = None
+    """id of the migration that is open, if one is"""
+    created_at: float = 0.0
+    """seconds since the Unix epoch, for people only: clocks decide nothing"""

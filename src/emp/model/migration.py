@@ -1,0 +1,140 @@
+"""A migration: what was asked, how it goes, and the report that is left of it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from emp.model.base import Model
+from emp.model.names import Name
+
+
+class Stage(StrEnum):
+    """The three stages, by the same names in code, API, logs and reports."""
+
+    PREPARATION = "preparation"
+    """plan, pre-flight, target made ready: nothing has been copied"""
+    SOURCE_BROWNOUT = "source-brownout"
+    """pre-copy: memory is copied while the EVM runs on the source"""
+    BLACKOUT = "blackout"
+    """the EVM is paused: last pages and CPU state, commit, resume on the target"""
+    TARGET_BROWNOUT = "target-brownout"
+    """the EVM runs on the target: addresses and volumes are finalised, the source is cleared"""
+    CLOSED = "closed"
+
+
+class Outcome(StrEnum):
+    COMPLETED = "completed"
+    """runs on the target"""
+    ABORTED = "aborted"
+    """runs on the source, as before"""
+    LOST = "lost"
+    """neither copy could go on; the EVM needs a cold restart"""
+
+
+class Policy(Model):
+    """What a user allows a migration to cost."""
+
+    max_blackout_ms: int = Field(default=30, ge=1, le=60_000)
+    """forecast pause above which QEMU is not let into the switchover (its ``downtime-limit``)"""
+    deadline_s: float = Field(default=900.0, gt=0)
+    """source brownout longer than this is aborted"""
+    max_bandwidth_bytes_per_s: int = Field(default=0, ge=0)
+    """0 = uncapped"""
+    multifd_channels: int = Field(default=2, ge=1, le=16)
+    blackout_deadline_s: float = Field(default=10.0, gt=0)
+    """a blackout that has not committed by then is aborted"""
+
+
+class MigrationRequest(Model):
+    """Body of ``POST /v1/evms/{name}/migrations``."""
+
+    target: Name | None = None
+    """None: placement picks, and says why"""
+    policy: Policy = Policy()
+    dry_run: bool = False
+    """plan and pre-flight only"""
+
+
+class Progress(Model):
+    """How the pre-copy goes, as of the last look at QEMU (about four a second)."""
+
+    memory_bytes: int = 0
+    remaining_bytes: int = 0
+    sent_bytes: int = 0
+    dirty_bytes_per_s: float = 0.0
+    bandwidth_bytes_per_s: float = 0.0
+    passes: int = 0
+    eta_s: float | None = None
+    """until the blackout; None where pre-copy does not converge at these rates, or nothing is known yet"""
+
+
+class StageTimes(Model):
+    source_brownout_s: float | None = None
+    blackout_ms: float | None = None
+    """from the source's STOP until the target both runs and has its port open"""
+    target_brownout_s: float | None = None
+
+
+class Report(Model):
+    """What is left of a migration. Figures are None where the stage was not reached."""
+
+    stages: StageTimes = StageTimes()
+    vcpu_pause_ms: float | None = None
+    """from the source's STOP to the target's RESUME, by the hosts' wall clocks"""
+    clock_error_ms: float | None = None
+    """how far the two hosts' clocks may disagree in the two figures above (half the link's round trip)"""
+    qemu_downtime_ms: float | None = None
+    qemu_total_ms: float | None = None
+    memory_bytes: int | None = None
+    sent_bytes: int | None = None
+    passes: int | None = None
+    dirty_bytes_per_s: float | None = None
+    bandwidth_bytes_per_s: float | None = None
+    abort_pause_ms: float | None = None
+    """how long the guest stood still because of a switchover that was aborted"""
+    commit_ms: float | None = None
+    """from GIVEN on the source's disk to the target's running guest"""
+
+
+class Check(Model):
+    """One line of pre-flight or placement."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+class Migration(Model):
+    """The controller's record of one migration."""
+
+    id: str
+    evm: Name
+    source: Name
+    target: Name
+    epoch_target: int
+    """issued for the target's ownership, should it come to that"""
+    epoch_source: int
+    """issued for the way back to the source"""
+    policy: Policy = Policy()
+    stage: Stage = Stage.PREPARATION
+    outcome: Outcome | None = None
+    cause: str | None = None
+    """why it was aborted or lost"""
+    hint: str | None = None
+    committed: bool = False
+    """GIVEN is known to be on the source's disk: it only goes forward"""
+    abort_asked: str | None = None
+    """who asked for an abort, while it is under way"""
+    placement: str | None = None
+    """why this target"""
+    checks: tuple[Check, ...] = ()
+    progress: Progress = Progress()
+    report: Report = Report()
+    nonce: str | None = None
+    """of the target's PREPARED record"""
+    dry_run: bool = False
+    created_at: float = 0.0
+    """seconds since the Unix epoch, for people only"""
+    ended_at: float | None = None

@@ -1,0 +1,178 @@
+"""What the controller asks of an agent, and what the agent says of its part in a migration.
+
+=====================================  =============================  ===============================================
+``GET  /v1/node``                      -> ``NodeReport``              the same as a heartbeat
+``POST /v1/evms/{name}/start``         ``StartOrder``  -> ``EvmReport``  boot with a fresh epoch: START(k)
+``POST /v1/evms/{name}/stop``          ``StopOrder``   -> ``EvmReport``  power button, then power off after a grace period
+``POST /v1/evms/{name}/retire``        ``RetireOrder`` -> ``EvmReport``  kill whatever is here, RETIRED(k) in the journal
+``GET  /v1/evms/{name}/console``       -> bytes, for ever             serial console; ends when the machine ends
+``POST /v1/evms/{name}/console``       bytes ->                       input to the console
+``POST /v1/migrations/{id}/prepare``   ``PrepareOrder`` -> ``Prepared``  target: make a machine that waits
+``POST /v1/migrations/{id}/handover``  ``HandoverOrder`` -> ``RoleStatus``  source: HANDOVER, then pre-copy
+``POST /v1/migrations/{id}/abort``     ``AbortOrder``  -> ``RoleStatus``  either: answered at once; the way back is followed by ``watch``
+``POST /v1/migrations/{id}/finish``    ``FinishOrder`` -> ``RoleStatus``  source after commit: clear what is left here
+``GET  /v1/migrations/{id}``           -> ``RoleStatus``
+``GET  /v1/migrations/{id}/watch``     -> SSE of ``RoleStatus``       a snapshot at every change; the stream ends when the role is over
+``POST /v1/agents/{node}/heartbeat``   ``NodeReport`` -> ``HeartbeatReply``  (on the *controller*, by the agent)
+=====================================  =============================  ===============================================
+
+Every order is idempotent under its epoch and migration id: the same order gets the same answer, an older epoch is
+refused with ``stale_epoch``.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import Field
+
+from emp.model.base import Model
+from emp.model.evm import EvmSpec
+from emp.model.migration import Policy, Progress, Stage
+from emp.model.names import Ip, Name
+from emp.model.volume import Attachment, Volume
+
+PROTOCOL_VERSION = 1
+
+
+class VolumeGrant(Model):
+    """A volume as one node gets it."""
+
+    volume: Volume
+    attachment: Attachment
+
+
+class StartOrder(Model):
+    spec: EvmSpec
+    epoch: int
+    volumes: tuple[VolumeGrant, ...] = ()
+
+
+class StopOrder(Model):
+    epoch: int
+    grace_s: float = Field(default=20.0, ge=0)
+    """time that the guest gets to shut itself down after the power button; 0 = power off at once"""
+
+
+class RetireOrder(Model):
+    epoch: int
+
+
+class Peer(Model):
+    """The other end of a migration."""
+
+    node: Name
+    host: Ip
+    link_port: int
+
+
+class PrepareOrder(Model):
+    migration: str
+    spec: EvmSpec
+    epoch: int
+    """e_t, issued by the store for the target"""
+    source: Peer
+    volumes: tuple[VolumeGrant, ...] = ()
+
+
+class Prepared(Model):
+    """PREPARED is in the target's journal and its machine waits."""
+
+    migration: str
+    nonce: str
+    stream_host: Ip
+    stream_port: int
+
+
+class HandoverOrder(Model):
+    migration: str
+    evm: Name
+    epoch_target: int
+    epoch_source: int
+    target: Peer
+    prepared: Prepared
+    policy: Policy
+
+
+class AbortOrder(Model):
+    reason: str
+
+
+class FinishOrder(Model):
+    """The controller has recorded the new owner: what is left on the source may go."""
+
+
+class HeartbeatReply(Model):
+    interval_s: float
+
+
+class Role(StrEnum):
+    SOURCE = "source"
+    TARGET = "target"
+
+
+class RolePhase(StrEnum):
+    """Where an agent's part of a migration stands; the last four are final."""
+
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    PRECOPY = "pre-copy"
+    SWITCHOVER = "switchover"
+    """the guest is paused, the commit not yet made"""
+    GIVEN = "given"
+    """source: committed"""
+    ACTIVATED = "activated"
+    """target: ACTIVATED is on disk"""
+    ABORTING = "aborting"
+    DONE = "done"
+    """source: the target runs, nothing is left here"""
+    RUNNING = "running"
+    """target: the guest runs here"""
+    ABORTED = "aborted"
+    """source: runs here as before"""
+    WITHDRAWN = "withdrawn"
+    """target: cleared, it never ran here"""
+    LOST = "lost"
+    """this end's machine is gone and only a cold restart helps"""
+
+    @property
+    def final(self) -> bool:
+        return self in (RolePhase.DONE, RolePhase.RUNNING, RolePhase.ABORTED, RolePhase.WITHDRAWN, RolePhase.LOST)
+
+
+class RoleFigures(Model):
+    """What one end measured. Times are the host's wall clock in seconds since the Unix epoch."""
+
+    precopy_began_at_s: float | None = None
+    stopped_at_s: float | None = None
+    """source: QEMU's STOP"""
+    given_at_s: float | None = None
+    resumed_at_s: float | None = None
+    """target: QEMU's RESUME (source, aborted: its own RESUME)"""
+    port_open_at_s: float | None = None
+    announced_at_s: float | None = None
+    clock_offset_ms: float | None = None
+    """source: target's clock less the source's, as the link measured it"""
+    clock_error_ms: float | None = None
+    """source: half the round trip of that measurement"""
+    qemu_total_ms: float | None = None
+    qemu_downtime_ms: float | None = None
+    sent_bytes: int | None = None
+    passes: int | None = None
+    dirty_bytes_per_s: float | None = None
+    bandwidth_bytes_per_s: float | None = None
+
+
+class RoleStatus(Model):
+    """A snapshot of one end of a migration."""
+
+    migration: str
+    evm: Name
+    role: Role
+    phase: RolePhase
+    stage: Stage
+    committed: bool = False
+    cause: str | None = None
+    progress: Progress = Progress()
+    figures: RoleFigures = RoleFigures()
+    nonce: str | None = None

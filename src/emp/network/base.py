@@ -1,0 +1,69 @@
+"""What a node's agent needs of a network driver.
+
+A ``Port`` is one NIC of one EVM on this node: a tap whose descriptor the agent shares with the machine, and its place in
+the node's network. **A port is made blocked**: nothing that the machine sends leaves the node until ``open`` (QEMU
+announces the guest's MAC by itself when a migration has loaded, even while it is paused).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from emp.model.evm import EvmSpec
+
+
+class Port(Protocol):
+    """One NIC of one EVM on this node."""
+
+    @property
+    def interface(self) -> str: ...
+    @property
+    def tap_fd(self) -> int:
+        """The agent's own copy of the tap's descriptor; valid until ``close`` or ``remove``."""
+        ...
+
+    async def open(self) -> None:
+        """Let frames pass in both directions. Fast: it is called inside the blackout. Idempotent."""
+        ...
+
+    async def block(self) -> None:
+        """Let nothing pass. Idempotent."""
+        ...
+
+    async def announce(self, addresses: Sequence[tuple[str, str]]) -> None:
+        """Tell the segment that these (MAC, IP) are here now: gratuitous ARP / unsolicited NA, at once, then repeated
+        in the background a few times (RFC 5227, RFC 4861 7.2.6). Returns after the first round."""
+        ...
+
+    async def remove(self) -> None:
+        """Take the port away: tap, rules, everything. Idempotent."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the descriptor without touching the port (the agent stops; the EVM goes on)."""
+        ...
+
+
+class NetworkDriver(Protocol):
+    """Makes ports on one node."""
+
+    async def start(self) -> None:
+        """Make or check the node's bridge and uplink; raise ``HostError`` with what is missing."""
+        ...
+
+    async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:
+        """Make one blocked port per NIC, replacing leftovers of the same EVM."""
+        ...
+
+    async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[Port, ...]:
+        """Take back the ports of a running machine; ``tap_fds`` are the copies it gave (ownership passes). State is kept."""
+        ...
+
+    async def leftovers(self) -> frozenset[str]:
+        """Names of EVMs that have ports on this node."""
+        ...
+
+    async def remove(self, evm: str) -> None:
+        """Remove every port of the EVM, whoever made it. Idempotent."""
+        ...

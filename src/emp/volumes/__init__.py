@@ -1,0 +1,1 @@
+"""Volumes of EVMs: ``base`` says what a driver must do, one module per driver."""

@@ -1,0 +1,40 @@
+"""What the controller needs of a volume driver. The controller alone calls the volume service (the cloud's API).
+
+Every call is idempotent under (volume, node, epoch). An attachment carries the epoch of the owner that it is for;
+``fence`` makes the service refuse everything older.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from emp.model.volume import Attachment, Volume, VolumeType
+
+
+class VolumeDriver(Protocol):
+    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume: ...
+
+    async def describe(self, volume: str) -> Volume:
+        """Raise ``NotFound``."""
+        ...
+
+    async def list(self) -> tuple[Volume, ...]: ...
+
+    async def delete(self, volume: str) -> None:
+        """Raise ``Conflict`` while it is attached."""
+        ...
+
+    async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
+        """Open the volume to ``node``; returns when the node can use it. Same arguments, same answer.
+
+        Raises ``Conflict`` when a single-attach volume is attached elsewhere, ``StaleEpoch`` when fenced.
+        """
+        ...
+
+    async def detach(self, volume: str, *, node: str, epoch: int) -> None:
+        """Close it to ``node`` under ``epoch``. Idempotent; an attachment with another epoch is not touched."""
+        ...
+
+    async def fence(self, volume: str, *, epoch: int) -> None:
+        """Persist that only attachments of ``epoch`` or newer are served, and close all others."""
+        ...
