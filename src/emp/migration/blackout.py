@@ -1,0 +1,150 @@
+"""Stage 2, blackout: the EVM is paused; last pages, **the commit**, resume on the target.
+
+::
+
+    target                                  source
+      |                                       | guest stopped, pre-switchover; continue
+      |<======= last pages, devices ==========|
+      | loaded, paused                        | completed
+      |-------------- LOADED(p) ------------->|
+      |                                       | GIVEN on disk  <- THE COMMIT: before it only back, after it only forward
+      |<------------- GO(e_t, p) -------------|
+      | ACTIVATED on disk                     |
+      | ports open, cont, guest runs          |
+      |------------ ACTIVATED(p) ------------>| stage 3
+
+The commit waits for both: the source's hypervisor says ``completed`` (it will not resume the guest by itself any more)
+and the target says that it has everything. After GIVEN the source resumes only by the target's WITHDRAWN, never on a
+timeout: silence says nothing about whether the target runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from emp.migration import way_back
+from emp.migration.events import (
+    Action,
+    Announce,
+    BlockPorts,
+    Event,
+    GoArrived,
+    GuestRuns,
+    KillMachine,
+    LinkLost,
+    MachineGone,
+    OpenPorts,
+    Run,
+    RunRefused,
+    RunUnknown,
+    SendAnswer,
+    SendFailed,
+    SendGo,
+    SendLoaded,
+    SetTimer,
+    SourceAborted,
+    Stream,
+    StreamMoved,
+    TargetAnswered,
+    TargetLoaded,
+    Timer,
+    TimerFired,
+    Word,
+    WriteFailed,
+    WriteRecord,
+    Written,
+)
+from emp.migration.records import RecordKind
+from emp.migration.states import Source, SourcePhase, Target, TargetPhase
+
+
+def source_switchover(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
+    """The guest is paused here; both ends must have everything before the commit."""
+    match event:
+        case StreamMoved(Stream.COMPLETED):
+            return _commit_if_both(replace(state, completed=True))
+        case TargetLoaded(nonce) if nonce == state.nonce:
+            return _commit_if_both(replace(state, loaded=True))
+        case MachineGone() if state.completed and state.loaded:
+            return _commit_if_both(replace(state, machine_gone=True))
+        case TimerFired(Timer.BLACKOUT):
+            return way_back.source_cancels(state, "the blackout passed its deadline before the commit")
+    return way_back.source_before_commit(state, event)
+
+
+def _commit_if_both(state: Source) -> tuple[Source, tuple[Action, ...]]:
+    if state.completed and state.loaded:
+        return replace(state, phase=SourcePhase.GIVING), (WriteRecord(state.record(RecordKind.GIVEN)),)
+    return state, ()
+
+
+def source_giving(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
+    """GIVEN is being written. No abort from here: the record may be on disk already."""
+    match event:
+        case Written(RecordKind.GIVEN):
+            return replace(state, phase=SourcePhase.GIVEN), (SendGo(), SetTimer(Timer.REPEAT))
+        case WriteFailed(RecordKind.GIVEN, reason):
+            return way_back.source_returns(state, f"the commit could not be written: {reason}")
+        case MachineGone():
+            return replace(state, machine_gone=True), ()
+    return state, ()
+
+
+def source_given(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
+    """Committed: forward only, unless the target swears that it never ran."""
+    match event:
+        case TargetAnswered(Word.ACTIVATED, nonce) if nonce == state.nonce:
+            done = WriteRecord(state.record(RecordKind.DONE))
+            return replace(state, phase=SourcePhase.CLEARING), (done,)
+        case TargetAnswered(Word.WITHDRAWN, nonce) if nonce == state.nonce:
+            return way_back.source_is_rescued(state)
+        case TimerFired(Timer.REPEAT):
+            return state, (SendGo(), SetTimer(Timer.REPEAT))
+        case MachineGone():
+            return replace(state, machine_gone=True), ()
+    return state, ()
+
+
+def target_loaded(state: Target, event: Event) -> tuple[Target, tuple[Action, ...]]:
+    """Everything is here. Perhaps this is the last copy: no timer and no broken link makes it withdraw (rule R3)."""
+    match event:
+        case GoArrived(epoch, nonce) if nonce == state.nonce and epoch == state.epoch:
+            return replace(state, phase=TargetPhase.ACTIVATING), (WriteRecord(state.record(RecordKind.ACTIVATED)),)
+        case SourceAborted():
+            return way_back.target_withdraws(state, way_back.SOURCE_WENT_BACK)
+        case MachineGone():
+            return way_back.target_fails(state, way_back.TARGET_GONE)
+        case LinkLost() | TimerFired(Timer.REPEAT):
+            return state, (SendLoaded(), SetTimer(Timer.REPEAT))
+    return state, ()
+
+
+def target_activating(state: Target, event: Event) -> tuple[Target, tuple[Action, ...]]:
+    """ACTIVATED is being written; once it is on disk this node owns the EVM."""
+    match event:
+        case Written(RecordKind.ACTIVATED):
+            return replace(state, phase=TargetPhase.STARTING), (OpenPorts(), Run())
+        case WriteFailed(RecordKind.ACTIVATED, reason):
+            # The record may be on disk, so this copy may not withdraw; it has not run, so nothing is lost by waiting.
+            return replace(state, phase=TargetPhase.LOADED, cause=reason), (SendFailed(reason), SetTimer(Timer.REPEAT))
+        case MachineGone():
+            return replace(state, phase=TargetPhase.LOST, cause=way_back.TARGET_GONE), ()
+    return state, ()
+
+
+def target_starting(state: Target, event: Event) -> tuple[Target, tuple[Action, ...]]:
+    """``cont`` has been sent, once."""
+    match event:
+        case GuestRuns():
+            return replace(state, phase=TargetPhase.RUNNING, cause=None), (Announce(), SendAnswer(Word.ACTIVATED))
+        case RunRefused(reason):
+            return replace(state, phase=TargetPhase.CLEARING, cause=reason), (BlockPorts(), KillMachine())
+        case RunUnknown():
+            return replace(state, cause="the hypervisor did not answer whether the guest runs"), (
+                SendAnswer(Word.ACTIVATED),
+            )
+        case MachineGone():
+            return replace(state, phase=TargetPhase.LOST, cause=way_back.TARGET_GONE), (SendAnswer(Word.ACTIVATED),)
+        case GoArrived(_, nonce) if nonce == state.nonce:
+            return state, (SendAnswer(Word.ACTIVATED),)
+    return state, ()

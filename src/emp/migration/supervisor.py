@@ -1,0 +1,296 @@
+"""The controller's role: it plans, watches, asks for aborts and keeps the record. It is never needed in a blackout.
+
+::
+
+    ATTACHING -> PREPARING -> HANDING -> WATCHING -> FINISHING -> DETACHING -> CLOSED     completed
+        \\            \\            \\          \\
+         +------------+-----------+----------+----> SETTLING -> DETACHING -> CLOSED     aborted, or lost
+
+A migration is closed only by the target's ACTIVATED, the target's WITHDRAWN or the source's OWN(e_s); never by a timeout
+(rule R11). The controller may die at any moment: ``Resumed`` makes it look at both ends again, and they are right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from emp.model.migration import Outcome
+from emp.model.orders import Role, RolePhase
+
+
+class Phase(StrEnum):
+    ATTACHING = "attaching"
+    """the target gets the multi-attach volumes"""
+    PREPARING = "preparing"
+    """the target makes a machine that waits"""
+    HANDING = "handing"
+    """the source has been told to hand over"""
+    WATCHING = "watching"
+    """the two agents do it between themselves"""
+    FINISHING = "finishing"
+    """the EVM runs on the target; the source clears itself"""
+    SETTLING = "settling"
+    """the EVM stays on the source; the target withdraws"""
+    DETACHING = "detaching"
+    """the volumes of the side that no longer has the EVM are detached"""
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """What the controller knows of one migration."""
+
+    phase: Phase = Phase.ATTACHING
+    outcome: Outcome | None = None
+    cause: str | None = None
+    handed: bool = False
+    """the source may have got the order"""
+
+
+# ------------------------------------------------------------------ events
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The plan is on disk."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The controller has started anew; ``prepared`` if the record holds the target's nonce."""
+
+    prepared: bool
+
+
+@dataclass(frozen=True)
+class Attached:
+    pass
+
+
+@dataclass(frozen=True)
+class TargetPrepared:
+    pass
+
+
+@dataclass(frozen=True)
+class StepFailed:
+    """Attaching, preparing or handing over was refused, or its outcome is unknown (``sure`` false)."""
+
+    reason: str
+    sure: bool = True
+
+
+@dataclass(frozen=True)
+class Says:
+    """A snapshot of one end; ``phase`` None: its agent knows nothing of this migration."""
+
+    role: Role
+    phase: RolePhase | None
+    cause: str | None = None
+
+
+@dataclass(frozen=True)
+class NodeLost:
+    """The node's agent does not answer any more."""
+
+    role: Role
+
+
+@dataclass(frozen=True)
+class AbortAsked:
+    reason: str
+
+
+@dataclass(frozen=True)
+class Detached:
+    pass
+
+
+Event = Begun | Resumed | Attached | TargetPrepared | StepFailed | Says | NodeLost | AbortAsked | Detached
+
+# ------------------------------------------------------------------ actions
+
+
+@dataclass(frozen=True)
+class Attach:
+    """Attach every volume to the target under e_t; ``Attached`` or ``StepFailed`` follows."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Order the target; ``TargetPrepared`` or ``StepFailed`` follows."""
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """Order the source; ``Says`` or ``StepFailed`` follows."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Follow that end's snapshots; each comes back as ``Says``."""
+
+    role: Role
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Ask that end to go back. It decides."""
+
+    role: Role
+    reason: str
+
+
+@dataclass(frozen=True)
+class RecordOwner:
+    """Write the owner that has been attested: the target under e_t, or the source under e_s (or as before)."""
+
+    role: Role
+
+
+@dataclass(frozen=True)
+class Detach:
+    """Detach the volumes from that end; ``Detached`` follows."""
+
+    role: Role
+
+
+@dataclass(frozen=True)
+class Close:
+    outcome: Outcome
+    cause: str | None
+
+
+Action = Attach | Prepare | HandOver | Watch | Abort | RecordOwner | Detach | Close
+
+
+def step(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action, ...]]:
+    """Return the next state and what the controller must do now."""
+    if state.phase is Phase.CLOSED:
+        return state, ()
+    match event:
+        case Resumed(prepared):
+            return _resume(state, prepared)
+        case Says(Role.TARGET, RolePhase.RUNNING):
+            return _runs_on_target(state)
+        case Says(Role.SOURCE, RolePhase.DONE):
+            return _source_is_clear(state)
+        case Says(Role.SOURCE, RolePhase.ABORTED | RolePhase.LOST as phase, cause):
+            return _stays_on_source(state, phase, cause)
+        case Says(Role.TARGET, RolePhase.LOST, cause):
+            return _lost_on_target(state, cause)
+        case Says(Role.TARGET, RolePhase.WITHDRAWN, cause):
+            return _withdrawn(state, cause)
+        case Says(_, None):
+            return _unknown_there(state, event)
+        case NodeLost(Role.SOURCE) if state.phase is Phase.FINISHING:
+            return _detach(state, Role.SOURCE)  # its copy is stale for ever; its agent clears it when it is back
+        case NodeLost(Role.TARGET) if state.phase is Phase.SETTLING:
+            return _detach(state, Role.TARGET)
+        case AbortAsked(reason):
+            return _abort(state, reason)
+        case Detached() if state.phase is Phase.DETACHING and state.outcome:
+            return replace(state, phase=Phase.CLOSED), (Close(state.outcome, state.cause),)
+    return _forward(state, event)
+
+
+def _forward(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action, ...]]:
+    match state.phase, event:
+        case Phase.ATTACHING, Begun():
+            return state, (Attach(),)
+        case Phase.ATTACHING, Attached():
+            return replace(state, phase=Phase.PREPARING), (Prepare(),)
+        case Phase.PREPARING, TargetPrepared():
+            return replace(state, phase=Phase.HANDING, handed=True), (HandOver(), Watch(Role.TARGET))
+        case Phase.HANDING, Says(Role.SOURCE):
+            return replace(state, phase=Phase.WATCHING), (Watch(Role.SOURCE),)
+        case Phase.ATTACHING, StepFailed(reason):
+            return _detach(replace(state, outcome=Outcome.ABORTED, cause=reason), Role.TARGET)
+        case Phase.PREPARING, StepFailed(reason):
+            return _settle(replace(state, outcome=Outcome.ABORTED, cause=reason))
+        case Phase.HANDING, StepFailed(reason, True):
+            return _settle(replace(state, outcome=Outcome.ABORTED, cause=reason, handed=False))
+        case Phase.HANDING, StepFailed():  # sent, not answered: ask the source itself
+            return replace(state, phase=Phase.WATCHING), (Watch(Role.SOURCE),)
+    return state, ()
+
+
+def _resume(state: Supervisor, prepared: bool) -> tuple[Supervisor, tuple[Action, ...]]:
+    if not prepared:
+        return _settle(replace(state, outcome=Outcome.ABORTED, cause="the controller was restarted in the preparation"))
+    watching = replace(state, phase=Phase.WATCHING, handed=True)
+    return watching, (Watch(Role.SOURCE), Watch(Role.TARGET))
+
+
+def _runs_on_target(state: Supervisor) -> tuple[Supervisor, tuple[Action, ...]]:
+    if state.phase in (Phase.FINISHING, Phase.DETACHING):
+        return state, ()
+    finishing = replace(state, phase=Phase.FINISHING, outcome=Outcome.COMPLETED, cause=None)
+    return finishing, (RecordOwner(Role.TARGET),)
+
+
+def _source_is_clear(state: Supervisor) -> tuple[Supervisor, tuple[Action, ...]]:
+    """DONE is also the source's word, from the target's own answer, that the EVM runs there."""
+    if state.phase is Phase.DETACHING:
+        return state, ()
+    record = () if state.phase is Phase.FINISHING else (RecordOwner(Role.TARGET),)
+    detaching, actions = _detach(replace(state, outcome=Outcome.COMPLETED, cause=None), Role.SOURCE)
+    return detaching, (*record, *actions)
+
+
+def _stays_on_source(state: Supervisor, phase: RolePhase, cause: str | None) -> tuple[Supervisor, tuple[Action, ...]]:
+    if state.phase in (Phase.SETTLING, Phase.DETACHING):
+        return state, ()
+    outcome = Outcome.LOST if phase is RolePhase.LOST else Outcome.ABORTED
+    settling, actions = _settle(replace(state, outcome=outcome, cause=cause or state.cause))
+    return settling, (RecordOwner(Role.SOURCE), *actions)
+
+
+def _lost_on_target(state: Supervisor, cause: str | None) -> tuple[Supervisor, tuple[Action, ...]]:
+    """It was activated there and its machine is gone: the target owns it, and only a cold restart helps."""
+    if state.phase in (Phase.FINISHING, Phase.DETACHING):
+        return state, ()
+    lost, actions = _detach(replace(state, outcome=Outcome.LOST, cause=cause), Role.SOURCE)
+    return lost, (RecordOwner(Role.TARGET), *actions)
+
+
+def _withdrawn(state: Supervisor, cause: str | None) -> tuple[Supervisor, tuple[Action, ...]]:
+    if state.phase is Phase.SETTLING:
+        return _detach(state, Role.TARGET)
+    if state.phase in (Phase.PREPARING, Phase.HANDING, Phase.WATCHING):
+        if state.handed:  # the source hears it too, goes back, and says so
+            return replace(state, cause=state.cause or cause), (
+                Abort(Role.SOURCE, cause or "the target has withdrawn"),
+            )
+        return _detach(replace(state, outcome=Outcome.ABORTED, cause=state.cause or cause), Role.TARGET)
+    return state, ()
+
+
+def _unknown_there(state: Supervisor, says: Says) -> tuple[Supervisor, tuple[Action, ...]]:
+    if says.role is Role.SOURCE and state.phase in (Phase.HANDING, Phase.WATCHING):
+        # The order never arrived. Should it still come, the stream meets no target and the source goes back by itself.
+        return _settle(replace(state, outcome=Outcome.ABORTED, cause=state.cause or "the source never got the order"))
+    if says.role is Role.TARGET and state.phase is Phase.SETTLING:
+        return _detach(state, Role.TARGET)
+    return state, ()
+
+
+def _abort(state: Supervisor, reason: str) -> tuple[Supervisor, tuple[Action, ...]]:
+    match state.phase:
+        case Phase.ATTACHING:
+            return replace(state, cause=reason, outcome=Outcome.ABORTED, phase=Phase.DETACHING), (Detach(Role.TARGET),)
+        case Phase.PREPARING:
+            return _settle(replace(state, outcome=Outcome.ABORTED, cause=reason))
+        case Phase.HANDING | Phase.WATCHING:
+            return replace(state, cause=reason), (Abort(Role.SOURCE, reason),)
+    return state, ()
+
+
+def _settle(state: Supervisor) -> tuple[Supervisor, tuple[Action, ...]]:
+    reason = state.cause or "the migration was aborted"
+    return replace(state, phase=Phase.SETTLING), (Abort(Role.TARGET, reason), Watch(Role.TARGET))
+
+
+def _detach(state: Supervisor, role: Role) -> tuple[Supervisor, tuple[Action, ...]]:
+    return replace(state, phase=Phase.DETACHING), (Detach(role),)
