@@ -1,0 +1,260 @@
+/* ---- journals: checksummed 4 KiB records appended to a volume, one thread per volume ----------------------------- */
+
+struct record { /* little endian; crc is CRC-32 (zlib's) of the record with crc = 0; see emp.lab.journal_check */
+    char magic[8];
+    uint32_t version, prev_crc, crc, reserved;
+    uint64_t seq, time_us;
+    char boot_id[40];
+    uint64_t payload[(PAGE_BYTES - 80) / 8];
+};
+_Static_assert(sizeof(struct record) == PAGE_BYTES, "a record fills a page");
+
+enum { JOURNALS = 24 };
+static struct journal {
+    bool used, stop, ended;
+    char serial[40], device[40], error[96];
+    int fd;
+    uint64_t capacity, seq, errors, period_us, begun_us, written, stall_us, stall_at_us;
+    int64_t acked;
+    uint32_t last_crc;
+    pthread_t thread;
+} journals[JOURNALS];
+static pthread_mutex_t journal_lock = PTHREAD_MUTEX_INITIALIZER; /* the fields above; never held across I/O */
+static pthread_mutex_t journal_admin = PTHREAD_MUTEX_INITIALIZER; /* one start or stop at a time */
+static uint32_t crc_table[256];
+
+static uint32_t record_crc(const struct record *record)
+{
+    const unsigned char *p = (const unsigned char *)record;
+    size_t hole = offsetof(struct record, crc);
+    uint32_t crc = 0xffffffff;
+    for (size_t i = 0; i < sizeof *record; i++)
+        crc = crc_table[(crc ^ (i - hole < 4 ? 0 : p[i])) & 255] ^ (crc >> 8);
+    return ~crc;
+}
+
+static bool record_read(int fd, struct record *record, uint64_t seq, bool *io_error)
+{
+    ssize_t n = pread(fd, record, PAGE_BYTES, (off_t)(seq * PAGE_BYTES));
+    *io_error = *io_error || n != PAGE_BYTES;
+    return n == PAGE_BYTES && !memcmp(record->magic, "EMPJRNL", 8) && record->seq == seq && record->crc == record_crc(record);
+}
+
+static void journal_failed(struct journal *j, const char *what)
+{
+    pthread_mutex_lock(&journal_lock);
+    j->errors++;
+    snprintf(j->error, sizeof j->error, "%s: %s", what, strerror(errno));
+    pthread_mutex_unlock(&journal_lock);
+}
+
+static void *journal_run(void *arg)
+{
+    struct journal *j = arg;
+    struct record *record = aligned_alloc(PAGE_BYTES, PAGE_BYTES);
+    uint64_t due = now_us(CLOCK_MONOTONIC);
+    prctl(PR_SET_NAME, "journal");
+    while (!j->stop && j->seq < j->capacity) {
+        uint64_t begin = now_us(CLOCK_MONOTONIC);
+        memset(record, 0, sizeof *record);
+        memcpy(record->magic, "EMPJRNL", 8);
+        memcpy(record->boot_id, boot_id, sizeof boot_id);
+        record->version = 1, record->seq = j->seq, record->prev_crc = j->last_crc, record->time_us = now_us(CLOCK_REALTIME);
+        for (size_t i = 0; i < sizeof record->payload / 8; i++)
+            record->payload[i] = mix(j->seq * 1024 + i);
+        record->crc = record_crc(record);
+        if (pwrite(j->fd, record, PAGE_BYTES, (off_t)(j->seq * PAGE_BYTES)) != PAGE_BYTES) {
+            journal_failed(j, "write"); /* the same record is tried again at the next tick */
+        } else if (fdatasync(j->fd)) {
+            journal_failed(j, "fdatasync");
+        } else {
+            pthread_mutex_lock(&journal_lock);
+            j->acked = (int64_t)j->seq++;
+            j->last_crc = record->crc;
+            j->written++;
+            pthread_mutex_unlock(&journal_lock);
+        }
+        uint64_t end = now_us(CLOCK_MONOTONIC);
+        pthread_mutex_lock(&journal_lock);
+        if (end - begin > j->stall_us)
+            j->stall_us = end - begin, j->stall_at_us = now_us(CLOCK_REALTIME);
+        pthread_mutex_unlock(&journal_lock);
+        due += j->period_us;
+        if (due < end) /* missed ticks are not made up for */
+            due = end;
+        while (!j->stop && (end = now_us(CLOCK_MONOTONIC)) < due)
+            sleep_us(due - end < 50000 ? due - end : 50000);
+    }
+    if (j->seq >= j->capacity) {
+        errno = ENOSPC;
+        journal_failed(j, "end of volume");
+    }
+    free(record);
+    j->ended = true;
+    return NULL;
+}
+
+static ssize_t read_file(char *out, size_t size, const char *format, const char *entry)
+{
+    char path[320];
+    snprintf(path, sizeof path, format, entry);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, out, size - 1);
+    if (fd >= 0)
+        close(fd);
+    out[n > 0 ? n : 0] = 0;
+    return n;
+}
+
+/* Name of the block device with this serial: virtio-blk keeps 20 bytes of it, a SCSI disk has it in its VPD page 0x80. */
+static bool find_device(const char *serial, char *device, size_t size)
+{
+    char found[256];
+    struct dirent *entry;
+    DIR *blocks = opendir("/sys/block");
+    bool hit = false;
+    while (blocks && !hit && (entry = readdir(blocks))) {
+        ssize_t n = read_file(found, sizeof found, "/sys/block/%s/serial", entry->d_name);
+        hit = n > 0 && !strncmp(found, serial, 20) && (n >= 20 || (size_t)n == strlen(serial));
+        if (n < 0 && (n = read_file(found, sizeof found, "/sys/block/%s/device/vpd_pg80", entry->d_name)) > 4)
+            hit = (size_t)n - 4 == strlen(serial) && !memcmp(found + 4, serial, (size_t)n - 4);
+        if (hit)
+            snprintf(device, size, "/dev/%.30s", entry->d_name);
+    }
+    if (blocks)
+        closedir(blocks);
+    return hit;
+}
+
+static void put_journal(struct buf *out, const struct journal *j)
+{
+    pthread_mutex_lock(&journal_lock);
+    double seconds = (double)(now_us(CLOCK_MONOTONIC) - j->begun_us) / 1e6;
+    put(out, "{\"serial\": \"%s\", \"device\": \"%s\", \"running\": %s, \"seq\": %llu, \"acked_seq\": %lld, \"errors\": %llu, "
+        "\"last_error\": \"%s\", \"rate_hz\": {\"target\": %.3f, \"achieved\": %.3f}, \"longest_stall_ms\": %.3f, "
+        "\"longest_stall_at_s\": %.6f, \"capacity_records\": %llu}", j->serial, j->device, j->ended ? "false" : "true",
+        (unsigned long long)j->seq, (long long)j->acked, (unsigned long long)j->errors, j->error, 1e6 / (double)j->period_us,
+        seconds > 0 ? (double)j->written / seconds : 0, (double)j->stall_us / 1e3, (double)j->stall_at_us / 1e6,
+        (unsigned long long)j->capacity);
+    pthread_mutex_unlock(&journal_lock);
+}
+
+static void put_journals(struct buf *out)
+{
+    const char *comma = "";
+    put(out, "[");
+    for (int i = 0; i < JOURNALS; i++) {
+        if (journals[i].used)
+            put(out, "%s", comma), put_journal(out, &journals[i]), comma = ", ";
+    }
+    put(out, "]");
+}
+
+static void journal_stop(struct journal *j)
+{
+    j->stop = true;
+    pthread_join(j->thread, NULL);
+    close(j->fd);
+}
+
+static void journal_start(struct buf *out, const char *serial, double rate_hz)
+{
+    struct journal *j = NULL;
+    for (int i = JOURNALS - 1; i >= 0; i--) {
+        if (journals[i].used && !strcmp(journals[i].serial, serial) && !journals[i].ended) {
+            put(out, "{\"error\": \"a journal already runs on %s\"}", serial);
+            return;
+        }
+        if (!journals[i].used || !strcmp(journals[i].serial, serial))
+            j = &journals[i];
+    }
+    if (!j) {
+        put(out, "{\"error\": \"%d journals at most\"}", JOURNALS);
+        return;
+    }
+    char device[40];
+    uint64_t deadline = now_us(CLOCK_MONOTONIC) + 5000000; /* a disk may still be on its way: boot, hot-plug */
+    while (!find_device(serial, device, sizeof device)) {
+        if (now_us(CLOCK_MONOTONIC) > deadline) {
+            put(out, "{\"error\": \"no disk with the serial %s\"}", serial);
+            return;
+        }
+        sleep_us(20000);
+    }
+    int fd = open(device, O_RDWR | O_DIRECT | O_CLOEXEC);
+    uint64_t bytes = 0, low = 0;
+    if (fd < 0 || ioctl(fd, BLKGETSIZE64, &bytes)) {
+        put(out, "{\"error\": \"%s: %s\"}", device, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return;
+    }
+    /* Find the end of an existing chain: records [0, low) are valid. A volume of foreign content is left alone. */
+    struct record *record = aligned_alloc(PAGE_BYTES, PAGE_BYTES);
+    bool io_error = false, foreign = false;
+    uint64_t capacity = bytes / PAGE_BYTES, high = capacity;
+    uint32_t crc = 0;
+    for (uint64_t step = 1; low < high; step *= 2) { /* gallop */
+        uint64_t at = low + step - 1 < high ? low + step - 1 : high - 1;
+        if (!record_read(fd, record, at, &io_error)) {
+            for (size_t i = 0; at == 0 && i < PAGE_BYTES; i++)
+                foreign |= ((char *)record)[i] != 0;
+            high = at;
+            break;
+        }
+        low = at + 1;
+    }
+    while (low < high) { /* bisect */
+        uint64_t middle = low + (high - low) / 2;
+        if (record_read(fd, record, middle, &io_error))
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    if (low && record_read(fd, record, low - 1, &io_error))
+        crc = record->crc;
+    free(record);
+    if (io_error || foreign) {
+        put(out, "{\"error\": \"%s: %s\"}", device, io_error ? "cannot be read" : "holds other data than a journal");
+        close(fd);
+        return;
+    }
+    pthread_mutex_lock(&journal_lock);
+    if (j->used && j->ended && !j->stop)
+        pthread_join(j->thread, NULL), close(j->fd);
+    memset(j, 0, sizeof *j);
+    snprintf(j->serial, sizeof j->serial, "%s", serial);
+    snprintf(j->device, sizeof j->device, "%s", device);
+    j->fd = fd, j->capacity = capacity, j->seq = low, j->acked = (int64_t)low - 1, j->last_crc = crc;
+    j->period_us = (uint64_t)(1e6 / rate_hz), j->begun_us = now_us(CLOCK_MONOTONIC);
+    j->used = !pthread_create(&j->thread, NULL, journal_run, j);
+    pthread_mutex_unlock(&journal_lock);
+    if (j->used)
+        put_journal(out, j);
+    else
+        put(out, "{\"error\": \"no thread\"}");
+}
+
+/* `journal start SERIAL RATE_HZ`, `journal stop [SERIAL]`, `journal mark` (forgets the longest stalls), `journal status` */
+static void cmd_journal(struct buf *out, int argc, char **argv)
+{
+    const char *verb = argc > 1 ? argv[1] : "", *serial = argc > 2 ? argv[2] : NULL;
+    pthread_mutex_lock(&journal_admin);
+    if (!strcmp(verb, "start") && argc == 4 && strlen(serial) < 40 && atof(argv[3]) >= 0.01 && atof(argv[3]) <= 10000) {
+        journal_start(out, serial, atof(argv[3]));
+    } else if (!strcmp(verb, "stop") || !strcmp(verb, "mark") || !strcmp(verb, "status")) {
+        for (int i = 0; i < JOURNALS; i++) {
+            struct journal *j = &journals[i];
+            if (!j->used || (serial && strcmp(serial, j->serial)))
+                continue;
+            if (verb[1] == 'a')
+                j->stall_us = j->stall_at_us = 0;
+            else if (!strcmp(verb, "stop") && !j->stop)
+                journal_stop(j);
+        }
+        put_journals(out);
+    } else {
+        put(out, "{\"error\": \"usage: journal start SERIAL RATE_HZ (0.01 to 10000) | stop [SERIAL] | mark [SERIAL] | status\"}");
+    }
+    pthread_mutex_unlock(&journal_admin);
+}

@@ -1,0 +1,307 @@
+"""Builds and caches the `micro` guest image: Debian's cloud kernel and an initramfs of busybox and the guest service.
+
+Nothing is installed on the host: kernel and (where the host has none) busybox are fetched with ``apt-get download``
+and unpacked aside. The image is kept in a cache directory named by the hash of what it was made from, so an image that
+is there is found without compiler or apt. ``python -m emp.lab.images`` builds it by hand, ``--refresh`` looks for a
+newer kernel first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from emp.model.errors import BadInput, MissingDependency
+
+RECIPE_VERSION = 1
+"""Counts changes of this module that change the image and are not in the guest's own sources."""
+
+KERNEL_COMMAND_LINE = "console=ttyS0 quiet panic=0 reboot=t no_timer_check tsc=reliable mitigations=off"
+"""Base of the kernel command line. What an EVM is comes from the fw_cfg file ``opt/emp/config`` instead."""
+
+FW_CFG_NAME = "opt/emp/config"
+"""Name of the fw_cfg file that ``guest/init`` reads; its format is described there."""
+
+GUEST_SOURCES = Path(__file__).with_name("guest")
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+BUSYBOX_PACKAGE = "busybox-static"
+
+# What the guest needs to answer its first packet is loaded first, the rest right after.
+EARLY_MODULES = ("virtio_pci", "virtio_net", "qemu_fw_cfg", "bridge", "veth")
+LATE_MODULES = ("virtio_blk", "virtio_scsi", "sd_mod", "virtio-rng", "pvpanic-pci", "button", "evdev")
+
+SHELL_RC = "alias ll='ls -l'\n"
+
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A bootable guest image. ``digest`` is the SHA-256 of kernel and initrd: nodes with equal ones boot the same guest."""
+
+    name: str
+    digest: str
+    kernel: Path
+    initrd: Path
+    kernel_version: str
+    recipe_version: int = RECIPE_VERSION
+
+
+def default_cache() -> Path:
+    """Return ``$EMP_CACHE``, else ``~/.cache/emp``."""
+    return Path(os.environ.get("EMP_CACHE") or Path.home() / ".cache" / "emp")
+
+
+def ensure_image(
+    name: str = "micro", cache: Path | None = None, *, refresh: bool = False, notice: Notice = lambda line: None
+) -> Image:
+    """Return the image, building it first when the cache has none for the present sources.
+
+    ``notice`` gets a line of text before anything that takes time. ``refresh`` asks apt for the newest kernel even if
+    one is cached. Raises BadInput for an unknown name, MissingDependency when a package, compiler or tool cannot be had.
+    """
+    if name != "micro":
+        raise BadInput(f"there is no image {name!r}", field="image", hint="the image is called micro")
+    cache = cache or default_cache()
+    kernel = _ensure_kernel(cache, refresh=refresh, notice=notice)
+    busybox = _ensure_busybox(cache, notice=notice)
+    inputs = hash_inputs([*guest_files(), busybox, kernel / "vmlinuz"], kernel.name)
+    home = cache / "images" / f"{name}-{inputs[:16]}"
+    if not (home / "image.json").exists():
+        notice(f"building the guest image {name} (kernel {kernel.name}) into {home}")
+        _publish(home, lambda target: _build(target, name, kernel, busybox))
+    record = json.loads((home / "image.json").read_text())
+    return Image(
+        name=name,
+        digest=record["digest"],
+        kernel=home / "vmlinuz",
+        initrd=home / "initrd",
+        kernel_version=record["kernel_version"],
+        recipe_version=record["recipe_version"],
+    )
+
+
+def guest_files() -> list[Path]:
+    """Return the guest's own sources, in a fixed order."""
+    return sorted(path for path in GUEST_SOURCES.iterdir() if path.name == "init" or path.suffix in (".c", ".h"))
+
+
+def hash_inputs(files: Iterable[Path], kernel_version: str) -> str:
+    """Return the cache key: recipe version, kernel package version, and name and size or content of each file.
+
+    Kernel and busybox come from versioned packages and are large: the first megabyte and the size stand for them.
+    """
+    digest = hashlib.sha256(f"{RECIPE_VERSION}\0{kernel_version}\0{SHELL_RC}\0{EARLY_MODULES}{LATE_MODULES}\0".encode())
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            digest.update(hashlib.sha256(stream.read(1 << 20)).digest())
+    return digest.hexdigest()
+
+
+def _publish(home: Path, build: Callable[[Path], None]) -> None:
+    """Fill a directory aside and rename it to ``home``: others see all of it or nothing. A racing builder may win."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
+    try:
+        build(aside)
+        aside.chmod(0o755)
+        try:
+            aside.rename(home)
+        except OSError:
+            if not home.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---- packages -----------------------------------------------------------------------------------------------------
+
+
+def _run(argv: Sequence[str], *, cwd: Path | None = None, need: str) -> str:
+    """Run a tool and return its output; ``need`` says in the error what to do about a failure."""
+    try:
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise MissingDependency(f"{argv[0]} is not installed", hint=need) from None
+    if done.returncode:
+        raise MissingDependency(f"{' '.join(argv)}: {done.stderr.strip() or done.stdout.strip()}", hint=need)
+    return done.stdout
+
+
+def _unpack_package(package: str, into: Path) -> str:
+    """Download a Debian package, unpack it below ``into`` and return its version. The host is left as it is."""
+    need = f"the package {package} is needed: check the apt sources and the network, run apt-get update, and try again"
+    with tempfile.TemporaryDirectory(prefix="emp-deb-") as temp:
+        Path(temp).chmod(0o777)  # apt downloads as a user of its own
+        _run(["apt-get", "download", package], cwd=Path(temp), need=need)
+        deb = next(Path(temp).glob("*.deb"))
+        _run(["dpkg-deb", "-x", str(deb), str(into)], need=need)
+        return _run(["dpkg-deb", "-f", str(deb), "Version"], need=need).strip()
+
+
+def _ensure_kernel(cache: Path, *, refresh: bool, notice: Notice) -> Path:
+    """Return the directory of the newest cached kernel: ``vmlinuz`` and ``modules/``, named by its version."""
+    kernels = cache / "kernels"
+    cached = sorted(kernels.glob("[!.]*/vmlinuz"), key=lambda path: path.stat().st_mtime) if kernels.is_dir() else []
+    if cached and not refresh:
+        return cached[-1].parent
+    notice(f"downloading Debian's cloud kernel ({KERNEL_PACKAGE}, about 27 MB)")
+    need = f"{KERNEL_PACKAGE} is needed: check the apt sources, run apt-get update, and try again"
+    depends = _run(["apt-cache", "depends", "--no-recommends", KERNEL_PACKAGE], need=need)
+    found = re.search(r"Depends: (linux-image-\S+-cloud-amd64)$", depends, re.MULTILINE)
+    if not found:
+        raise MissingDependency(f"apt knows no kernel behind {KERNEL_PACKAGE}", hint=need)
+    with tempfile.TemporaryDirectory(prefix="emp-kernel-") as temp:
+        root = Path(temp)
+        home = kernels / _unpack_package(found[1], root)
+        if not home.exists():
+            _publish(home, lambda target: _pick_kernel(root, target))
+    return home
+
+
+def _pick_kernel(root: Path, target: Path) -> None:
+    vmlinuz = next((root / "boot").glob("vmlinuz-*"))
+    modules = target / "modules"
+    modules.mkdir()
+    tree = next((root / "lib" / "modules").iterdir())
+    for module in module_order(tree, [*EARLY_MODULES, *LATE_MODULES]):
+        shutil.copy(module, modules / module.name)
+    shutil.copy(tree / "modules.builtin", modules)
+    shutil.copy(vmlinuz, target / "vmlinuz")
+
+
+def module_order(tree: Path, wanted: Sequence[str]) -> list[Path]:
+    """Return the module files to load for ``wanted``, dependencies first, as ``modprobe --show-depends`` would.
+
+    The dependencies are read from the modules themselves (``depends=`` in their .modinfo), because a package that is
+    not installed has no modules.dep. What is built in is left out. Raises MissingDependency.
+    """
+    files = {path.name[:-3].replace("-", "_"): path for path in tree.rglob("*.ko")}
+    built_in = {Path(line).stem.replace("-", "_") for line in (tree / "modules.builtin").read_text().split()}
+    order: list[Path] = []
+
+    def visit(name: str) -> None:
+        name = name.replace("-", "_")
+        if name in built_in:
+            return
+        if name not in files:
+            raise MissingDependency(f"the kernel has no module {name}", hint=f"a newer or older {KERNEL_PACKAGE} may")
+        if files[name] in order:
+            return
+        for field in files[name].read_bytes().split(b"\0"):
+            if field.startswith(b"depends="):
+                for dependency in filter(None, field[8:].decode().split(",")):
+                    visit(dependency)
+        order.append(files[name])
+
+    for name in wanted:
+        visit(name)
+    return order
+
+
+def _ensure_busybox(cache: Path, *, notice: Notice) -> Path:
+    """Return a static busybox: the host's own, else one from its package, kept in the cache."""
+    host, cached = Path("/bin/busybox"), cache / "busybox" / "busybox"
+    if host.exists() and _is_static(host):
+        return host
+    if not cached.exists():
+        notice(f"downloading {BUSYBOX_PACKAGE}")
+        with tempfile.TemporaryDirectory(prefix="emp-busybox-") as temp:
+            _unpack_package(BUSYBOX_PACKAGE, Path(temp))
+            found = next(path for path in Path(temp).rglob("busybox") if path.is_file() and path.parent.name == "bin")
+            _publish(cached.parent, lambda target: _copy(found, target / "busybox"))
+    return cached
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copy(source, target)
+
+
+def _is_static(program: Path) -> bool:
+    """Whether an ELF program names no dynamic loader in its first page, where the program headers are."""
+    with program.open("rb") as stream:
+        head = stream.read(4096)
+    return head.startswith(b"\x7fELF") and b"/ld-linux" not in head and b"/ld64" not in head
+
+
+# ---- the initramfs -------------------------------------------------------------------------------------------------
+
+
+def _build(target: Path, name: str, kernel: Path, busybox: Path) -> None:
+    service = target / "emp-guest"
+    source = str(GUEST_SOURCES / "service.c")
+    flags = ["-O2", "-static", "-s", "-pthread", "-Wall", "-Wextra", "-Werror"]
+    _run(["gcc", *flags, "-o", str(service), source], need="install gcc and libc6-dev")
+    entries: list[tuple[str, int, bytes]] = [
+        (directory, stat.S_IFDIR | 0o755, b"")
+        for directory in ("bin", "dev", "etc", "lib", "lib/modules", "proc", "root", "run", "sys", "tmp", "var")
+    ]
+    entries.append(("dev/console", stat.S_IFCHR | 0o600, b""))
+    entries.append(("init", stat.S_IFREG | 0o755, (GUEST_SOURCES / "init").read_bytes()))
+    entries.append(("etc/shrc", stat.S_IFREG | 0o644, SHELL_RC.encode()))
+    entries.append(("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()))
+    entries.append(("bin/emp-guest", stat.S_IFREG | 0o755, service.read_bytes()))
+    for applet in _run([str(busybox), "--list"], need=f"install {BUSYBOX_PACKAGE}").split():
+        if applet != "busybox":
+            entries.append((f"bin/{applet}", stat.S_IFLNK | 0o777, b"busybox"))
+    loaded: set[str] = set()
+    for stage, wanted in (("early", EARLY_MODULES), ("late", LATE_MODULES)):
+        modules = [path for path in module_order(kernel / "modules", wanted) if path.name not in loaded]
+        loaded.update(path.name for path in modules)
+        entries.extend((f"lib/modules/{path.name}", stat.S_IFREG | 0o644, path.read_bytes()) for path in modules)
+        listing = "".join(f"{path.name}\n" for path in modules)
+        entries.append((f"lib/modules/{stage}", stat.S_IFREG | 0o644, listing.encode()))
+    service.unlink()
+    (target / "initrd").write_bytes(cpio(entries))
+    shutil.copy(kernel / "vmlinuz", target / "vmlinuz")
+    digest = hashlib.sha256((target / "vmlinuz").read_bytes() + (target / "initrd").read_bytes()).hexdigest()
+    record = {"name": name, "digest": digest, "kernel_version": kernel.name, "recipe_version": RECIPE_VERSION}
+    (target / "image.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def cpio(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
+    """Return a newc cpio archive of (path, mode, content or link target), the same bytes for the same entries.
+
+    The format is in the kernel's Documentation/driver-api/early-userspace/buffer-format.rst. A character device in it
+    is /dev/console (5, 1), the only one that the kernel wants before devtmpfs is there.
+    """
+    archive = bytearray()
+    for inode, (path, mode, data) in enumerate([*entries, ("TRAILER!!!", 0, b"")], start=1):
+        encoded = path.encode() + b"\0"
+        device = (5, 1) if stat.S_ISCHR(mode) else (0, 0)
+        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(encoded), 0)
+        archive += b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        archive += bytes(-len(archive) % 4)
+        archive += data
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build the image by hand; prints what it does, and the image as JSON at the end."""
+    parser = argparse.ArgumentParser(prog="python -m emp.lab.images", description="Build the guest image `micro`.")
+    parser.add_argument("--refresh", action="store_true", help="look for a newer kernel package first")
+    options = parser.parse_args(argv)
+    try:
+        image = ensure_image(refresh=options.refresh, notice=lambda line: print(line, file=sys.stderr, flush=True))
+    except MissingDependency as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(asdict(image), default=str))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
