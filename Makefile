@@ -1,0 +1,44 @@
+# Every target does its own set-up. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test lint bench-idle lock clean
+
+PY := .venv/bin/python
+SOURCES := src scripts tests $(wildcard bench)
+AS_ROOT := $(PY) scripts/as_root.py "the lab makes network namespaces, taps and mounts"
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install what the demo needs: packages, QEMU, Python environment, guest image
+	@scripts/setup
+
+setup-dev:
+	@scripts/setup --dev
+
+demo: setup ## Migrate a running EVM there and back, and show what happened
+	@mkdir -p build
+	@$(AS_ROOT) .venv/bin/emp lab demo --json build/demo.json
+
+test: setup-dev lint ## Run every check and every test
+	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider --durations=15
+
+lint: setup-dev ## Run the checks alone: ruff, mypy --strict, the architecture's contracts
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet .
+	@$(PY) -m mypy $(SOURCES)
+	@.venv/bin/lint-imports
+
+bench-idle: setup ## Measure ten idle migrations, write build/bench/idle.json
+	@mkdir -p build/bench
+	@$(AS_ROOT) $(PY) bench/idle.py
+
+lock: ## Pin the requirements anew (needs uv)
+	@uv --version >/dev/null || { echo "make lock needs uv: install it first" >&2; exit 1; }
+	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
+		$(LOCK) pyproject.toml --group build -o requirements.txt
+	@uv pip compile -q --universal --python-version 3.11 --generate-hashes --custom-compile-command "make lock" \
+		$(LOCK) pyproject.toml --group build --group dev -c requirements.txt -o requirements-dev.txt
+
+clean: ## Remove what was built here; packages, QEMU and apt sources stay (docs/setup.md says how to undo those)
+	@rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache src/*.egg-info
+	@find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,45 @@
+"""The steps of the set-up, in order. Called by ``scripts/setup``; ``--dev`` adds what the tests need."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+from emp_setup import environment, packages
+from emp_setup.console import Refusal, refuse, say
+
+
+def main() -> int:
+    """Do what is not done yet; return the exit status."""
+    parser = argparse.ArgumentParser(prog="scripts/setup", description=__doc__)
+    parser.add_argument("--dev", action="store_true", help="also install the tools of `make test` and `make lint`")
+    arguments = parser.parse_args()
+    with Path(__file__).open() as lock:
+        _alone(lock.fileno())
+        try:
+            packages.ensure(extra=environment.needs())
+            environment.ensure(development=arguments.dev)
+        except Refusal as refusal:
+            return refuse(refusal)
+        return _guest_image()
+
+
+def _alone(descriptor: int) -> None:
+    """Wait for another set-up of this checkout to end."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("waiting for another set-up of this checkout")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def _guest_image() -> int:
+    """Build the guest image unless one of the same inputs is there; it says for itself what it does."""
+    return subprocess.run([environment.PYTHON, "-m", "emp.lab.images"], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
