@@ -1,7 +1,8 @@
 """What happens to a role of a migration (events), and what a role asks its daemon to do (actions).
 
 An action whose result matters comes back as an event: ``WriteRecord`` as ``Written`` or ``WriteFailed``,
-``ContinueStream`` as ``StreamMoved``, ``Run`` as ``GuestRuns``, ``RunRefused`` or ``RunUnknown``. A role never assumes that an action worked.
+``ContinueStream`` as ``StreamMoved``, ``Run`` as ``GuestRuns``, ``RunRefused`` or ``RunUnknown``. A role never
+assumes that an action worked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from emp.migration.records import Record, RecordKind
 
 
 class Stream(StrEnum):
-    """What the hypervisor's migration stream came to, once both its statuses say so (``completed``, ``postmigrate``)."""
+    """What the migration stream came to, once both its statuses agree (``completed``, ``postmigrate``)."""
 
     PRE_SWITCHOVER = "pre-switchover"
     """source: the guest is paused, everything but the last pages and the device state has been sent"""

@@ -1,8 +1,8 @@
 """What a migration cost, from what its two ends measured.
 
-Pauses that span the two hosts (the source's STOP, the target's RESUME) are read off two wall clocks. The link between the
-agents measures their offset as NTP does (RFC 5905 section 8: offset = ((t2 - t1) + (t3 - t4)) / 2); it is taken out, and
-what it may be wrong by, half the round trip, is reported beside the figures.
+Pauses that span the two hosts (the source's STOP, the target's RESUME) are read off two wall clocks. The link between
+the agents measures their offset as NTP does (RFC 5905 section 8: offset = ((t2 - t1) + (t3 - t4)) / 2); it is taken
+out, and what it may be wrong by, half the round trip, is reported beside the figures.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
         \\            \\            \\          \\
          +------------+-----------+----------+----> SETTLING -> DETACHING -> CLOSED     aborted, or lost
 
-A migration is closed only by the target's ACTIVATED, the target's WITHDRAWN or the source's OWN(e_s); never by a timeout
-(rule R11). The controller may die at any moment: ``Resumed`` makes it look at both ends again, and they are right.
+A migration is closed only by the target's ACTIVATED, the target's WITHDRAWN or the source's OWN(e_s); never by a
+timeout (rule R11). The controller may die at any moment: ``Resumed`` makes it look at both ends again, and they are right.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ class Abort:
 
     role: Role
     reason: str
+    source_is_back: bool = False
+    """to the target: OWN(e_s) has been seen, so that even a copy that has loaded everything must go"""
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ def _stays_on_source(state: Supervisor, phase: RolePhase, cause: str | None) -> 
     if state.phase in (Phase.SETTLING, Phase.DETACHING):
         return state, ()
     outcome = Outcome.LOST if phase is RolePhase.LOST else Outcome.ABORTED
-    settling, actions = _settle(replace(state, outcome=outcome, cause=cause or state.cause))
+    settling, actions = _settle(replace(state, outcome=outcome, cause=cause or state.cause), source_is_back=True)
     return settling, (RecordOwner(Role.SOURCE), *actions)
 
 
@@ -287,9 +289,9 @@ def _abort(state: Supervisor, reason: str) -> tuple[Supervisor, tuple[Action, ..
     return state, ()
 
 
-def _settle(state: Supervisor) -> tuple[Supervisor, tuple[Action, ...]]:
-    reason = state.cause or "the migration was aborted"
-    return replace(state, phase=Phase.SETTLING), (Abort(Role.TARGET, reason), Watch(Role.TARGET))
+def _settle(state: Supervisor, *, source_is_back: bool = False) -> tuple[Supervisor, tuple[Action, ...]]:
+    abort = Abort(Role.TARGET, state.cause or "the migration was aborted", source_is_back)
+    return replace(state, phase=Phase.SETTLING), (abort, Watch(Role.TARGET))
 
 
 def _detach(state: Supervisor, role: Role) -> tuple[Supervisor, tuple[Action, ...]]:

@@ -10,7 +10,6 @@
 ``POST /v1/migrations/{id}/prepare``   ``PrepareOrder`` -> ``Prepared``  target: make a machine that waits
 ``POST /v1/migrations/{id}/handover``  ``HandoverOrder`` -> ``RoleStatus``  source: HANDOVER, then pre-copy
 ``POST /v1/migrations/{id}/abort``     ``AbortOrder``  -> ``RoleStatus``  either: answered at once; the way back is followed by ``watch``
-``POST /v1/migrations/{id}/finish``    ``FinishOrder`` -> ``RoleStatus``  source after commit: clear what is left here
 ``GET  /v1/migrations/{id}``           -> ``RoleStatus``
 ``GET  /v1/migrations/{id}/watch``     -> SSE of ``RoleStatus``       a snapshot at every change; the stream ends when the role is over
 ``POST /v1/agents/{node}/heartbeat``   ``NodeReport`` -> ``HeartbeatReply``  (on the *controller*, by the agent)
@@ -96,10 +95,8 @@ class HandoverOrder(Model):
 
 class AbortOrder(Model):
     reason: str
-
-
-class FinishOrder(Model):
-    """The controller has recorded the new owner: what is left on the source may go."""
+    source_is_back: bool = False
+    """to the target, from the controller as courier: the source's OWN(e_s) has been seen"""
 
 
 class HeartbeatReply(Model):
