@@ -1,0 +1,13 @@
+"""What holds for every test: namespaces of its own for the session, nothing left behind by anyone, the same examples.
+
+Hypothesis keeps no database of examples: a run depends on the checkout alone, and leaves no files in it.
+"""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+pytest_plugins = ["pytester", "tests.isolation", "tests.leaks"]
+
+settings.register_profile("emp", database=None, print_blob=True)
+settings.load_profile("emp")
