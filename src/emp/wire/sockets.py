@@ -1,0 +1,67 @@
+"""Listening sockets: opened here, or handed over already listening by a parent (systemd's or the lab's)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import MutableMapping
+
+from emp.model.errors import BadInput, Conflict
+
+FIRST_FD = 3  # sd_listen_fds(3)
+BACKLOG = 256
+
+
+def listen(host: str, port: int, *, field: str = "listen") -> socket.socket:
+    """Return a TCP socket listening on an IP address; port 0 lets the kernel choose.
+
+    ``Conflict`` when the port is taken, ``BadInput`` naming ``field`` when the address is not one of this machine.
+    """
+    if not 0 <= port <= 65535:
+        raise BadInput(f"{port} is not a port", field=field, hint="0 to 65535")
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Conflict(
+                f"{where} is already taken", field=field, hint="stop the other process, or choose a port"
+            ) from None
+        raise BadInput(f"cannot listen on {where}: {error.strerror or error}", field=field) from error
+
+
+def adopt(fd: int, *, field: str = "listen_fd") -> socket.socket:
+    """Return the stream socket that a parent left listening at descriptor ``fd``; ``BadInput`` if it is not one.
+
+    The descriptor now belongs to the result, and no child inherits it further.
+    """
+    try:
+        listening = socket.socket(fileno=os.dup(fd))
+    except OSError as error:
+        raise BadInput(f"descriptor {fd} is not a socket: {error.strerror}", field=field) from None
+    if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) or listening.type != socket.SOCK_STREAM:
+        listening.close()
+        raise BadInput(f"the socket at descriptor {fd} is not listening", field=field)
+    os.close(fd)
+    return listening
+
+
+def inherited(environ: MutableMapping[str, str]) -> dict[str, socket.socket]:
+    """Return the sockets that systemd hands over (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``), by name.
+
+    A socket without a name is called by its descriptor's number. The variables are removed from ``environ``, because
+    they are meant for this process alone.
+    """
+    pid, count, names = (environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
+    if not count or pid != str(os.getpid()):
+        return {}
+    if not count.isdigit():
+        raise BadInput(f"{count[:20]!r} is not a number of sockets", field="LISTEN_FDS")
+    labels = names.split(":") if names else []
+    found = {}
+    for index in range(int(count)):
+        fd = FIRST_FD + index
+        found[labels[index] if index < len(labels) else str(fd)] = adopt(fd, field="LISTEN_FDS")
+    return found
