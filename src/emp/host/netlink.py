@@ -1,0 +1,177 @@
+"""Links and bridge ports over rtnetlink.
+
+One ``Netlink`` holds one socket, in the network namespace where ``connect`` was called. A verb takes 0.2 to 0.5 ms,
+nearly all of it Python. Removing a link takes the kernel 15 ms and more, and so has a thread to itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import AsyncIPRoute, IPRoute  # type: ignore[import-untyped]
+from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
+
+from emp.host.run import command_failed
+
+_IFF_UP = 0x1
+_IFF_PROMISC = 0x100
+_IFF_LOWER_UP = 0x10000
+
+
+@dataclass(frozen=True)
+class Link:
+    """One network interface, as the kernel describes it."""
+
+    index: int
+    name: str
+    kind: str | None
+    """``bridge``, ``veth``, ``tun``, ...; None for hardware"""
+    mac: str
+    mtu_bytes: int
+    up: bool
+    carrier: bool
+    master: int | None
+    """index of the bridge that it is a port of"""
+    alias: str | None
+    locked: bool
+    """a bridge port that takes no frame from addresses it has not been given"""
+
+
+@contextmanager
+def _asked(*argv: object) -> Iterator[None]:
+    try:
+        yield
+    except NetlinkError as error:
+        words = ["netlink", *map(str, argv)]
+        raise command_failed(words, error.code, os.strerror(error.code)) from error
+
+
+def _link(message: Any) -> Link:
+    info = message.get("IFLA_LINKINFO")
+    port = info.get("IFLA_INFO_SLAVE_DATA") if info and info.get("IFLA_INFO_SLAVE_KIND") == "bridge" else None
+    return Link(
+        index=message["index"],
+        name=message.get("IFLA_IFNAME"),
+        kind=info.get("IFLA_INFO_KIND") if info else None,
+        mac=message.get("IFLA_ADDRESS") or "",
+        mtu_bytes=message.get("IFLA_MTU"),
+        up=bool(message["flags"] & _IFF_UP),
+        carrier=bool(message["flags"] & _IFF_LOWER_UP),
+        master=message.get("IFLA_MASTER"),
+        alias=message.get("IFLA_IFALIAS"),
+        locked=bool(port and port.get("IFLA_BRPORT_LOCKED")),
+    )
+
+
+class Netlink:
+    """Verbs on links. Each raises ``CommandFailed`` with the kernel's errno as ``returncode``."""
+
+    def __init__(self) -> None:
+        self._socket: Any = None
+
+    async def connect(self) -> None:
+        """Open the socket, in the network namespace that the caller is in. Idempotent."""
+        if self._socket is None:
+            self._socket = AsyncIPRoute()
+            await self._socket.setup_endpoint()
+
+    async def close(self) -> None:
+        """Idempotent."""
+        if self._socket is not None:
+            closing, self._socket = self._socket, None
+            closing.close()
+
+    async def links(self) -> list[Link]:
+        with _asked("link", "list"):
+            return [_link(message) async for message in await self._socket.link("dump")]
+
+    async def link(self, name: str) -> Link | None:
+        """Return the link of that name, None if there is none."""
+        with _asked("link", "get", name):
+            try:
+                return _link((await self._socket.link("get", ifname=name))[0])
+            except NetlinkError as error:
+                if error.code == errno.ENODEV:
+                    return None
+                raise
+
+    async def addresses(self, index: int) -> list[str]:
+        """Return the IP addresses on a link, without the IPv6 link-local ones."""
+        with _asked("address", "list", index):
+            found = [m.get("IFA_ADDRESS") async for m in await self._socket.addr("dump", index=index)]
+        return [address for address in found if not address.startswith("fe80:")]
+
+    async def add_bridge(self, name: str, *, mac: str) -> None:
+        """Make a bridge, down. A MAC that is not fixed would change, and neighbours lose it, as ports come and go."""
+        with _asked("bridge", "add", name):
+            await self._socket.link("add", ifname=name, kind="bridge", address=mac)
+
+    async def set_bridge_plain(self, index: int) -> None:
+        """Let a bridge forward at once: no spanning tree, no forward delay, no multicast snooping."""
+        with _asked("bridge", "set", index):
+            await self._socket.link(
+                "set", index=index, kind="bridge", br_stp_state=0, br_forward_delay=0, br_mcast_snooping=0
+            )
+
+    async def set_link(self, index: int, **attributes: str | int) -> None:
+        """Set ``state`` (up, down), ``master``, ``mtu``, ``address``, ``txqlen``, ``ifalias``."""
+        with _asked("link", "set", index, attributes):
+            await self._socket.link("set", index=index, **attributes)
+
+    async def set_promiscuous(self, index: int) -> None:
+        with _asked("link", "set", index, "promisc on"):
+            await self._socket.link("set", index=index, flags=_IFF_PROMISC, change=_IFF_PROMISC)
+
+    async def open_port(self, index: int) -> None:
+        """Let a bridge port learn, send and receive."""
+        with _asked("port", "open", index):
+            await self._socket.brport(
+                "set", index=index, locked=0, learning=1, unicast_flood=1, mcast_flood=1, bcast_flood=1
+            )
+
+    async def lock_port(self, index: int) -> None:
+        """Let nothing through a bridge port in either direction, and forget what was learnt on it.
+
+        Locked, it drops what comes in from any address not in the table *for this port*; not learning, flushed and not
+        flooded to, it has no address there, so nothing goes out either. Unlike the port's spanning-tree state, these
+        flags are left alone by the kernel when this or another port changes.
+        """
+        with _asked("port", "lock", index):
+            await self._socket.brport(
+                "set", index=index, locked=1, learning=0, unicast_flood=0, mcast_flood=0, bcast_flood=0, flush=True
+            )
+
+
+def _delete_link(index: int) -> None:
+    with IPRoute() as sock, _asked("link", "delete", index):
+        try:
+            sock.link("del", index=index)
+        except NetlinkError as error:
+            if error.code != errno.ENODEV:
+                raise
+
+
+async def delete_link(index: int) -> None:
+    """Remove a link, whoever holds it open. Idempotent; takes 15 ms and more, in a thread."""
+    await asyncio.to_thread(_delete_link, index)
+
+
+def set_ipv6(interface: str, **settings: int) -> None:
+    """Write ``/proc/sys/net/ipv6/conf/INTERFACE/*``; does nothing on a machine without IPv6."""
+    directory = Path("/proc/sys/net/ipv6/conf") / interface
+    if not directory.parent.is_dir():
+        return
+    for name, value in settings.items():
+        try:
+            (directory / name).write_text(str(value))
+        except OSError as error:
+            raise command_failed(
+                ["sysctl", f"net.ipv6.conf.{interface}.{name}={value}"], error.errno or -1, str(error.strerror)
+            ) from error

@@ -1,0 +1,237 @@
+"""The ``l2`` driver: all nodes of the pool share one Ethernet segment, and an EVM's addresses are announced on it.
+
+One bridge per node joins the uplink and a tap per NIC. A port is blocked by its bridge flags (``Netlink.lock_port``),
+in 0.4 ms and without touching another port. A blocked tap has carrier and takes frames that are put on it directly,
+past the bridge: they wait in its queue until the machine reads.
+
+Nothing is kept in a file: the tap's name says which interfaces are ours, its alias which EVM and NIC it is for, its
+flags whether it is open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections.abc import Sequence
+
+from emp.host import netlink, tap
+from emp.host.netlink import Link, Netlink
+from emp.model.errors import EmpError, HostError
+from emp.model.evm import EvmSpec
+from emp.network.announce import REPEATS_S, announcements
+
+_PREFIX = "emp"
+_ALIAS = "emp-evm"
+
+
+def interface_name(evm: str, nic: int) -> str:
+    """Return the tap's name: at most 15 characters, the same on every node."""
+    return f"{_PREFIX}{hashlib.sha256(evm.encode()).hexdigest()[:8]}n{nic}"
+
+
+def _alias(evm: str, nic: int) -> str:
+    return f"{_ALIAS} {evm} {nic}"
+
+
+def _evm_of(link: Link) -> str | None:
+    match (link.alias or "").split():
+        case [mark, evm, nic] if mark == _ALIAS and nic.isdigit() and link.name == interface_name(evm, int(nic)):
+            return evm
+    return None
+
+
+class L2Port:
+    """One tap on the node's bridge; see ``emp.network.base.Port``."""
+
+    def __init__(self, links: Netlink, interface: str, index: int, tap_fd: int) -> None:
+        self._links = links
+        self._interface = interface
+        self._index = index
+        self._tap_fd = tap_fd
+        self._repeating: asyncio.Task[None] | None = None
+
+    @property
+    def interface(self) -> str:
+        return self._interface
+
+    @property
+    def tap_fd(self) -> int:
+        return self._tap_fd
+
+    async def open(self) -> None:
+        await self._links.open_port(self._index)
+
+    async def block(self) -> None:
+        await self._hush()
+        await self._links.lock_port(self._index)
+
+    async def announce(self, addresses: Sequence[tuple[str, str]]) -> None:
+        """See ``Port``. Raise ``HostError`` if the tap does not take the frames.
+
+        They go in at the tap's descriptor, as if the guest had sent them: so the node's own bridge learns too, and a
+        blocked port lets none out.
+        """
+        await self._hush()
+        frames = announcements(addresses)
+        try:
+            self._send(frames)
+        except OSError as error:
+            raise HostError(f"cannot announce on {self._interface}: {error.strerror}") from error
+        self._repeating = asyncio.create_task(self._repeat(frames), name=f"announce {self._interface}")
+
+    async def remove(self) -> None:
+        await self.close()
+        await netlink.delete_link(self._index)
+
+    async def close(self) -> None:
+        await self._hush()
+        descriptor, self._tap_fd = self._tap_fd, -1
+        if descriptor >= 0:
+            await asyncio.to_thread(os.close, descriptor)  # the last one takes the tap with it: 15 ms and more
+
+    def _send(self, frames: Sequence[bytes]) -> None:
+        header = bytes(tap.header_bytes(self._tap_fd))  # all zero: no offload
+        for frame in frames:
+            with contextlib.suppress(BlockingIOError):  # the queue is full; there is another round
+                os.write(self._tap_fd, header + frame)
+
+    async def _repeat(self, frames: Sequence[bytes]) -> None:
+        began_s = asyncio.get_running_loop().time()
+        for after_s in REPEATS_S:
+            await asyncio.sleep(began_s + after_s - asyncio.get_running_loop().time())
+            try:
+                self._send(frames)
+            except OSError:
+                return  # the tap has gone, and with it what there was to announce
+
+    async def _hush(self) -> None:
+        task, self._repeating = self._repeating, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})
+
+
+class L2Driver:
+    """Ports on one bridge of this network namespace; see ``emp.network.base.NetworkDriver``.
+
+    ``uplink`` must exist and carry no address of its own (the bridge may); the bridge is made if it is missing.
+    ``txqueuelen``: frames that a tap holds for a machine that does not read.
+    """
+
+    def __init__(self, *, bridge: str, uplink: str, txqueuelen: int = 10_000) -> None:
+        self._bridge = bridge
+        self._uplink = uplink
+        self._txqueuelen = txqueuelen
+        self._links = Netlink()
+
+    async def start(self) -> None:
+        await self._links.connect()
+        uplink = await self._links.link(self._uplink)
+        if uplink is None:
+            raise HostError(f"there is no interface {self._uplink} to be the bridge's uplink", field="uplink")
+        bridge = await self._links.link(self._bridge) or await self._make_bridge(mac=uplink.mac)
+        if bridge.kind != "bridge":
+            raise HostError(f"{self._bridge} is not a bridge but {bridge.kind or 'hardware'}", field="bridge")
+        await self._links.set_bridge_plain(bridge.index)
+        if uplink.master != bridge.index:
+            await self._enslave_uplink(uplink, bridge)
+        # Promiscuous in any case: or the card's filter would be set anew, with a pause, as ports open and close.
+        await self._links.set_promiscuous(uplink.index)
+        for link in (uplink, bridge):
+            if not link.up:
+                await self._links.set_link(link.index, state="up")
+
+    async def _make_bridge(self, *, mac: str) -> Link:
+        await self._links.add_bridge(self._bridge, mac=mac)
+        netlink.set_ipv6(self._bridge, accept_ra=0, autoconf=0, addr_gen_mode=1)
+        made = await self._links.link(self._bridge)
+        if made is None:
+            raise HostError(f"the bridge {self._bridge} vanished as it was made", field="bridge")
+        return made
+
+    async def _enslave_uplink(self, uplink: Link, bridge: Link) -> None:
+        if uplink.master is not None:
+            raise HostError(f"{self._uplink} is already a port of another bridge", field="uplink")
+        if addresses := await self._links.addresses(uplink.index):
+            raise HostError(
+                f"{self._uplink} has the address {addresses[0]}, which would stop answering",
+                field="uplink",
+                hint=f"make the bridge {self._bridge}, move the address and its routes there, then start again",
+            )
+        await self._links.set_link(uplink.index, master=bridge.index)
+
+    async def close(self) -> None:
+        """Let go of the netlink socket; ports and bridge stay as they are. Idempotent."""
+        await self._links.close()
+
+    async def plug(self, spec: EvmSpec) -> tuple[L2Port, ...]:
+        await self.remove(spec.name)
+        ports: list[L2Port] = []
+        try:
+            for number, nic in enumerate(spec.nics):
+                ports.append(await self._plug(spec.name, number, nic.mac))
+        except BaseException:
+            for port in ports:
+                await port.remove()
+            raise
+        return tuple(ports)
+
+    async def _plug(self, evm: str, number: int, mac: str) -> L2Port:
+        interface = interface_name(evm, number)
+        bridge = await self._bridge_link()
+        descriptor = tap.open_tap(interface)
+        try:
+            netlink.set_ipv6(interface, disable_ipv6=1)
+            link = await self._tap_link(interface)
+            await self._links.set_link(
+                link.index,
+                ifalias=_alias(evm, number),
+                # not the guest's own: the bridge would take its frames for the node's
+                address=f"fe{mac[2:]}",
+                mtu=bridge.mtu_bytes,
+                txqlen=self._txqueuelen,
+                master=bridge.index,
+            )
+            await self._links.lock_port(link.index)
+            await self._links.set_link(link.index, state="up")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return L2Port(self._links, interface, link.index, descriptor)
+
+    async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[L2Port, ...]:
+        """See ``NetworkDriver``. The descriptors may come in any order; raise ``HostError`` if they are not exactly the
+        EVM's taps. They are closed then: ownership has passed."""
+        try:
+            held = {tap.tap_interface(descriptor): descriptor for descriptor in tap_fds}
+            wanted = [interface_name(spec.name, number) for number in range(len(spec.nics))]
+            if sorted(held) != sorted(wanted) or len(held) != len(tap_fds):
+                raise HostError(f"{spec.name} holds the taps {sorted(held)}, not {wanted}")
+            indices = [(await self._tap_link(interface)).index for interface in wanted]
+        except EmpError:
+            for descriptor in tap_fds:
+                os.close(descriptor)
+            raise
+        return tuple(L2Port(self._links, name, index, held[name]) for name, index in zip(wanted, indices, strict=True))
+
+    async def leftovers(self) -> frozenset[str]:
+        return frozenset(evm for link in await self._links.links() if (evm := _evm_of(link)))
+
+    async def remove(self, evm: str) -> None:
+        for link in await self._links.links():
+            if _evm_of(link) == evm:
+                await netlink.delete_link(link.index)
+
+    async def _bridge_link(self) -> Link:
+        bridge = await self._links.link(self._bridge)
+        if bridge is None:
+            raise HostError(f"the bridge {self._bridge} is gone", hint="restart the agent: it makes the bridge again")
+        return bridge
+
+    async def _tap_link(self, interface: str) -> Link:
+        link = await self._links.link(interface)
+        if link is None:
+            raise HostError(f"the tap {interface} is not in this network namespace")
+        return link

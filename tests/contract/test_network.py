@@ -1,0 +1,343 @@
+"""What every network driver must do, seen from a client on the same segment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+from uuid import UUID
+
+import pytest
+
+from emp.host import tap
+from emp.model.errors import HostError
+from emp.model.evm import EvmSpec, Nic, Pod
+from emp.network.base import NetworkDriver
+from emp.network.l2 import L2Driver
+from tests.segment import Segment, arp_fields, frame, guest_receives, guest_sends, put_on_wire
+
+MAC = "52:54:00:00:00:01"
+OTHER_MAC = "52:54:00:00:00:02"
+CLIENT = "02:00:00:00:00:fe"
+
+
+def spec(name: str = "web", nics: int = 1) -> EvmSpec:
+    return EvmSpec(
+        name=name,
+        uuid=UUID(int=1),
+        memory_bytes=1 << 28,
+        vcpus=1,
+        image="micro",
+        image_digest="",
+        machine="pc-q35-10.0",
+        cpu_model="qemu64",
+        nics=tuple(
+            Nic(mac=f"52:54:00:00:00:{n:02x}", address=f"10.77.1.{n}", prefix_length=16) for n in range(1, nics + 1)
+        ),
+        pods=(Pod(name="pod", mac="52:54:00:00:01:01", address="10.77.2.1", prefix_length=16),),
+    )
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    made = Segment()
+    try:
+        with made.inside("left"):
+            yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(params=["l2"])
+async def driver(segment: Segment, request: pytest.FixtureRequest) -> AsyncIterator[NetworkDriver]:
+    made = L2Driver(bridge="emp0", uplink="eth0")
+    await made.start()
+    yield made
+    for evm in await made.leftovers():
+        await made.remove(evm)
+    await made.close()
+
+
+async def test_a_new_port_is_blocked_in_both_directions(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    for destination in ("ff:ff:ff:ff:ff:ff", CLIENT, "33:33:00:00:00:01", "01:80:c2:00:00:00", "01:80:c2:00:00:0e"):
+        guest_sends(port.tap_fd, frame(MAC, destination))
+    for destination in ("ff:ff:ff:ff:ff:ff", MAC, "33:33:00:00:00:01"):
+        segment.left.send(frame(CLIENT, destination))
+    segment.settle()
+    assert segment.left.drain() == []
+    assert guest_receives(port.tap_fd) == []
+    await port.close()
+
+
+async def test_an_open_port_lets_frames_pass_in_both_directions(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    await port.open()
+    guest_sends(port.tap_fd, frame(MAC))
+    segment.settle()
+    assert segment.left.drain() == [frame(MAC)]
+    segment.left.send(frame(CLIENT, MAC))
+    segment.left.send(frame(CLIENT))
+    segment.settle()
+    assert guest_receives(port.tap_fd) == [frame(CLIENT, MAC), frame(CLIENT)]
+    await port.close()
+
+
+async def test_blocking_an_open_port_forgets_what_was_learnt_there(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    guest_sends(port.tap_fd, frame(MAC))
+    segment.settle()
+    assert len(segment.left.drain()) == 1
+
+    await port.block()
+    await port.block()
+    guest_sends(port.tap_fd, frame(MAC))
+    segment.left.send(frame(CLIENT, MAC))
+    segment.settle()
+    assert segment.left.drain() == []
+    assert guest_receives(port.tap_fd) == []
+    await port.close()
+
+
+async def test_a_port_stays_blocked_whatever_happens_to_other_ports(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    (other,) = await driver.plug(spec("db"))
+    await other.open()
+    await other.remove()
+    segment.ip("left", f"link set {port.interface} down", f"link set {port.interface} up", "link set eth0 down")
+    segment.ip("left", "link set eth0 up")
+    await driver.start()
+    guest_sends(port.tap_fd, frame(MAC))
+    segment.settle()
+    assert segment.left.drain() == []
+    await port.close()
+
+
+async def test_frames_put_on_a_blocked_tap_wait_for_the_machine(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    held = [frame(CLIENT, MAC, payload=str(number).encode()) for number in range(5000)]
+    put_on_wire(port.interface, *held)
+    assert guest_receives(port.tap_fd) == held
+    assert segment.left.drain() == []
+    await port.close()
+
+
+async def test_an_open_tap_keeps_frames_for_a_machine_that_does_not_run_yet(
+    segment: Segment, driver: NetworkDriver
+) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    sent = [frame(CLIENT, MAC, payload=str(number).encode()) for number in range(3000)]
+    for data in sent:
+        segment.left.send(data)
+    segment.settle()
+    assert guest_receives(port.tap_fd) == sent
+    await port.close()
+
+
+async def test_announcing_tells_the_segment_of_every_address_at_once(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    with segment.inside("right"):
+        put_on_wire("eth0", frame(MAC))  # so far, it was over there
+    await port.open()
+    addresses = [(f"52:54:00:00:01:{n:02x}", f"10.77.2.{n}") for n in range(1, 10)] + [(MAC, "10.77.1.1")]
+    took_ms = []
+    for _ in range(5):
+        began_s = time.perf_counter()
+        await port.announce(addresses)
+        took_ms.append((time.perf_counter() - began_s) * 1e3)
+        await port.block()
+        await port.open()
+    segment.settle()
+    seen = {arp_fields(data)[1:] for data in segment.left.drain()}
+    assert seen == {(mac, ip, ip) for mac, ip in addresses}
+    assert min(took_ms) < 2, took_ms
+    table = json.loads(segment.command("client", "bridge", "-j", "fdb", "show", "br", "fabric"))
+    assert {entry["ifname"] for entry in table if entry["mac"] == MAC} == {"left"}
+    table = json.loads(segment.command("left", "bridge", "-j", "fdb", "show", "br", "emp0"))
+    assert not [entry for entry in table if entry["mac"] == MAC], "block() forgets it on the node's own bridge"
+    await port.close()
+
+
+async def test_announcing_is_repeated_until_the_port_is_blocked(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    tasks = asyncio.all_tasks()
+    await port.announce([(MAC, "10.77.1.1")])
+    await asyncio.sleep(0.3)
+    segment.settle()
+    first = segment.left.drain()
+    assert len(first) == 6, "both ARP forms, at 0, 50 and 150 ms"
+    await port.block()
+    await port.open()
+    assert asyncio.all_tasks() == tasks
+    await asyncio.sleep(0.4)
+    segment.settle()
+    assert segment.left.drain() == []
+    await port.close()
+
+
+async def test_a_blocked_port_announces_nothing(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.announce([(MAC, "10.77.1.1"), (MAC, "fd00::1")])
+    await asyncio.sleep(0.1)
+    segment.settle()
+    assert segment.left.drain() == []
+    await port.remove()
+
+
+async def test_announcing_on_a_tap_that_was_taken_away_is_an_error(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await driver.remove("web")
+    with pytest.raises(HostError, match=port.interface):
+        await port.announce([(MAC, "10.77.1.1")])
+    await port.close()
+
+
+async def test_the_tap_lives_as_long_as_agent_or_machine(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    machines = os.dup(port.tap_fd)
+    await port.close()
+    assert await driver.leftovers() == {"web"}
+    assert tap.tap_interface(machines) == port.interface
+    os.close(machines)
+    assert await driver.leftovers() == frozenset()
+
+
+@pytest.mark.parametrize("was_open", [True, False])
+async def test_a_restarted_agent_gets_the_ports_back_as_they_were(
+    segment: Segment, driver: NetworkDriver, was_open: bool
+) -> None:
+    ports = await driver.plug(spec(nics=2))
+    if was_open:
+        for port in ports:
+            await port.open()
+    machines = [os.dup(port.tap_fd) for port in ports]
+    for port in ports:
+        await port.close()
+    put_on_wire(ports[0].interface, frame(CLIENT, MAC))
+
+    copies = [os.dup(descriptor) for descriptor in machines]
+    adopted = await driver.adopt(spec(nics=2), list(reversed(copies)))
+    assert [port.interface for port in adopted] == [port.interface for port in ports]
+    assert guest_receives(adopted[0].tap_fd) == [frame(CLIENT, MAC)]
+    guest_sends(machines[1], frame(OTHER_MAC))
+    segment.settle()
+    assert segment.left.drain() == ([frame(OTHER_MAC)] if was_open else [])
+
+    for port in adopted:
+        await port.remove()
+    for descriptor in machines:
+        os.close(descriptor)
+    assert await driver.leftovers() == frozenset()
+
+
+async def test_adopting_something_else_is_refused(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec("db"))
+    with pytest.raises(HostError, match="web"):
+        await driver.adopt(spec("web"), [os.dup(port.tap_fd)])
+    with pytest.raises(HostError):
+        await driver.adopt(spec("db"), [os.open("/dev/null", os.O_RDWR)])
+    await port.remove()
+
+
+async def test_plugging_again_replaces_what_was_left(segment: Segment, driver: NetworkDriver) -> None:
+    (stale,) = await driver.plug(spec())
+    (other,) = await driver.plug(spec("db"))
+    (port,) = await driver.plug(spec())
+    assert await driver.leftovers() == {"web", "db"}
+    with pytest.raises(HostError):
+        await stale.announce([(MAC, "10.77.1.1")])
+    await stale.remove()
+    await port.open()
+    guest_sends(port.tap_fd, frame(MAC))
+    segment.settle()
+    assert segment.left.drain() == [frame(MAC)]
+    await port.close()
+    await other.close()
+
+
+async def test_removing_takes_everything_and_is_idempotent(segment: Segment, driver: NetworkDriver) -> None:
+    ports = await driver.plug(spec(nics=2))
+    (other,) = await driver.plug(spec("db"))
+    machines = [os.dup(port.tap_fd) for port in ports]
+    await driver.remove("web")
+    await driver.remove("web")
+    assert await driver.leftovers() == {"db"}
+    for port in ports:
+        await port.remove()
+        await port.remove()
+    await other.remove()
+    links = json.loads(segment.command("left", "ip", "-j", "link"))
+    assert {link["ifname"] for link in links} == {"lo", "eth0", "emp0"}
+    for descriptor in machines:
+        os.close(descriptor)
+
+
+async def test_the_node_itself_says_nothing(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    await asyncio.sleep(1.5)  # duplicate address detection, MLD reports and router solicitations come within 1 s
+    segment.settle()
+    assert segment.left.drain() == []
+    assert guest_receives(port.tap_fd) == []
+    await port.close()
+
+
+async def test_opening_is_fast_enough_for_the_blackout(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    took_ms = []
+    for _ in range(50):
+        began_s = time.perf_counter()
+        await port.open()
+        took_ms.append((time.perf_counter() - began_s) * 1e3)
+        await port.block()
+    print(f"open: median {statistics.median(took_ms):.2f} ms, worst {max(took_ms):.2f} ms")
+    assert statistics.median(took_ms) < 2
+    await port.close()
+
+
+async def test_l2_start_keeps_a_bridge_that_carries_the_nodes_address(segment: Segment) -> None:
+    segment.ip(
+        "left",
+        "link add emp0 type bridge",
+        "link set eth0 master emp0",
+        "address add 10.77.0.1/16 dev emp0",
+        "link set emp0 up",
+    )
+    driver = L2Driver(bridge="emp0", uplink="eth0")
+    for _ in range(2):
+        await driver.start()
+    (bridge,) = json.loads(segment.command("left", "ip", "-j", "-d", "address", "show", "emp0"))
+    settings = bridge["linkinfo"]["info_data"]
+    assert (settings["forward_delay"], settings["stp_state"], settings["mcast_snooping"]) == (0, 0, 0)
+    assert "10.77.0.1" in [address.get("local") for address in bridge["addr_info"]]
+    mac = bridge["address"]
+    (port,) = await driver.plug(spec())
+    assert json.loads(segment.command("left", "ip", "-j", "link", "show", "emp0"))[0]["address"] == mac
+    await port.remove()
+    await driver.close()
+
+
+async def test_l2_start_says_what_is_missing(segment: Segment) -> None:
+    driver = L2Driver(bridge="emp0", uplink="eth7")
+    with pytest.raises(HostError, match="eth7"):
+        await driver.start()
+    await driver.close()
+
+    driver = L2Driver(bridge="lo", uplink="eth0")
+    with pytest.raises(HostError, match="lo is not a bridge"):
+        await driver.start()
+    await driver.close()
+
+    segment.ip("left", "address add 10.77.0.1/16 dev eth0")
+    driver = L2Driver(bridge="emp0", uplink="eth0")
+    with pytest.raises(HostError, match=r"10\.77\.0\.1") as caught:
+        await driver.start()
+    assert "move the address" in str(caught.value)
+    await driver.close()
