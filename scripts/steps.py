@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from emp_setup import environment, packages
+from emp_setup import apt, environment, packages
 from emp_setup.console import Refusal, refuse, say
+
+MISSING_DEPENDENCY = 10
+"""Exit status of ``emp`` where the machine lacks something: here, a package that could not be fetched."""
 
 
 def main() -> int:
@@ -22,9 +25,9 @@ def main() -> int:
         try:
             packages.ensure(extra=environment.needs())
             environment.ensure(development=arguments.dev)
+            return _guest_image()
         except Refusal as refusal:
             return refuse(refusal)
-        return _guest_image()
 
 
 def _alone(descriptor: int) -> None:
@@ -38,7 +41,14 @@ def _alone(descriptor: int) -> None:
 
 def _guest_image() -> int:
     """Build the guest image unless one of the same inputs is there; it says for itself what it does."""
-    return subprocess.run([environment.PYTHON, "-m", "emp.lab.images"], check=False).returncode
+    build = [str(environment.PYTHON), "-m", "emp.lab.images"]
+    status = subprocess.run(build, stdout=subprocess.DEVNULL, check=False).returncode
+    if status == MISSING_DEPENDENCY:
+        say("refreshing the package lists, which may be absent or outdated, to try once more")
+        with apt.only_release_sources(apt.os_release()) as options:
+            apt.refresh(options)
+        status = subprocess.run(build, stdout=subprocess.DEVNULL, check=False).returncode
+    return status
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from emp_setup import sources
 from emp_setup.console import Refusal, quietly, say
 from emp_setup.privilege import as_root
 
+OS_RELEASE = Path("/etc/os-release")
 _WHY_ROOT = "Debian packages have to be installed"
 
 
@@ -34,9 +35,9 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
     return {row[0]: row[1] for row in rows if row[-1] == "installed"}
 
 
-def os_release(path: Path = Path("/etc/os-release")) -> dict[str, str]:
+def os_release() -> dict[str, str]:
     """Return the fields of os-release(5), unquoted."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = OS_RELEASE.read_text().splitlines() if OS_RELEASE.exists() else []
     return {name: value.strip("\"'") for name, _, value in (line.partition("=") for line in lines if "=" in line)}
 
 
@@ -52,8 +53,8 @@ def only_release_sources(release: Mapping[str, str]) -> Iterator[list[str]]:
         yield []
         return
     with tempfile.TemporaryDirectory(prefix="emp-setup-") as directory:
-        for file in files:
-            (Path(directory) / file.name).symlink_to(file)
+        for number, file in enumerate(files):
+            (Path(directory) / f"{number}-{file.name}").symlink_to(file)
         yield [
             "-o", "Dir::Etc::sourcelist=/dev/null",
             "-o", f"Dir::Etc::sourceparts={directory}",

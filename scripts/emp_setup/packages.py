@@ -24,7 +24,6 @@ class Need:
 NEEDS = (
     Need(("iproute2", "nftables", "util-linux", "mount"), "network and mount namespaces, bridges, taps, blocked ports"),
     Need(("gcc", "libc6-dev"), "compile the guest service"),
-    Need(("busybox-static", "cpio"), "pack the guest image"),
     Need(("ca-certificates",), "trust package sources that are served over HTTPS"),
 )
 QEMU = Need(("qemu-system-x86", "qemu-utils"), "run the EVMs and serve their volumes")
@@ -49,18 +48,19 @@ def ensure(extra: Iterable[Need], environ: Mapping[str, str] = os.environ) -> No
     if own_qemu and not missing:
         return
 
-    if platform.machine() != "x86_64":
+    machine = platform.machine()
+    if machine != "x86_64":
         raise Refusal(
-            f"EMP's guests are x86-64 and their image is made of this machine's packages: {platform.machine()}"
+            f"EMP's guests are x86-64 and their image is made of this machine's packages, which are {machine}"
         )
     if not own_qemu:
         _refuse_to_replace_pieces(environ)
     apt.require_root()
     release = apt.os_release()
     with apt.only_release_sources(release) as options:
-        apt.refresh(options)
         for need in missing:
             say(f"installing {' '.join(need.packages)}: {need.why}")
+        apt.refresh(options)
         if missing:
             apt.install(options, [package for need in missing for package in need.packages])
     if not own_qemu:
@@ -103,8 +103,8 @@ def _suite_of_qemu(release: Mapping[str, str]) -> str | None:
     codename = release.get("VERSION_CODENAME", "")
     if release.get("ID") != "debian" or not codename:
         raise Refusal(
-            f"{release.get('PRETTY_NAME', 'this system')} offers QEMU {own}, and EMP needs {qemu.MINIMUM_TEXT} or newer: "
-            f"use Debian 12 or newer, or name one with EMP_QEMU=/path/to/{qemu.BINARY}"
+            f"{release.get('PRETTY_NAME', 'this system')} offers QEMU {own}, and EMP needs {qemu.MINIMUM_TEXT} "
+            f"or newer: use Debian 12 or newer, or name one with EMP_QEMU=/path/to/{qemu.BINARY}"
         )
     suite = f"{codename}-backports"
     if sources.backports(sources.read_sources(), codename) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from emp_setup.console import Refusal
 
@@ -32,6 +33,8 @@ def as_root(
             f"root is needed: {why}. You are not root and there is no sudo here: "
             "run the same command as root, or have sudo installed"
         )
+    # The guest image was built by the user: root is to find it, not to build its own.
+    environ = {"EMP_CACHE": str(Path.home() / ".cache" / "emp"), **environ}
     # `env` and not --preserve-env: the latter needs a permission of its own (SETENV) in sudoers.
     kept = [f"{name}={environ[name]}" for name in sorted(environ) if name.startswith("EMP_") or name in KEPT]
     return ["sudo", "--", "env", *kept, *command]

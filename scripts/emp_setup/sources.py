@@ -28,9 +28,9 @@ class Source:
     options: dict[str, str] = field(default_factory=dict)
 
 
-def read_sources(etc_apt: Path = ETC_APT) -> list[Source]:
+def read_sources() -> list[Source]:
     """Return every enabled source of binary packages, in the order in which apt reads them."""
-    files = [etc_apt / "sources.list", *sorted((etc_apt / "sources.list.d").glob("*"))]
+    files = [ETC_APT / "sources.list", *sorted((ETC_APT / "sources.list.d").glob("*"))]
     sources: list[Source] = []
     for path in files:
         if path.suffix == ".list" and path.is_file():
