@@ -1,0 +1,154 @@
+"""Getting everything back after a restart of the agent: nothing happens to a guest that may run.
+
+For each EVM the journal's last record decides, and what is alive on the node:
+
+============  ==========================  =====================================================================
+last record   its machine is alive        its machine is gone
+============  ==========================  =====================================================================
+OWN           adopted                     crashed: the controller decides about a cold restart
+ACTIVATED     adopted; run if it stands   crashed
+HANDOVER      the migration is aborted    lost: OWN(e_s), the controller decides
+GIVEN         GO is sent again            GO is sent again
+PREPARED      waits for its source        WITHDRAWN
+others        killed: it has lost         -
+none          **quarantine**: a machine without a record is not touched, and reported
+============  ==========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from emp.agent.assembly import Assembly
+from emp.agent.journal import Journal
+from emp.agent.migrations import Migrations
+from emp.agent.residents import Residents
+from emp.agent.shelf import Entry
+from emp.hypervisor.base import ProcessId, RunState, StreamStatus
+from emp.migration import events
+from emp.migration.records import Record, RecordKind
+from emp.migration.states import Source, SourcePhase, Target, TargetPhase
+from emp.model.errors import EmpError, HostError
+from emp.model.evm import EvmState
+
+log = logging.getLogger(__name__)
+
+
+class Adoption:
+    """One pass at the agent's start, before it takes orders."""
+
+    def __init__(self, journal: Journal, residents: Residents, migrations: Migrations) -> None:
+        self._journal = journal
+        self._residents = residents
+        self._migrations = migrations
+
+    async def run(self) -> tuple[str, ...]:
+        """Take back what is here; return the names of machines in quarantine."""
+        assembler = self._residents.assembler
+        alive = dict(await assembler.hypervisor.found())
+        ports = await assembler.network.leftovers()
+        for evm in self._journal.evms:
+            try:
+                await self._take_back(evm, alive.pop(evm, None))
+            except EmpError as error:
+                log.error("%s: not adopted: %s", evm, error)
+                if entry := self._residents.shelf.get(evm):
+                    self._residents.note(entry, EvmState.UNKNOWN, f"could not be adopted: {error}")
+        for evm in ports - set(self._journal.evms) - set(alive):
+            await assembler.clear(evm, None)
+        for evm, process in alive.items():
+            log.error("%s: machine %d has no record in the journal: not touched", evm, process.pid)
+        return tuple(alive)
+
+    async def _take_back(self, evm: str, process: ProcessId | None) -> None:
+        last = self._journal.last(evm)
+        entry = self._residents.shelf.get(evm)
+        if last is None:
+            return
+        if last.kind in (RecordKind.DONE, RecordKind.WITHDRAWN, RecordKind.RETIRED, RecordKind.STOPPED):
+            await self._residents.assembler.clear(evm, process)
+            if last.kind is RecordKind.STOPPED and entry:
+                self._residents.note(entry, EvmState.STOPPED, "shut down")
+            return
+        if entry is None:
+            raise HostError(f"the journal has {last.kind} of {evm!r}, and its record is not on the shelf")
+        assembly = await self._residents.assembler.adopt(entry.spec, process) if process else None
+        if assembly is None:
+            await self._residents.assembler.network.remove(evm)
+        match last.kind:
+            case RecordKind.OWN | RecordKind.ACTIVATED:
+                await self._owned(last, entry, assembly)
+            case RecordKind.HANDOVER | RecordKind.GIVEN:
+                await self._leaving(last, entry, assembly)
+            case RecordKind.PREPARED:
+                await self._arriving(last, entry, assembly, process)
+
+    async def _owned(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
+        if assembly is None:
+            self._residents.note(entry, EvmState.CRASHED, "its QEMU process ended while the agent was away")
+            return
+        state = await assembly.machine.run_state()
+        if last.kind is RecordKind.ACTIVATED and state is RunState.PAUSED:
+            # The commit is made and only ``cont`` was missing: this is the owner (rule R1).
+            await assembly.open_ports()
+            await assembly.machine.cont()
+            await assembly.announce()
+            state = RunState.RUNNING
+        resident = self._residents.settle(entry, assembly)
+        match state:
+            case RunState.RUNNING:
+                await assembly.open_ports()
+            case RunState.SHUTDOWN:
+                self._residents.shut_down(resident)
+            case RunState.GUEST_PANICKED:
+                resident.state, resident.reason = EvmState.PANICKED, "the guest's kernel panicked"
+            case _:
+                resident.state, resident.reason = EvmState.PAUSED, f"the machine is {state}"
+
+    async def _leaving(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
+        assert last.migration and last.peer and last.nonce and entry.peer
+        state = Source(
+            last.evm,
+            last.migration,
+            last.peer,
+            last.nonce,
+            last.epoch,
+            last.epoch_target or 0,
+            last.epoch_back or 0,
+            machine_gone=assembly is None,
+        )
+        if assembly is None:
+            self._residents.note(entry, EvmState.PAUSED, "in a migration")
+        else:
+            self._residents.settle(entry, assembly, EvmState.MIGRATING)
+        if last.kind is RecordKind.GIVEN:
+            given = replace(state, phase=SourcePhase.GIVEN, completed=True, loaded=True)
+            self._migrations.resume_source(given, entry.peer, events.TimerFired(events.Timer.REPEAT))
+        elif assembly is None:
+            self._migrations.resume_source(replace(state, phase=SourcePhase.PRECOPY), entry.peer, events.MachineGone())
+        else:
+            completed = (await assembly.machine.stream_info()).status is StreamStatus.COMPLETED
+            copying = replace(state, phase=SourcePhase.PRECOPY, completed=completed)
+            restarted = events.AbortAsked("the source's agent was restarted before the commit")
+            self._migrations.resume_source(copying, entry.peer, restarted)
+
+    async def _arriving(self, last: Record, entry: Entry, assembly: Assembly | None, process: ProcessId | None) -> None:
+        assert last.migration and last.peer and last.nonce
+        same = process is not None and (process.pid, process.start_ticks) == (last.pid, last.start_ticks)
+        state = Target(
+            last.evm,
+            last.migration,
+            last.peer,
+            last.nonce,
+            last.epoch,
+            TargetPhase.PREPARED,
+            last.pid,
+            last.start_ticks,
+        )
+        if assembly is None or not same:
+            self._migrations.resume_target(state, entry, assembly, events.AbortAsked("its machine is gone"))
+            return
+        loaded = await assembly.machine.run_state() is RunState.PAUSED
+        event = events.StreamMoved(events.Stream.COMPLETED) if loaded else events.LinkLost()
+        self._migrations.resume_target(state, entry, assembly, event)

@@ -1,0 +1,121 @@
+"""The agent's HTTPS API (``emp.model.orders`` has the table): only the pool's controller may call it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+from emp.agent.migrations import Migrations
+from emp.agent.residents import Residents
+from emp.model.errors import Unavailable
+from emp.model.node import EvmReport, NodeReport
+from emp.model.orders import (
+    AbortOrder,
+    HandoverOrder,
+    Prepared,
+    PrepareOrder,
+    RetireOrder,
+    RoleStatus,
+    StartOrder,
+    StopOrder,
+)
+from emp.wire.faults import install_error_handlers
+from emp.wire.guard import require_role
+from emp.wire.identity import Role
+
+
+class Gate:
+    """Orders wait until what was here before has been adopted; a journal that cannot be trusted lets none through."""
+
+    def __init__(self) -> None:
+        self.closed: str | None = "the agent is still adopting what was here before"
+
+    async def __call__(self) -> None:
+        if self.closed:
+            raise Unavailable(self.closed, hint="see: emp node show")
+
+
+def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
+    app = FastAPI(title="EMP agent", docs_url=None, redoc_url=None)
+    install_error_handlers(app)
+    controller = [Depends(require_role(Role.CONTROLLER))]
+    orders = [*controller, Depends(gate)]
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str | None]:
+        return {"status": "ok" if gate.closed is None else "waiting", "reason": gate.closed}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(_metrics(report()), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/node", dependencies=controller)
+    async def node() -> NodeReport:
+        return report()
+
+    @app.post("/v1/evms/{name}/start", dependencies=orders)
+    async def start(name: str, order: StartOrder) -> EvmReport:
+        return await residents.start(order)
+
+    @app.post("/v1/evms/{name}/stop", dependencies=orders)
+    async def stop(name: str, order: StopOrder) -> EvmReport:
+        return await residents.stop(name, order)
+
+    @app.post("/v1/evms/{name}/retire", dependencies=orders)
+    async def retire(name: str, order: RetireOrder) -> EvmReport:
+        return await residents.retire(name, order)
+
+    @app.get("/v1/evms/{name}/console", dependencies=orders)
+    async def console_output(name: str, backlog: Annotated[bool, Query()] = True) -> StreamingResponse:
+        assembly = residents.get(name).assembly
+        if assembly is None:
+            raise Unavailable(f"EVM {name!r} has no machine now", field="evm")
+        return StreamingResponse(assembly.console.output(backlog=backlog), media_type="application/octet-stream")
+
+    @app.post("/v1/evms/{name}/console", dependencies=orders, status_code=204)
+    async def console_input(name: str, request: Request) -> None:
+        assembly = residents.get(name).assembly
+        if assembly is not None:
+            await assembly.console.type(await request.body())
+
+    @app.post("/v1/migrations/{migration}/prepare", dependencies=orders)
+    async def prepare(migration: str, order: PrepareOrder) -> Prepared:
+        return await migrations.prepare(order)
+
+    @app.post("/v1/migrations/{migration}/handover", dependencies=orders)
+    async def hand_over(migration: str, order: HandoverOrder) -> RoleStatus:
+        return await migrations.hand_over(order)
+
+    @app.post("/v1/migrations/{migration}/abort", dependencies=orders)
+    async def abort(migration: str, order: AbortOrder) -> RoleStatus:
+        return migrations.abort(migration, order)
+
+    @app.get("/v1/migrations/{migration}", dependencies=orders)
+    async def status(migration: str) -> RoleStatus:
+        return migrations.status(migration)
+
+    @app.get("/v1/migrations/{migration}/watch", dependencies=orders)
+    async def watch(migration: str) -> StreamingResponse:
+        migrations.status(migration)  # unknown here: a 404 instead of a stream
+        return StreamingResponse(_sse(migrations.watch(migration)), media_type="text/event-stream")
+
+    return app
+
+
+async def _sse(snapshots: AsyncIterator[RoleStatus]) -> AsyncIterator[str]:
+    async for snapshot in snapshots:
+        yield f"event: status\ndata: {snapshot.model_dump_json()}\n\n"
+
+
+def _metrics(report: NodeReport) -> bytes:
+    registry = CollectorRegistry()
+    evms = Gauge("emp_node_evms", "EVMs on this node", ["state"], registry=registry)
+    for evm in report.evms:
+        evms.labels(evm.state).inc()
+    Gauge("emp_node_memory_bytes", "Memory offered to EVMs", registry=registry).set(report.memory_bytes)
+    Gauge("emp_node_memory_used_bytes", "Memory taken by EVMs", registry=registry).set(report.memory_used_bytes)
+    return generate_latest(registry)

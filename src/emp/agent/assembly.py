@@ -1,0 +1,115 @@
+"""A machine with its ports and console, as one thing that is put together and taken apart."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from emp.agent.console import Console
+from emp.agent.images import Images
+from emp.agent.shelf import Entry
+from emp.hypervisor.base import BlockDevice, Hypervisor, LaunchPlan, Machine, ProcessId
+from emp.model.errors import HostError
+from emp.model.evm import EvmSpec
+from emp.network.base import NetworkDriver, Port
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Assembly:
+    """One EVM's machine on this node."""
+
+    spec: EvmSpec
+    machine: Machine
+    ports: tuple[Port, ...]
+    console: Console
+
+    async def open_ports(self) -> None:
+        for port in self.ports:
+            await port.open()
+
+    async def block_ports(self) -> None:
+        for port in self.ports:
+            await port.block()
+
+    async def announce(self) -> None:
+        """Every address of the EVM and its pods, each from the port that it is behind."""
+        for index, port in enumerate(self.ports):
+            nic = self.spec.nics[index]
+            behind = [(nic.mac, nic.address)] + [(p.mac, p.address) for p in self.spec.pods if p.nic == index]
+            await port.announce(behind)
+
+    async def dismantle(self) -> None:
+        """Kill the machine, wait for its exit, take its ports away. Idempotent."""
+        await self.console.close()
+        await self.machine.kill()
+        for port in self.ports:
+            await port.remove()
+
+    async def close(self) -> None:
+        """Let go without touching anything: the agent stops, the EVM goes on."""
+        await self.console.close()
+        await self.machine.close()
+        for port in self.ports:
+            await port.close()
+
+
+class Assembler:
+    def __init__(self, hypervisor: Hypervisor, network: NetworkDriver, images: Images) -> None:
+        self.hypervisor = hypervisor
+        self.network = network
+        self.images = images
+
+    async def assemble(self, entry: Entry, *, incoming: bool) -> Assembly:
+        """Blocked ports, then a machine that boots or waits for a stream; nothing is left behind if that fails."""
+        spec = entry.spec
+        image, kernel, initrd = self.images.get(spec.image)
+        if image.digest != spec.image_digest:
+            raise HostError(
+                f"image {spec.image!r} on this node is another build than the EVM's",
+                field="image",
+                hint="install the same image on every node",
+            )
+        ports = await self.network.plug(spec)
+        try:
+            plan = LaunchPlan(
+                spec=spec,
+                kernel=Path(kernel),
+                initrd=Path(initrd),
+                kernel_command_line=image.kernel_command_line,
+                tap_fds=tuple(port.tap_fd for port in ports),
+                volumes=tuple(
+                    BlockDevice(g.volume.id, g.volume.serial, g.volume.size_bytes, g.attachment.endpoint)
+                    for g in entry.volumes
+                ),
+                incoming=incoming,
+            )
+            machine = await self.hypervisor.launch(plan)
+        except BaseException:
+            for port in ports:
+                await port.remove()
+            raise
+        return await self._with_console(spec, machine, ports)
+
+    async def adopt(self, spec: EvmSpec, process: ProcessId) -> Assembly:
+        """Take back what an earlier agent process of this node had made; nothing happens to the guest."""
+        machine = await self.hypervisor.adopt(spec, process)
+        ports = await self.network.adopt(spec, await machine.tap_fds())
+        return await self._with_console(spec, machine, ports)
+
+    async def clear(self, evm: str, process: ProcessId | None) -> None:
+        """Kill a machine that has lost, and take every port of the EVM away. Idempotent."""
+        if process is not None:
+            await self.hypervisor.kill_stranger(evm, process)
+        await self.network.remove(evm)
+
+    async def _with_console(self, spec: EvmSpec, machine: Machine, ports: tuple[Port, ...]) -> Assembly:
+        console = Console(machine.console_path)
+        with contextlib.suppress(OSError):  # a machine that has just died has no console; its GONE event tells
+            async with asyncio.timeout(2):
+                await console.start()
+        return Assembly(spec, machine, ports, console)

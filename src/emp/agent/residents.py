@@ -1,0 +1,314 @@
+"""The EVMs that live on this node: boot, stop, retire, and what their guests do by themselves.
+
+No agent boots a guest from its journal (rule R9): a start needs the controller's order with a fresh epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from emp.agent.assembly import Assembler, Assembly
+from emp.agent.journal import Journal
+from emp.agent.shelf import Entry, Shelf
+from emp.agent.signal import Signal
+from emp.agent.source import SourceRole
+from emp.hypervisor.base import MachineEvent, MachineEventKind
+from emp.migration.records import OWNING, Record, RecordKind
+from emp.model.errors import Conflict, EmpError, NotFound, Refused, StaleEpoch
+from emp.model.evm import EvmState
+from emp.model.names import format_size
+from emp.model.node import EvmReport
+from emp.model.orders import RetireOrder, StartOrder, StopOrder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Resident:
+    """One EVM whose authority is here, or whose end is still to be told."""
+
+    entry: Entry
+    assembly: Assembly | None
+    state: EvmState
+    reason: str | None = None
+    role: SourceRole | None = None
+    """while it is being migrated away"""
+    follower: asyncio.Task[None] | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """orders about this EVM, one at a time (rule R1)"""
+
+    @property
+    def name(self) -> str:
+        return self.entry.spec.name
+
+
+class Residents:
+    def __init__(self, journal: Journal, shelf: Shelf, assembler: Assembler, *, memory_bytes: int) -> None:
+        self.journal = journal
+        self.shelf = shelf
+        self.assembler = assembler
+        self.memory_bytes = memory_bytes
+        self.changed = Signal()
+        self._residents: dict[str, Resident] = {}
+        self._reserved_bytes: dict[str, int] = {}
+        """EVM name -> memory of machines that are being made or wait for a stream"""
+        self._endings: set[asyncio.Task[None]] = set()
+
+    # -- what is here
+
+    def get(self, name: str) -> Resident:
+        """Raise ``NotFound``."""
+        try:
+            return self._residents[name]
+        except KeyError:
+            raise NotFound(f"EVM {name!r} is not on this node", field="evm") from None
+
+    def reports(self) -> tuple[EvmReport, ...]:
+        return tuple(self.report(resident) for resident in self._residents.values())
+
+    def report(self, resident: Resident) -> EvmReport:
+        last = self.journal.last(resident.name)
+        migrating = resident.role is not None and not resident.role.phase.final
+        return EvmReport(
+            name=resident.name,
+            state=EvmState.MIGRATING if migrating else resident.state,
+            epoch=last.epoch if last else 0,
+            reason=resident.reason,
+            migration=resident.role.state.migration if resident.role and migrating else None,
+            qemu_pid=resident.assembly.machine.process.pid if resident.assembly else None,
+        )
+
+    @property
+    def memory_used_bytes(self) -> int:
+        living = (r.entry.spec.memory_bytes for r in self._residents.values() if r.assembly)
+        return sum(living) + sum(self._reserved_bytes.values())
+
+    def reserve(self, name: str, memory_bytes: int) -> None:
+        """Set memory aside for a machine that is being made; raise ``Refused`` if the node has not got it."""
+        free_bytes = self.memory_bytes - self.memory_used_bytes
+        if memory_bytes > free_bytes:
+            raise Refused(
+                f"it needs {format_size(memory_bytes)}, the node has {format_size(max(0, free_bytes))} free",
+                field="memory",
+                hint="pick another node, or stop or move an EVM away from this one",
+            )
+        self._reserved_bytes[name] = memory_bytes
+
+    def unreserve(self, name: str) -> None:
+        self._reserved_bytes.pop(name, None)
+
+    # -- orders
+
+    async def start(self, order: StartOrder) -> EvmReport:
+        """START(k): OWN(k) on disk, then boot. The same order again gets the same answer."""
+        name, epoch = order.spec.name, order.epoch
+        last = self.journal.last(name)
+        if last and last.kind is RecordKind.OWN and last.epoch == epoch and name in self._residents:
+            return self.report(self.get(name))
+        self._check_epoch(name, epoch)
+        if last and last.kind in (*OWNING, RecordKind.PREPARED, RecordKind.GIVEN):
+            raise Conflict(f"EVM {name!r} is already here ({last.kind})", field="evm", hint="retire it first")
+        await self._forget(name)
+        entry = Entry(spec=order.spec, volumes=order.volumes)
+        self.reserve(name, order.spec.memory_bytes)
+        try:
+            self.shelf.put(entry)
+            await self.journal.append(Record(RecordKind.OWN, name, epoch))
+            resident = Resident(entry, None, EvmState.CREATING)
+            self._residents[name] = resident
+            try:
+                resident.assembly = await self.assembler.assemble(entry, incoming=False)
+                await resident.assembly.open_ports()
+                await resident.assembly.announce()
+            except EmpError as error:
+                resident.state, resident.reason = EvmState.CRASHED, f"it could not be started: {error}"
+                if resident.assembly:
+                    await resident.assembly.dismantle()
+                    resident.assembly = None
+                raise
+            self._settle(resident, EvmState.RUNNING)
+        finally:
+            self.unreserve(name)
+            self.changed.notify()
+        return self.report(resident)
+
+    async def stop(self, name: str, order: StopOrder) -> EvmReport:
+        """Power button, then after the grace period power off; STOPPED(e) on disk, nothing left but the shelf."""
+        resident = self.get(name)
+        async with resident.lock:
+            self._check_not_migrating(resident)
+            if resident.assembly is not None:
+                if order.grace_s > 0 and resident.state is EvmState.RUNNING:
+                    await self._ask_to_shut_down(resident, order.grace_s)
+                await self._end(resident, EvmState.STOPPED, resident.reason or "stopped by request")
+        return self.report(resident)
+
+    async def retire(self, name: str, order: RetireOrder) -> EvmReport:
+        """RETIRED(k): whatever of this EVM is here is dead, and an order older than k is refused from now on."""
+        last = self.journal.last(name)
+        report = EvmReport(name=name, state=EvmState.STOPPED, epoch=order.epoch, reason="retired")
+        if last and last.kind is RecordKind.RETIRED and last.epoch == order.epoch:
+            return report
+        self._check_epoch(name, order.epoch)
+        if resident := self._residents.get(name):
+            async with resident.lock:
+                self._check_not_migrating(resident)
+                await self._forget(name)
+        elif last and last.kind in (RecordKind.PREPARED, RecordKind.GIVEN):
+            raise Conflict(f"a migration of {name!r} is not over here", field="evm", hint="abort it first")
+        await self.journal.append(Record(RecordKind.RETIRED, name, order.epoch))
+        self.shelf.drop(name)
+        self.changed.notify()
+        return report
+
+    def _check_epoch(self, name: str, epoch: int) -> None:
+        highest = self.journal.ledger(name).highest_epoch
+        if epoch <= highest:
+            raise StaleEpoch(
+                f"the order's epoch {epoch} is not newer than {highest}, which this node has seen", field="epoch"
+            )
+
+    @staticmethod
+    def _check_not_migrating(resident: Resident) -> None:
+        if resident.role is not None and not resident.role.phase.final:
+            raise Conflict(
+                f"EVM {resident.name!r} is being migrated ({resident.role.state.migration})",
+                field="evm",
+                hint="abort the migration or wait for its end",
+            )
+
+    # -- arrivals and departures
+
+    def settle(self, entry: Entry, assembly: Assembly, state: EvmState = EvmState.RUNNING) -> Resident:
+        """An EVM has come to live here: by a migration, or adopted after a restart."""
+        resident = Resident(entry, assembly, state)
+        self._residents[entry.spec.name] = resident
+        self._settle(resident, state)
+        return resident
+
+    def note(self, entry: Entry, state: EvmState, reason: str | None) -> Resident:
+        """An EVM whose machine is not there any more, but whose authority or end is."""
+        resident = Resident(entry, None, state, reason)
+        self._residents[entry.spec.name] = resident
+        return resident
+
+    def _settle(self, resident: Resident, state: EvmState) -> None:
+        resident.state, resident.reason = state, None
+        if resident.assembly is not None:
+            follow = self._follow(resident, resident.assembly.machine.events())
+            resident.follower = asyncio.create_task(follow, name=f"resident {resident.name}")
+        self.changed.notify()
+
+    async def depart(self, name: str) -> None:
+        """Its machine is gone and another node owns it."""
+        resident = self._residents.pop(name, None)
+        if resident is not None:
+            await self._stop_following(resident)
+        self.shelf.drop(name)
+        self.changed.notify()
+
+    async def _forget(self, name: str) -> None:
+        """Take away what is left of an EVM that has no authority here."""
+        if resident := self._residents.pop(name, None):
+            await self._stop_following(resident)
+            if resident.assembly is not None:
+                await resident.assembly.dismantle()
+
+    # -- what guests do by themselves
+
+    async def _follow(self, resident: Resident, events: AsyncIterator[MachineEvent]) -> None:
+        async for event in events:
+            await self._hear(resident, event)
+
+    async def _hear(self, resident: Resident, event: MachineEvent) -> None:
+        match event.kind:
+            case MachineEventKind.GUEST_SHUTDOWN:
+                self.shut_down(resident)
+            case MachineEventKind.GUEST_PANICKED:
+                resident.state, resident.reason = EvmState.PANICKED, event.detail or "the guest's kernel panicked"
+            case MachineEventKind.IO_ERROR:
+                resident.state, resident.reason = EvmState.PAUSED, f"storage error: {event.detail}"
+            case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:
+                resident.state = EvmState.PAUSED
+            case MachineEventKind.RESUMED:
+                resident.state, resident.reason = EvmState.RUNNING, None
+            case MachineEventKind.GONE:
+                await self._machine_gone(resident)
+            case _:
+                return
+        self.changed.notify()
+
+    def shut_down(self, resident: Resident) -> None:
+        """The guest has shut itself down; its machine goes as soon as no migration holds it."""
+        task = asyncio.create_task(self._after_shutdown(resident), name=f"shutdown of {resident.name}")
+        self._endings.add(task)
+        task.add_done_callback(self._endings.discard)
+
+    async def _after_shutdown(self, resident: Resident) -> None:
+        if resident.role is not None:
+            await resident.role.until_final()
+        async with resident.lock:
+            if resident.assembly is not None and self._residents.get(resident.name) is resident:
+                await self._end(resident, EvmState.STOPPED, "shut down from inside")
+
+    async def _machine_gone(self, resident: Resident) -> None:
+        if resident.role is not None and not resident.role.phase.final:
+            return  # the migration decides what that means
+        if resident.state in (EvmState.STOPPED, EvmState.CRASHED):
+            return
+        if resident.assembly is not None:
+            assembly, resident.assembly = resident.assembly, None
+            await assembly.dismantle()
+        resident.state, resident.reason = EvmState.CRASHED, "its QEMU process ended"
+
+    async def crashed(self, resident: Resident, reason: str) -> None:
+        """A migration has ended with the machine gone: the EVM is here, and needs a cold restart."""
+        if resident.assembly is not None:
+            assembly, resident.assembly = resident.assembly, None
+            await assembly.dismantle()
+        resident.state, resident.reason = EvmState.CRASHED, reason
+        self.changed.notify()
+
+    async def _ask_to_shut_down(self, resident: Resident, grace_s: float) -> None:
+        assert resident.assembly is not None
+        machine = resident.assembly.machine
+        events = machine.events()
+        try:
+            async with asyncio.timeout(grace_s):
+                await machine.power_button()
+                async for event in events:
+                    if event.kind in (MachineEventKind.GUEST_SHUTDOWN, MachineEventKind.GONE):
+                        resident.reason = "shut down on request"
+                        return
+        except TimeoutError:
+            resident.reason = f"powered off: the guest did not shut down within {grace_s:.0f} s"
+        except EmpError as error:
+            resident.reason = f"powered off: {error}"
+
+    async def _end(self, resident: Resident, state: EvmState, reason: str) -> None:
+        assembly, resident.assembly = resident.assembly, None
+        resident.state, resident.reason = state, reason
+        last = self.journal.last(resident.name)
+        if last is not None and last.kind in OWNING:
+            await self.journal.append(Record(RecordKind.STOPPED, resident.name, last.epoch))
+        if assembly is not None:
+            await assembly.dismantle()
+        self.changed.notify()
+
+    async def _stop_following(self, resident: Resident) -> None:
+        if resident.follower is not None and resident.follower is not asyncio.current_task():
+            resident.follower.cancel()
+            await asyncio.gather(resident.follower, return_exceptions=True)
+
+    async def close(self) -> None:
+        """The agent stops; every EVM goes on."""
+        for task in tuple(self._endings):
+            task.cancel()
+        await asyncio.gather(*self._endings, return_exceptions=True)
+        for resident in self._residents.values():
+            await self._stop_following(resident)
+            if resident.assembly is not None:
+                await resident.assembly.close()

@@ -1,0 +1,174 @@
+"""What the two roles of a migration have in common: a queue of events, the core's ``step``, actions, timers, snapshots.
+
+One task per role takes the events in order. Quick actions are done before the next event is looked at, slow ones in a
+task of their own that feeds its result back. The snapshot that the controller watches is made from the state, so a
+watcher that was away misses nothing that still matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from emp.agent.journal import Journal, JournalWriteFailed
+from emp.agent.signal import Signal
+from emp.migration.events import Action, Event, SetTimer, Timer, TimerFired, WriteFailed, WriteRecord, Written
+from emp.migration.states import Source, Target
+from emp.model.migration import Progress
+from emp.model.orders import Role as RoleName
+from emp.model.orders import RoleFigures, RolePhase, RoleStatus
+
+log = logging.getLogger(__name__)
+
+State = TypeVar("State", bound=Source | Target)
+
+REPEAT_S = 1.0
+_COALESCE_S = 0.01  # snapshots wait this long for company, so that telling the controller costs the blackout nothing
+
+
+class Role(Generic[State]):
+    """One end of one migration, from the order to the end."""
+
+    name: RoleName
+
+    def __init__(
+        self,
+        state: State,
+        step: Callable[[State, Event], tuple[State, tuple[Action, ...]]],
+        journal: Journal,
+        deadlines_s: dict[Timer, float],
+    ) -> None:
+        self.state = state
+        self.figures = RoleFigures()
+        self.progress = Progress()
+        self.changed = Signal()
+        self._step = step
+        self._journal = journal
+        self._deadlines_s = {Timer.REPEAT: REPEAT_S, **deadlines_s}
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._timers: dict[Timer, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._main: asyncio.Task[None] | None = None
+
+    # -- what happens
+
+    def begin(self, event: Event) -> None:
+        """Start the role with its first event."""
+        self.feed(event)
+        self._main = asyncio.create_task(self._loop(), name=f"{self.name} of {self.state.migration}")
+
+    def feed(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def _loop(self) -> None:
+        while not self.phase.final:
+            event = await self._events.get()
+            before = self.state
+            self.state, actions = self._step(before, event)
+            if actions or self.state != before:
+                log.info("%s %s: %s -> %s", self.state.migration, self.name, event, self.state.phase)
+            for action in actions:
+                await self._act(action)
+            if self.phase.final:
+                await self.ended()
+            if self.state != before:
+                self.changed.notify()
+        for timer in self._timers.values():
+            timer.cancel()
+
+    async def _act(self, action: Action) -> None:
+        match action:
+            case WriteRecord(record):
+                try:
+                    await self._journal.append(record)
+                except JournalWriteFailed as error:
+                    log.error("%s: %s", self.state.migration, error)
+                    self.feed(WriteFailed(record.kind, str(error)))
+                else:
+                    self.written(record.kind.value)
+                    self.feed(Written(record.kind))
+            case SetTimer(timer):
+                self._set_timer(timer)
+            case _:
+                await self.act(action)
+
+    def _set_timer(self, timer: Timer) -> None:
+        if old := self._timers.get(timer):
+            old.cancel()
+        loop = asyncio.get_running_loop()
+        self._timers[timer] = loop.call_later(self._deadlines_s[timer], self.feed, TimerFired(timer))
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a slow action beside the event loop of this role."""
+        task = asyncio.create_task(work, name=f"{self.name}: {getattr(work, '__name__', work)}")
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned_done)
+
+    def _spawned_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("%s: %s failed", self.state.migration, task.get_name(), exc_info=error)
+
+    # -- what a role adds
+
+    async def act(self, action: Action) -> None:
+        raise NotImplementedError
+
+    def written(self, kind: str) -> None:
+        """A record is on disk."""
+
+    async def ended(self) -> None:
+        """The role's phase is final; nobody has been told yet."""
+
+    # -- what others see
+
+    @property
+    def phase(self) -> RolePhase:
+        return self.state.shown[0]
+
+    @property
+    def status(self) -> RoleStatus:
+        phase, stage = self.state.shown
+        return RoleStatus(
+            migration=self.state.migration,
+            evm=self.state.evm,
+            role=self.name,
+            phase=phase,
+            stage=stage,
+            committed=self.state.committed,
+            cause=self.state.cause,
+            progress=self.progress,
+            figures=self.figures,
+            nonce=self.state.nonce,
+        )
+
+    def measured(self, **figures: float | int | None) -> None:
+        self.figures = self.figures.model_copy(update=figures)
+
+    async def watch(self) -> AsyncIterator[RoleStatus]:
+        """Yield a snapshot now and after each change; ends with the final one."""
+        while True:
+            seen = self.changed.version
+            status = self.status
+            yield status
+            if status.phase.final:
+                return
+            await self.changed.beyond(seen)
+            if not self.phase.final:
+                await asyncio.sleep(_COALESCE_S)
+
+    async def until_final(self) -> None:
+        """Return when the role is over and everything it had to do is done."""
+        if self._main is not None:
+            await asyncio.shield(self._main)
+
+    async def close(self) -> None:
+        """Stop driving (the agent stops); nothing happens to the machines. The journal brings the role back."""
+        for timer in self._timers.values():
+            timer.cancel()
+        tasks = [*self._tasks, *([self._main] if self._main else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

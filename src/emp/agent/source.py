@@ -1,0 +1,316 @@
+"""The source's end of a migration: carries out what ``emp.migration.source`` decides.
+
+It guarantees: at the end the EVM runs here as before, or it was given away and nothing of it is left here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from emp.agent.assembly import Assembly
+from emp.agent.journal import Journal
+from emp.agent.links import PeerLink, measure_clock
+from emp.agent.role import Role
+from emp.hypervisor.base import (
+    Machine,
+    MachineEvent,
+    MachineEventKind,
+    MachineGone,
+    RunState,
+    StreamInfo,
+    StreamLimits,
+    StreamStatus,
+)
+from emp.migration import events
+from emp.migration.convergence import forecast
+from emp.migration.events import Action, Ordered, Stream, StreamMoved, Timer
+from emp.migration.source import step
+from emp.migration.states import Source, SourcePhase
+from emp.model.errors import EmpError, OutcomeUnknown
+from emp.model.migration import Policy, Progress
+from emp.model.orders import HandoverOrder
+from emp.model.orders import Role as RoleName
+from emp.wire.link import Link
+
+log = logging.getLogger(__name__)
+
+_PROGRESS_S = 0.2
+_RESUME_S = 10.0
+_REDIAL_S = 0.5
+
+Dial = Callable[[], Awaitable[Link]]
+
+
+class SourceRole(Role[Source]):
+    name = RoleName.SOURCE
+
+    def __init__(
+        self,
+        state: Source,
+        order: HandoverOrder | None,
+        *,
+        journal: Journal,
+        assembly: Assembly | None,
+        dial: Dial,
+        qemu_name: Callable[[str], str],
+        on_end: Callable[[SourceRole], Awaitable[None]],
+    ) -> None:
+        policy = order.policy if order else Policy()
+        deadlines_s = {
+            Timer.DEADLINE: policy.deadline_s,
+            Timer.BLACKOUT: policy.blackout_deadline_s,
+        }
+        super().__init__(state, step, journal, deadlines_s)
+        self.order = order
+        self.assembly = assembly
+        self._dial = dial
+        self._qemu_name = qemu_name
+        self._on_end = on_end
+        self._peer = PeerLink(self.feed)
+        self._max_blackout_ms = policy.max_blackout_ms
+
+    @property
+    def machine(self) -> Machine:
+        assert self.assembly is not None
+        return self.assembly.machine
+
+    # -- beginning
+
+    async def start(self) -> None:
+        """Open the link, measure its clocks, then begin. Raises ``Unreachable`` if the target's agent is not there."""
+        link = await self._dial()
+        offset_ms, error_ms = await measure_clock(link)
+        self.measured(clock_offset_ms=offset_ms, clock_error_ms=error_ms)
+        self._peer.attach(link)
+        self.spawn(self._peer.pump(link))
+        self._listen()
+        self.begin(Ordered())
+
+    def resume(self, *asked: events.Event) -> None:
+        """Go on after a restart of the agent: the state was made from the journal."""
+        self._listen()
+        self.spawn(self._keep_link())
+        for event in asked[:-1]:
+            self.feed(event)
+        self.begin(asked[-1])
+
+    def _listen(self) -> None:
+        if self.assembly is None:
+            self.feed(events.MachineGone())
+        else:
+            self.spawn(self._follow_machine(self.machine.events()))
+
+    async def _keep_link(self) -> None:
+        """Dial the target again while there is something left to say."""
+        while not self.phase.final:
+            if not self._peer.up:
+                try:
+                    link = await self._dial()
+                except EmpError as error:
+                    log.info("%s: no link to the target: %s", self.state.migration, error)
+                else:
+                    self._peer.attach(link)
+                    self.spawn(self._peer.pump(link))
+                    if self.state.phase is SourcePhase.GIVEN:
+                        await self.act(events.SendGo())
+            await asyncio.sleep(_REDIAL_S)
+
+    # -- what happens
+
+    async def _follow_machine(self, heard: AsyncIterator[MachineEvent]) -> None:
+        async for event in heard:
+            try:
+                await self._hear(event)
+            except MachineGone:
+                pass  # the GONE event follows
+            except EmpError as error:
+                log.warning("%s: %s", self.state.migration, error)
+
+    async def _hear(self, event: MachineEvent) -> None:
+        match event.kind:
+            case MachineEventKind.STREAM:
+                await self._stream_moved(event.stream)
+            case MachineEventKind.STOPPED:
+                self.measured(stopped_at_s=event.at_s)
+            case MachineEventKind.RESUMED:
+                self.measured(resumed_at_s=event.at_s)
+                self.feed(events.GuestRuns())
+            case MachineEventKind.GUEST_SHUTDOWN:
+                self.feed(events.AbortAsked("the guest has shut itself down"))
+            case MachineEventKind.GUEST_PANICKED:
+                self.feed(events.AbortAsked("the guest has panicked"))
+            case MachineEventKind.GONE:
+                self.feed(events.MachineGone())
+
+    async def _stream_moved(self, status: StreamStatus | None) -> None:
+        match status:
+            case StreamStatus.PRE_SWITCHOVER:
+                self.feed(StreamMoved(Stream.PRE_SWITCHOVER))
+            case StreamStatus.COMPLETED:
+                await self._attest_completed()
+            case StreamStatus.FAILED | StreamStatus.CANCELLED:
+                info = await self.machine.stream_info()
+                self.feed(StreamMoved(Stream.BROKEN, info.error))
+
+    async def _attest_completed(self) -> None:
+        """``completed`` counts only when the run state says ``postmigrate`` too: one may be ahead of the other."""
+        while await self.machine.run_state() is not RunState.POSTMIGRATE:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
+        self.feed(StreamMoved(Stream.COMPLETED))
+        self._note(await self.machine.stream_info())
+
+    def _note(self, info: StreamInfo) -> None:
+        self.measured(
+            qemu_total_ms=info.total_ms,
+            qemu_downtime_ms=info.downtime_ms,
+            sent_bytes=info.transferred_bytes,
+            passes=info.passes,
+        )
+        if info.dirty_bytes_per_s or not self.figures.dirty_bytes_per_s:
+            self.measured(dirty_bytes_per_s=info.dirty_bytes_per_s)
+        if info.bandwidth_bytes_per_s:
+            self.measured(bandwidth_bytes_per_s=info.bandwidth_bytes_per_s)
+        guess = forecast(
+            remaining_bytes=info.remaining_bytes,
+            bandwidth_bytes_per_s=info.bandwidth_bytes_per_s,
+            dirty_bytes_per_s=info.dirty_bytes_per_s,
+            max_blackout_ms=self._max_blackout_ms,
+        )
+        self.progress = Progress(
+            memory_bytes=info.memory_bytes,
+            remaining_bytes=info.remaining_bytes,
+            sent_bytes=info.transferred_bytes,
+            dirty_bytes_per_s=info.dirty_bytes_per_s,
+            bandwidth_bytes_per_s=info.bandwidth_bytes_per_s,
+            passes=info.passes,
+            eta_s=guess.eta_s,
+        )
+        self.changed.notify()
+
+    async def _show_progress(self) -> None:
+        while self.state.phase is SourcePhase.PRECOPY:
+            await asyncio.sleep(_PROGRESS_S)
+            if self.state.phase is SourcePhase.PRECOPY:
+                try:
+                    self._note(await self.machine.stream_info())
+                except EmpError as error:
+                    log.info("%s: no progress: %s", self.state.migration, error)
+
+    # -- what is to be done
+
+    async def act(self, action: Action) -> None:
+        match action:
+            case events.StartStream():
+                await self._start_stream()
+            case events.ContinueStream():
+                try:
+                    await self.machine.continue_stream()
+                except EmpError as error:
+                    self.feed(events.AbortAsked(f"the switchover was refused: {error}"))
+            case events.CancelStream():
+                self.spawn(self._cancel_stream())
+            case events.SendGo():
+                message = {"type": "go", "epoch": self.state.epoch_target, "nonce": self.state.nonce}
+                await self._peer.send(message)
+                if not self._peer.up:
+                    self._redial()
+            case events.SendAborted():
+                await self._peer.send({"type": "aborted"})
+            case events.Run():
+                await self._run()
+            case events.AwaitGuest():
+                self.spawn(self._await_guest())
+            case events.KillMachine():
+                self.spawn(self._kill())
+
+    async def _start_stream(self) -> None:
+        assert self.order is not None
+        policy, prepared = self.order.policy, self.order.prepared
+        limits = StreamLimits(policy.max_bandwidth_bytes_per_s, policy.max_blackout_ms, policy.multifd_channels)
+        self.measured(precopy_began_at_s=_now_s())
+        try:
+            await self.machine.send_stream(
+                host=prepared.stream_host,
+                port=prepared.stream_port,
+                target=self._qemu_name(self.state.target),
+                limits=limits,
+            )
+        except EmpError as error:
+            self.feed(events.AbortAsked(f"pre-copy did not start: {error}"))
+        else:
+            self.spawn(self._show_progress())
+
+    async def _cancel_stream(self) -> None:
+        """Repeat until the hypervisor says what became of the stream; it may be stuck in a write for a while."""
+        while self.state.phase is SourcePhase.CANCELLING:
+            try:
+                await self.machine.cancel_stream()
+                info = await self.machine.stream_info()
+            except MachineGone:
+                return
+            except EmpError as error:
+                log.warning("%s: cancel: %s", self.state.migration, error)
+            else:
+                if info.status is StreamStatus.COMPLETED:
+                    self.feed(StreamMoved(Stream.COMPLETED))
+                    return
+                if info.status is StreamStatus.NONE or info.status.ended_badly:
+                    self.feed(StreamMoved(Stream.BROKEN))
+                    return
+            await asyncio.sleep(0.02)
+
+    async def _run(self) -> None:
+        """``cont`` after ``completed``: OWN(e_s) is on disk."""
+        try:
+            await self.machine.cont()
+        except OutcomeUnknown:
+            self.spawn(self._await_guest())
+        except EmpError as error:
+            self.feed(events.RunRefused(str(error)))
+
+    async def _await_guest(self) -> None:
+        """The hypervisor resumes the guest by itself after a broken stream; RESUMED may have come already."""
+        try:
+            async with asyncio.timeout(_RESUME_S):
+                while True:
+                    state = await self.machine.run_state()
+                    if state is RunState.RUNNING:
+                        self.feed(events.GuestRuns())
+                        return
+                    if state in (RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.IO_ERROR):
+                        self.feed(events.RunRefused(state))
+                        return
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            self.feed(events.RunRefused(f"it did not run within {_RESUME_S:.0f} s of the abort"))
+        except MachineGone:
+            pass  # the GONE event follows
+
+    async def _kill(self) -> None:
+        if self.assembly is not None:
+            await self.assembly.dismantle()
+        self.feed(events.MachineGone())
+
+    def _redial(self) -> None:
+        if not any(task.get_name().endswith("_keep_link") for task in self._tasks):
+            self.spawn(self._keep_link())
+
+    def written(self, kind: str) -> None:
+        if kind == "given":
+            self.measured(given_at_s=_now_s())
+
+    async def ended(self) -> None:
+        await self._on_end(self)
+        await self._peer.close()
+
+    async def close(self) -> None:
+        await super().close()
+        await self._peer.close()
+
+
+def _now_s() -> float:
+    """Wall clock, for figures only: clocks decide nothing (rule R6)."""
+    return time.time()

@@ -1,0 +1,191 @@
+"""The target's end of a migration: carries out what ``emp.migration.target`` decides.
+
+It guarantees: the EVM never runs here without the source's GO; at the end it runs here, or nothing of it is left here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from emp.agent.assembly import Assembler, Assembly
+from emp.agent.journal import Journal
+from emp.agent.links import PeerLink
+from emp.agent.role import Role
+from emp.agent.shelf import Entry
+from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState, StreamStatus
+from emp.migration import events
+from emp.migration.events import Action, Ordered, Stream, StreamMoved
+from emp.migration.states import Target, TargetPhase
+from emp.migration.target import step
+from emp.model.errors import Conflict, EmpError, OutcomeUnknown
+from emp.model.orders import Prepared
+from emp.model.orders import Role as RoleName
+from emp.wire.link import Link
+
+log = logging.getLogger(__name__)
+
+
+class TargetRole(Role[Target]):
+    name = RoleName.TARGET
+
+    def __init__(
+        self,
+        state: Target,
+        entry: Entry,
+        *,
+        journal: Journal,
+        assembler: Assembler,
+        stream_host: str,
+        qemu_name: Callable[[str], str],
+        on_end: Callable[[TargetRole], Awaitable[None]],
+        assembly: Assembly | None = None,
+    ) -> None:
+        super().__init__(state, step, journal, {})
+        self.entry = entry
+        self.assembly = assembly
+        self._assembler = assembler
+        self._stream_host = stream_host
+        self._stream_port: int | None = None
+        self._qemu_name = qemu_name
+        self._on_end = on_end
+        self._peer = PeerLink(self.feed)
+
+    # -- beginning
+
+    def start(self) -> None:
+        self.begin(Ordered())
+
+    def resume(self, event: events.Event) -> None:
+        """Go on after a restart of the agent: the state was made from the journal."""
+        if self.assembly is not None:
+            self.spawn(self._follow_machine(self.assembly, self.assembly.machine.events()))
+        self.begin(event)
+
+    async def prepared(self) -> Prepared:
+        """Return when PREPARED is on disk; raise what made the target withdraw."""
+        while self.state.phase in (TargetPhase.MAKING, TargetPhase.PREPARING):
+            await self.changed.beyond(self.changed.version)
+        if self._stream_port is None or self.state.phase is not TargetPhase.PREPARED:
+            raise Conflict(self.state.cause or f"the target is {self.state.phase}", field="target")
+        return Prepared(
+            migration=self.state.migration,
+            nonce=self.state.nonce,
+            stream_host=self._stream_host,
+            stream_port=self._stream_port,
+        )
+
+    async def serve(self, link: Link) -> None:
+        """Use ``link``, which the source has opened, until it ends."""
+        self._peer.attach(link)
+        if self.state.phase is TargetPhase.LOADED:
+            await self.act(events.SendLoaded())
+        await self._peer.pump(link)
+
+    # -- what happens
+
+    async def _follow_machine(self, assembly: Assembly, heard: AsyncIterator[MachineEvent]) -> None:
+        async for event in heard:
+            try:
+                await self._hear(assembly, event)
+            except MachineGone:
+                pass  # the GONE event follows
+            except EmpError as error:
+                log.warning("%s: %s", self.state.migration, error)
+
+    async def _hear(self, assembly: Assembly, event: MachineEvent) -> None:
+        match event.kind:
+            case MachineEventKind.STREAM if event.stream is StreamStatus.COMPLETED:
+                # Loaded counts only with the guest paused: in ``inmigrate`` a ``cont`` would arm a start.
+                while await assembly.machine.run_state() is RunState.INMIGRATE:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
+                self.feed(StreamMoved(Stream.COMPLETED))
+            case MachineEventKind.STREAM if event.stream and event.stream.ended_badly:
+                info = await assembly.machine.stream_info()
+                self.feed(StreamMoved(Stream.BROKEN, info.error))
+            case MachineEventKind.RESUMED:
+                self.measured(resumed_at_s=event.at_s)
+                self.feed(events.GuestRuns())
+            case MachineEventKind.GONE:
+                self.feed(events.MachineGone())
+
+    # -- what is to be done
+
+    async def act(self, action: Action) -> None:
+        match action:
+            case events.MakeMachine():
+                self.spawn(self._make_machine())
+            case events.SendLoaded():
+                await self._peer.send({"type": "loaded", "nonce": self.state.nonce})
+            case events.SendFailed(reason):
+                await self._peer.send({"type": "failed", "reason": reason})
+            case events.SendAnswer(word):
+                await self._peer.send({"type": "answer", "word": word.value, "nonce": self.state.nonce})
+            case events.OpenPorts():
+                await self._open_ports()
+            case events.BlockPorts():
+                if self.assembly is not None:
+                    await self.assembly.block_ports()
+            case events.Run():
+                await self._run()
+            case events.Announce():
+                self.spawn(self._announce())
+            case events.KillMachine():
+                self.spawn(self._kill())
+
+    async def _make_machine(self) -> None:
+        try:
+            assembly = await self._assembler.assemble(self.entry, incoming=True)
+        except EmpError as error:
+            self.feed(events.MachineFailed(str(error)))
+            return
+        self.assembly = assembly
+        self.spawn(self._follow_machine(assembly, assembly.machine.events()))
+        try:
+            self._stream_port = await assembly.machine.listen_for_stream(
+                host=self._stream_host, source=self._qemu_name(self.state.source)
+            )
+        except EmpError as error:
+            self.feed(events.MachineFailed(str(error)))
+            return
+        process = assembly.machine.process
+        self.feed(events.MachineReady(process.pid, process.start_ticks))
+
+    async def _open_ports(self) -> None:
+        assert self.assembly is not None
+        try:
+            await self.assembly.open_ports()
+        except EmpError as error:
+            # The commit is made: the guest runs here with or without its network, and a person is told.
+            log.error("%s: a port did not open: %s", self.state.migration, error)
+        self.measured(port_open_at_s=time.time())
+
+    async def _run(self) -> None:
+        assert self.assembly is not None
+        try:
+            await self.assembly.machine.cont()
+        except OutcomeUnknown:
+            self.feed(events.RunUnknown())
+        except MachineGone:
+            pass  # the GONE event follows
+        except EmpError as error:
+            self.feed(events.RunRefused(str(error)))
+
+    async def _announce(self) -> None:
+        assert self.assembly is not None
+        await self.assembly.announce()
+        self.measured(announced_at_s=time.time())
+
+    async def _kill(self) -> None:
+        if self.assembly is not None:
+            await self.assembly.dismantle()
+        self.feed(events.MachineGone())
+
+    async def ended(self) -> None:
+        await self._on_end(self)
+
+    async def close(self) -> None:
+        await super().close()
+        await self._peer.close()
