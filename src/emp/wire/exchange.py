@@ -8,6 +8,8 @@ so the moment of sending is taken from its trace.
 from __future__ import annotations
 
 import functools
+import os
+import socket
 import ssl
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -198,6 +200,8 @@ def _reason(error: BaseException) -> str:
     for cause in reversed(_causes(error)):
         if isinstance(cause, ssl.SSLCertVerificationError):
             return cause.verify_message
-        if isinstance(cause, OSError) and cause.strerror:
+        if isinstance(cause, ssl.SSLError | socket.gaierror) and cause.strerror:
             return cause.strerror
+        if isinstance(cause, OSError) and cause.errno:
+            return os.strerror(cause.errno)  # asyncio puts the address into ``strerror``
     return str(error) or type(error).__name__

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -78,7 +78,7 @@ class WireClient:
 
     async def events(
         self, path: str, *, query: Query | None = None, last_event_id: str = "", reconnect_s: float = 0.0
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         """Yield the events of a stream, from after ``last_event_id`` on.
 
         When it ends or breaks: without ``reconnect_s`` the iteration ends, or raises; with it, it goes on behind the
@@ -164,7 +164,7 @@ class SyncWireClient:
 
     def events(
         self, path: str, *, query: Query | None = None, last_event_id: str = "", reconnect_s: float = 0.0
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """See ``WireClient.events``."""
         retry = _Retry(reconnect_s)
         while True:
