@@ -1,0 +1,237 @@
+"""The core's roles, told as transcripts: what happens, and what the daemon is told to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from emp.migration import events as e
+from emp.migration import source, target
+from emp.migration.events import Action, Event, Stream, StreamMoved, Timer, TimerFired, Word, Written
+from emp.migration.records import RecordKind as K
+from emp.migration.states import Source, SourcePhase, Target, TargetPhase
+
+
+def new_source() -> Source:
+    return Source("web", "m1", "n2", "p1", epoch=1, epoch_target=2, epoch_back=3)
+
+
+def new_target() -> Target:
+    return Target("web", "m1", "n1", "p1", epoch=2)
+
+
+def short(action: Action) -> str:
+    match action:
+        case e.WriteRecord(record):
+            return f"write {record.kind}({record.epoch})"
+        case e.SetTimer(timer):
+            return f"timer {timer}"
+        case e.SendAnswer(word):
+            return f"answer {word}"
+    return type(action).__name__
+
+
+def play_source(state: Source, *happened: Event) -> tuple[Source, list[str]]:
+    done: list[str] = []
+    for event in happened:
+        state, actions = source.step(state, event)
+        done += [short(a) for a in actions]
+    return state, done
+
+
+def play_target(state: Target, *happened: Event) -> tuple[Target, list[str]]:
+    done: list[str] = []
+    for event in happened:
+        state, actions = target.step(state, event)
+        done += [short(a) for a in actions]
+    return state, done
+
+
+PRECOPY = (e.Ordered(), Written(K.HANDOVER))
+SWITCHOVER = (*PRECOPY, StreamMoved(Stream.PRE_SWITCHOVER))
+BOTH = (StreamMoved(Stream.COMPLETED), e.TargetLoaded("p1"))
+GIVEN = (*SWITCHOVER, *BOTH, Written(K.GIVEN))
+
+
+def test_source_gives_the_evm_away() -> None:
+    state, done = play_source(
+        new_source(), *GIVEN, e.TargetAnswered(Word.ACTIVATED, "p1"), Written(K.DONE), e.MachineGone()
+    )
+    assert done == [
+        "write handover(1)",
+        "StartStream",
+        "timer deadline",
+        "ContinueStream",
+        "timer blackout",
+        "write given(2)",
+        "SendGo",
+        "timer repeat",
+        "write done(2)",
+        "KillMachine",
+    ]
+    assert state.phase is SourcePhase.DONE
+
+
+@pytest.mark.parametrize("order", [BOTH, BOTH[::-1]])
+def test_commit_waits_for_both_ends_in_either_order(order: tuple[Event, ...]) -> None:
+    state, done = play_source(new_source(), *SWITCHOVER, order[0])
+    assert state.phase is SourcePhase.SWITCHOVER
+    assert "write given(2)" not in done
+    state, done = play_source(state, order[1])
+    assert done == ["write given(2)"]
+
+
+def test_a_loaded_target_of_another_preparation_is_not_believed() -> None:
+    state, _ = play_source(new_source(), *SWITCHOVER, StreamMoved(Stream.COMPLETED), e.TargetLoaded("p0"))
+    assert state.phase is SourcePhase.SWITCHOVER
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        e.AbortAsked("by the user"),
+        e.LinkLost(),
+        e.TargetFailed("no memory"),
+        TimerFired(Timer.DEADLINE),
+    ],
+)
+def test_trouble_in_precopy_leads_back(trouble: Event) -> None:
+    state, done = play_source(new_source(), *PRECOPY, trouble)
+    assert done[-1] == "CancelStream"
+    state, done = play_source(state, StreamMoved(Stream.BROKEN), Written(K.OWN), e.GuestRuns())
+    assert done == ["write own(3)", "AwaitGuest", "SendAborted"]
+    assert state.phase is SourcePhase.ABORTED
+    assert state.cause
+
+
+def test_an_abort_after_completed_needs_the_record_and_an_explicit_cont() -> None:
+    state, done = play_source(new_source(), *SWITCHOVER, StreamMoved(Stream.COMPLETED), e.AbortAsked("by the user"))
+    assert done[-1] == "write own(3)"
+    state, done = play_source(state, Written(K.OWN))
+    assert done == ["Run", "SendAborted"]
+
+
+@pytest.mark.parametrize("event", [e.AbortAsked("late"), e.LinkLost(), TimerFired(Timer.BLACKOUT), e.TargetFailed("x")])
+def test_after_the_commit_nothing_but_the_targets_word_leads_back(event: Event) -> None:
+    given, _ = play_source(new_source(), *GIVEN)
+    state, done = play_source(given, event)
+    assert state.phase is SourcePhase.GIVEN
+    assert "Run" not in done
+    giving, _ = play_source(new_source(), *SWITCHOVER, *BOTH)
+    state, done = play_source(giving, event)
+    assert state.phase is SourcePhase.GIVING
+    assert done == []
+
+
+def test_silence_repeats_go() -> None:
+    given, _ = play_source(new_source(), *GIVEN)
+    _, done = play_source(given, TimerFired(Timer.REPEAT), TimerFired(Timer.REPEAT))
+    assert done == ["SendGo", "timer repeat"] * 2
+
+
+def test_rescue_by_the_targets_word() -> None:
+    given, _ = play_source(new_source(), *GIVEN)
+    wrong, _ = play_source(given, e.TargetAnswered(Word.WITHDRAWN, "p0"))
+    assert wrong.phase is SourcePhase.GIVEN
+    state, done = play_source(given, e.TargetAnswered(Word.WITHDRAWN, "p1"), Written(K.OWN), e.GuestRuns())
+    assert done == ["write own(3)", "Run", "SendAborted"]
+    assert state.phase is SourcePhase.ABORTED
+
+
+def test_a_commit_that_could_not_be_written_leads_back_by_a_fresh_record() -> None:
+    state, done = play_source(new_source(), *SWITCHOVER, *BOTH, e.WriteFailed(K.GIVEN, "EIO"))
+    assert done[-1] == "write own(3)"
+    state, done = play_source(state, e.WriteFailed(K.OWN, "EIO"))
+    assert state.phase is SourcePhase.STUCK
+    assert done == []
+
+
+def test_the_sources_death_before_the_commit_is_lost_and_says_so() -> None:
+    state, done = play_source(new_source(), *PRECOPY, e.MachineGone(), Written(K.OWN))
+    assert state.phase is SourcePhase.LOST
+    assert done[-2:] == ["write own(3)", "SendAborted"]
+
+
+def test_the_sources_death_when_the_target_has_everything_still_commits() -> None:
+    state, _ = play_source(new_source(), *SWITCHOVER, StreamMoved(Stream.COMPLETED))
+    state, done = play_source(replace(state, loaded=True), e.MachineGone())
+    assert done == ["write given(2)"]
+
+
+PREPARED = (e.Ordered(), e.MachineReady(7, 9), Written(K.PREPARED))
+LOADED = (*PREPARED, StreamMoved(Stream.COMPLETED))
+GO = e.GoArrived(2, "p1")
+RUNNING = (*LOADED, GO, Written(K.ACTIVATED), e.GuestRuns())
+
+
+def test_target_takes_the_evm() -> None:
+    state, done = play_target(new_target(), *RUNNING)
+    assert done == [
+        "MakeMachine",
+        "write prepared(2)",
+        "SendLoaded",
+        "timer repeat",
+        "write activated(2)",
+        "OpenPorts",
+        "Run",
+        "Announce",
+        "answer activated",
+    ]
+    assert state.phase is TargetPhase.RUNNING
+
+
+@pytest.mark.parametrize("go", [e.GoArrived(2, "p0"), e.GoArrived(1, "p1")])
+def test_target_runs_only_on_its_own_go(go: Event) -> None:
+    state, done = play_target(new_target(), *LOADED, go)
+    assert state.phase is TargetPhase.LOADED
+    assert "Run" not in done
+
+
+def test_go_before_everything_is_here_does_nothing() -> None:
+    state, done = play_target(new_target(), *PREPARED, GO)
+    assert state.phase is TargetPhase.PREPARED
+    assert "Run" not in done
+
+
+def test_a_repeated_go_is_answered_and_starts_nothing() -> None:
+    state, _ = play_target(new_target(), *RUNNING)
+    state, done = play_target(state, GO, GO)
+    assert done == ["answer activated"] * 2
+
+
+@pytest.mark.parametrize("event", [e.AbortAsked("by the user"), TimerFired(Timer.REPEAT), e.LinkLost()])
+def test_a_loaded_target_never_withdraws_by_itself(event: Event) -> None:
+    state, done = play_target(new_target(), *LOADED, event)
+    assert state.phase is TargetPhase.LOADED
+    assert "KillMachine" not in done
+
+
+def test_a_loaded_target_withdraws_when_the_source_went_back() -> None:
+    state, done = play_target(new_target(), *LOADED, e.SourceAborted(), e.MachineGone(), Written(K.WITHDRAWN))
+    assert done[-3:] == ["KillMachine", "write withdrawn(2)", "answer withdrawn"]
+    assert state.phase is TargetPhase.WITHDRAWN
+
+
+def test_a_refused_cont_is_sworn_only_after_the_machines_exit() -> None:
+    refused = (*LOADED, GO, Written(K.ACTIVATED), e.RunRefused("locked"))
+    state, done = play_target(new_target(), *refused)
+    assert done[-2:] == ["BlockPorts", "KillMachine"]
+    state, done = play_target(state, e.MachineGone())
+    assert done == ["write withdrawn(2)"]
+
+
+def test_an_unanswered_cont_counts_as_having_run() -> None:
+    unknown = (*LOADED, GO, Written(K.ACTIVATED), e.RunUnknown())
+    state, done = play_target(new_target(), *unknown)
+    assert state.phase is TargetPhase.STARTING
+    assert done[-1] == "answer activated"
+    state, done = play_target(state, e.MachineGone())
+    assert state.phase is TargetPhase.LOST
+    assert "write withdrawn(2)" not in done
+
+
+def test_a_target_that_cannot_be_made_withdraws_and_says_why() -> None:
+    state, done = play_target(new_target(), e.Ordered(), e.MachineFailed("no image"), e.MachineGone())
+    assert done == ["MakeMachine", "KillMachine", "write withdrawn(2)"]
+    assert state.cause == "no image"
