@@ -1,0 +1,145 @@
+"""Contexts: which pool a command means, and how to reach it. One private file per pool, ``NAME.json``.
+
+They lie in ``$EMP_CONTEXT_DIR``, else ``$XDG_CONFIG_HOME/emp/contexts``, else ``~/.config/emp/contexts``. Under sudo
+that is the home of the user who called sudo, and the files are theirs: what root makes for them, they can use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from emp.model.base import Model
+from emp.model.errors import AlreadyExists, BadInput, NotFound
+from emp.model.names import check_name
+from emp.wire.files import Owner, read_private, write_private
+from emp.wire.secret import Secret
+
+ENVIRONMENT = "EMP_CONTEXT"
+
+
+class _File(Model):
+    url: str
+    server_name: str
+    ca_pem: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """How to reach a pool's controller."""
+
+    name: str
+    url: str
+    """such as ``https://127.0.0.1:7440``"""
+    server_name: str
+    """the name that the controller's certificate must carry, whatever the address is"""
+    ca_pem: str
+    """the one certificate authority that is trusted"""
+    token: Secret
+
+
+def invoking_user() -> pwd.struct_passwd:
+    """Return the user who works here: under sudo the one who called it."""
+    uid = os.environ.get("SUDO_UID", "") if os.geteuid() == 0 else ""
+    return pwd.getpwuid(int(uid) if uid.isdigit() else os.geteuid())
+
+
+def directory() -> Path:
+    """Return where contexts are kept; it need not exist."""
+    if chosen := os.environ.get("EMP_CONTEXT_DIR"):
+        return Path(chosen).absolute()
+    user = invoking_user()
+    if user.pw_uid != os.geteuid():
+        return Path(user.pw_dir) / ".config" / "emp" / "contexts"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config").absolute() / "emp" / "contexts"
+
+
+def file_of(name: str) -> Path:
+    """Return the file of a context; ``BadInput`` for a name that is none."""
+    return directory() / f"{check_name(name, field='context')}.json"
+
+
+def list_contexts() -> list[str]:
+    """Return the names of all contexts, sorted."""
+    return sorted(path.stem for path in directory().glob("[!.]*.json"))
+
+
+def load_context(name: str | None = None) -> Context:
+    """Return a context: the one named, else by ``EMP_CONTEXT``, else the only one there is.
+
+    Raises ``NotFound`` for an unknown name, ``BadInput`` when none is named and there are none or several.
+    """
+    name = name or os.environ.get(ENVIRONMENT) or _only_one()
+    path = file_of(name)
+    try:
+        found = _File.model_validate_json(read_private(path))
+    except NotFound:
+        there = ", ".join(list_contexts()) or "none"
+        raise NotFound(f"there is no context {name!r}", field="context", hint=f"contexts: {there}") from None
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise BadInput(f"{path} is damaged: {problem}", field="context", hint="remove it, and make it anew") from None
+    return Context(name, found.url, found.server_name, found.ca_pem, Secret(found.token))
+
+
+def _only_one() -> str:
+    names = list_contexts()
+    if len(names) == 1:
+        return names[0]
+    if not names:
+        raise BadInput(
+            "no pool is known here",
+            field="context",
+            hint=f"`emp lab up` makes one on this machine; contexts are kept in {directory()}",
+        )
+    raise BadInput(
+        f"there are several contexts: {', '.join(names)}",
+        field="context",
+        hint=f"say which with --context NAME or {ENVIRONMENT}=NAME",
+    )
+
+
+def save_context(context: Context) -> Path:
+    """Write a new context, mode 0600, for the invoking user; ``AlreadyExists`` when the name is taken."""
+    path = file_of(context.name)
+    user = invoking_user()
+    owner = (user.pw_uid, user.pw_gid) if user.pw_uid != os.geteuid() else None
+    _make_directories(path.parent, owner)
+    content = _File(
+        url=context.url, server_name=context.server_name, ca_pem=context.ca_pem, token=context.token.reveal()
+    )
+    try:
+        write_private(path, json.dumps(content.model_dump(), indent=1).encode() + b"\n", owner=owner, new=True)
+    except AlreadyExists:
+        raise AlreadyExists(
+            f"there is a context {context.name!r} already", field="context", hint=f"it is {path}"
+        ) from None
+    return path
+
+
+def _make_directories(path: Path, owner: Owner | None) -> None:
+    """Make the missing directories, private and the user's own; what is there stays as it is."""
+    if not path.exists():
+        _make_directories(path.parent, owner)
+        path.mkdir(mode=0o700)
+        if owner is not None:
+            os.chown(path, *owner)
+
+
+def remove_context(path: Path) -> None:
+    """Remove a context's file, and the directories that were made for it once they are empty. Idempotent."""
+    path.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)  # of a write that was killed
+    for parent in (path.parent, path.parent.parent):
+        if parent.name in ("contexts", "emp"):
+            try:
+                parent.rmdir()
+            except OSError:
+                return

@@ -1,0 +1,231 @@
+"""The daemons of a lab: their configuration and credentials, and starting, finding and signalling them.
+
+They are the pool's own programs, started as on any machine (``python -m emp.agent --config FILE``). The one thing that
+a lab adds: the controller's socket for people is opened in the machine's own network namespace and handed over, so that
+``emp`` reaches it on 127.0.0.1 although the controller lives in a place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from emp.host.processes import Process
+from emp.lab import scan
+from emp.lab.images import KERNEL_COMMAND_LINE, Image
+from emp.lab.places import enter_argv, init_of, source_directory
+from emp.lab.state import LabFiles, LabState
+from emp.lab.topology import (
+    AGENT_PORT,
+    BRIDGE,
+    CONTROLLER_PORT,
+    CTL,
+    EVM_FIRST,
+    EVM_LAST,
+    LINK_PORT,
+    NBD_PORTS,
+    SUBNET,
+    UPLINK,
+    VOL,
+    VOLUMES_PORT,
+    Place,
+    Role,
+)
+from emp.model.errors import BadInput, Conflict, NotFound
+from emp.wire.pki import CertificateAuthority
+from emp.wire.pki import Role as Identity
+from emp.wire.secret import Secret
+from emp.wire.sockets import listen
+
+MODULES = {Role.AGENT: "emp.agent", Role.CONTROLLER: "emp.controller", Role.VOLUMES: "emp.volumes.server"}
+HOST = "127.0.0.1"
+HOME = Path("/var/lib/emp")
+"""of every daemon, as seen from its place"""
+QEMU = "qemu-system-"
+FIRST_PORT, LAST_PORT = 7440, 7539
+"""where a port for people is looked for, below the ports that the kernel gives away by itself"""
+
+
+def prepare(files: LabFiles, state: LabState, image: Image) -> bytes:
+    """Give each place its own credentials, configuration and guest image; return the CA's certificate (PEM)."""
+    authority = CertificateAuthority.create(files.ca, state.name)
+    for place in state.topology.places:
+        home = files.data(place.name)
+        home.mkdir(parents=True, exist_ok=True)
+        if place.role is None:
+            continue
+        name = place.name if place.is_node else "main"
+        authority.issue(Identity(place.role), name, [place.address]).write(home / "pki")
+        if place.is_node:
+            authority.issue(Identity.QEMU, name, [place.address]).write(home / "pki-qemu")
+            _install(image, home / "images" / image.name)
+        if place.role is not Role.CONTROLLER:  # whose configuration names a descriptor, new at each start
+            _write_config(files, place, _config(state, place))
+    Secret.new().write(files.data(CTL.name) / "token")
+    return authority.ca_pem
+
+
+def token(files: LabFiles) -> str:
+    return Secret.read(files.data(CTL.name) / "token").reveal()
+
+
+def _install(image: Image, directory: Path) -> None:
+    directory.mkdir(parents=True)
+    shutil.copy(image.kernel, directory / "kernel")
+    shutil.copy(image.initrd, directory / "initrd")
+    record = {"name": image.name, "digest": image.digest, "kernel_command_line": KERNEL_COMMAND_LINE}
+    (directory / "image.json").write_text(json.dumps(record))
+
+
+def _config(state: LabState, place: Place) -> dict[str, Any]:
+    common = {"pool": state.name, "address": place.address, "credentials": f"{HOME}/pki", "state_dir": str(HOME)}
+    if place.role is Role.VOLUMES:
+        return common | {"port": VOLUMES_PORT, "nbd_ports": list(NBD_PORTS)}
+    if place.role is Role.CONTROLLER:
+        return common | {
+            "port": CONTROLLER_PORT,
+            "token_file": f"{HOME}/token",
+            "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST},
+            "volumes": {"url": f"https://{VOL.address}:{VOLUMES_PORT}", "server_name": "volumes-main"},
+        }
+    return common | {
+        "node": place.name,
+        "port": AGENT_PORT,
+        "link_port": LINK_PORT,
+        "controller_url": f"https://{CTL.address}:{CONTROLLER_PORT}",
+        "controller_name": "controller-main",
+        "qemu_credentials": f"{HOME}/pki-qemu",
+        "run_dir": "/run/emp",
+        "images_dir": f"{HOME}/images",
+        "memory_bytes": state.memory_bytes,
+        "vcpus": state.vcpus,
+        "network": {"driver": "l2", "bridge": BRIDGE, "uplink": UPLINK},
+        "qemu": state.qemu,
+    }
+
+
+def _config_name(role: Role) -> str:
+    return f"{role}.json"
+
+
+def _write_config(files: LabFiles, place: Place, config: Mapping[str, Any]) -> None:
+    assert place.role is not None
+    (files.data(place.name) / _config_name(place.role)).write_text(json.dumps(config, indent=1))
+
+
+def people_socket(port: int | None) -> socket.socket:
+    """Return a socket listening on 127.0.0.1, on ``port`` or the first free one; ``Conflict`` if it is taken."""
+    if port is not None:
+        return listen(HOST, port, field="port")
+    for candidate in range(FIRST_PORT, LAST_PORT + 1):
+        try:
+            return listen(HOST, candidate, field="port")
+        except Conflict:
+            continue
+    raise Conflict(f"no port from {FIRST_PORT} to {LAST_PORT} is free", field="port", hint="name one with --port")
+
+
+def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket | None = None) -> None:
+    """Start the daemon of a place; returns when it has been started, which is before it is ready.
+
+    The controller takes over ``people``; without it the lab's port is opened again. The caller still has to close its
+    own copy, so that a dead controller means connection refused.
+    """
+    assert place.role is not None
+    passed: tuple[int, ...] = ()
+    opened = None
+    if place.role is Role.CONTROLLER:
+        if people is None:
+            people = opened = people_socket(state.port)
+        passed = (people.fileno(),)
+        _write_config(files, place, _config(state, place) | {"people": {"fd": people.fileno()}})
+    # setsid --fork leaves the daemon to process 1 of its place, which reaps it: nothing of ours stays behind.
+    argv = [
+        *enter_argv(init_of(files, place.name)),
+        *("setsid", "--fork", sys.executable, "-m", MODULES[place.role]),
+        *("--config", str(HOME / _config_name(place.role))),
+    ]
+    try:
+        with files.log(place.name, place.role).open("ab") as log:
+            subprocess.run(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=True,
+                pass_fds=passed,
+                env=_environment(),
+            )
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _environment() -> dict[str, str]:
+    keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "EMP_FAULT")}
+    return keep | {"PYTHONPATH": str(source_directory()), "PYTHONUNBUFFERED": "1", "HOME": "/tmp"}
+
+
+def daemons(files: LabFiles, place: Place) -> list[scan.Running]:
+    """Return the live processes of a place's daemon and QEMUs, parents first."""
+    inode = scan.namespace_inode(f"/proc/{init_of(files, place.name).pid}/ns/pid")
+    return [] if inode is None else scan.in_pid_namespace(inode)
+
+
+def started(files: LabFiles, place: Place) -> bool:
+    """Whether the daemon of a place is running, or about to become what it is."""
+    assert place.role is not None
+    module = MODULES[place.role]
+    return any(("-m", module) in pairwise(found.argv) for found in daemons(files, place))
+
+
+def find(files: LabFiles, where: str, role: str) -> Process | None:
+    """Return the process of ``role`` (agent, controller, volumes, ``qemu:EVM``) in a place; None if it is not running.
+
+    Raises ``BadInput`` for a role that is none, ``NotFound`` for a place that has no such daemon.
+    """
+    place = files.load().topology.place(where)
+    kind, _, evm = role.partition(":")
+    if kind == "qemu" and evm and place.is_node:
+        matching = [found for found in daemons(files, place) if evm_of(found.argv) == evm]
+    else:
+        daemon = daemon_role(place, role)
+        matching = [found for found in daemons(files, place) if _runs(found.argv, MODULES[daemon])]
+    pids = {found.pid for found in matching}
+    leaders = [found.process for found in matching if found.parent not in pids]
+    return leaders[0] if leaders else None
+
+
+def daemon_role(place: Place, role: str) -> Role:
+    """Return the daemon that ``role`` names, if this place has it."""
+    if role.startswith("qemu:") and role != "qemu:":
+        raise NotFound(f"{place.name} runs no EVMs", field="where", hint="name a node, such as n1")
+    if role not in set(Role):
+        raise BadInput(
+            f"{role[:40]!r} is no role", field="role", hint="agent, controller, volumes, or qemu:EVM with an EVM's name"
+        )
+    if role != place.role:
+        has = f"the {place.role}" if place.role else "no daemon"
+        raise NotFound(f"there is no {role} on {place.name}", field="role", hint=f"{place.name} has {has}")
+    return Role(role)
+
+
+def _runs(argv: tuple[str, ...], module: str) -> bool:
+    return ("-m", module) in pairwise(argv) and Path(argv[0]).name.startswith("python")
+
+
+def evm_of(argv: tuple[str, ...]) -> str | None:
+    """Return the EVM's name on a QEMU's command line (``-name guest=NAME,...`` or ``-name NAME``), else None."""
+    if Path(argv[0]).name.startswith(QEMU):
+        for option, value in pairwise(argv):
+            if option in ("-name", "--name"):
+                return value.split(",")[0].removeprefix("guest=")
+    return None

@@ -1,0 +1,167 @@
+"""Makes the places of a lab, enters them and takes them away. Only what is named after the lab is ever touched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import emp
+from emp.host.processes import Process
+from emp.host.run import run_sync
+from emp.lab import init, scan
+from emp.lab.kernel import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, unmount, unshare
+from emp.lab.state import LabFiles
+from emp.lab.topology import FABRIC, Place, Topology, place_commands
+from emp.model.errors import Conflict, HostError
+
+NAMESPACES = Path("/run/netns")
+
+
+def check_free(topology: Topology) -> None:
+    """Raise ``Conflict`` if a network namespace of one of our names is there already."""
+    taken = [name for name in topology.namespaces if (NAMESPACES / name).exists()]
+    if taken:
+        raise Conflict(
+            f"the network namespace {taken[0]} is already taken, and not by a lab of {LabFiles(topology.lab).base}",
+            field="name",
+            hint=f"choose another name for the lab, or remove it with: ip netns delete {taken[0]}",
+        )
+
+
+def wire(topology: Topology) -> None:
+    """Make the network namespaces, cables, switch and addresses. Raises ``HostError``."""
+    NAMESPACES.mkdir(parents=True, exist_ok=True)
+    problems: list[OSError] = []
+    # Network namespaces belong to threads: this one leaves ours for each new one, and ends in the last.
+    maker = threading.Thread(target=_make_namespaces, args=(topology.namespaces, problems))
+    maker.start()
+    maker.join()
+    if problems:
+        raise HostError(f"cannot make a network namespace: {problems[0]}")
+    _ip(topology.namespace(FABRIC), topology.fabric_commands())
+    for place in topology.places:
+        _ip(topology.namespace(place.name), place_commands(place))
+
+
+def _make_namespaces(names: Iterable[str], problems: list[OSError]) -> None:
+    try:
+        for name in names:
+            (NAMESPACES / name).touch(mode=0o444, exist_ok=False)
+            unshare(CLONE_NEWNET)
+            mount("/proc/thread-self/ns/net", str(NAMESPACES / name), flags=MS_BIND)
+    except OSError as error:
+        problems.append(error)
+
+
+def _ip(namespace: str, commands: Iterable[str]) -> None:
+    run_sync("ip", "-n", namespace, "-batch", "-", stdin="\n".join(commands) + "\n")
+
+
+def unwire(topology: Topology) -> None:
+    """Remove the network namespaces, however much of them was made. Their interfaces go with them."""
+    for name in topology.namespaces:
+        path = NAMESPACES / name
+        if path.exists():
+            with contextlib.suppress(OSError):  # a plain file: we were killed before it was mounted
+                unmount(str(path), MNT_DETACH)
+            path.unlink()
+    try:
+        NAMESPACES.rmdir()
+    except OSError:
+        return  # it was there before us, or others use it
+
+
+def furnish(files: LabFiles, places: Iterable[Place], *, hide: Sequence[str], lock: int) -> None:
+    """Start process 1 of each place, all at once; returns when all are ready. Raises ``HostError``.
+
+    The new processes inherit ``lock`` while they are in the making, so that a ``down`` after our death waits for them.
+    """
+    starting = []
+    topology = files.load().topology
+    for place in places:
+        files.data(place.name).mkdir(exist_ok=True)
+        spec: init.Spec = {
+            "place": place.name,
+            "network": str(NAMESPACES / topology.namespace(place.name)),
+            "data": str(files.data(place.name)),
+            "keep": readable_directories(),
+            "hide": [str(files.base), *hide],
+        }
+        files.spec(place.name).write_text(json.dumps(spec))
+        argv = [sys.executable, "-S", "-m", init.MODULE, str(files.spec(place.name))]
+        starting.append(
+            subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(source_directory())},
+                pass_fds=(lock,),
+                start_new_session=True,
+            )
+        )
+    problems = [said for child in starting if (said := child.communicate()[1]) or child.returncode]
+    if problems:
+        raise HostError("cannot make the places: " + (problems[0].strip() or "process 1 ended at once"))
+
+
+def source_directory() -> Path:
+    """Return the directory that holds the package ``emp``."""
+    return Path(emp.__file__).resolve().parents[1]
+
+
+def readable_directories() -> list[str]:
+    """Return what must stay readable in a place though it lies in a directory that each place has of its own.
+
+    The checkout, the Python that runs us and a QEMU named by ``EMP_QEMU``; usually none of them lies there.
+    """
+    source = source_directory()
+    checkout = source.parent if (source.parent / "pyproject.toml").exists() else source
+    needed = [checkout, Path(sys.prefix), Path(sys.base_prefix), Path(os.path.realpath(sys.executable)).parent.parent]
+    if qemu := os.environ.get("EMP_QEMU"):
+        home = Path(qemu).resolve().parent
+        needed.append(home.parent if home.name == "bin" else home)
+    paths = {str(path.absolute()) for path in needed}
+    inner = [path for path in paths if any(init.below(path, private) and path != private for private in init.PRIVATE)]
+    return sorted(path for path in inner if not any(other != path and init.below(path, other) for other in inner))
+
+
+def inits(files: LabFiles) -> dict[str, Process]:
+    """Return place -> its live process 1. Nothing is looked up in a file: its title says whose it is."""
+    found = {}
+    for candidate in scan.running(_may_be_init):
+        match candidate.argv:
+            case [first, "infinity"] if first.startswith(init.title(f"{files.directory}/places/")):
+                found[Path(first).stem] = candidate.process
+    return found
+
+
+def _may_be_init(path: str) -> bool:
+    try:
+        return init.MODULE.encode() in Path(path, "cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def init_of(files: LabFiles, place: str) -> Process:
+    """Return process 1 of a place of this lab; ``NotFound`` if there is no such place, ``HostError`` if it is dead."""
+    files.load().topology.place(place)
+    process = inits(files).get(place)
+    if process is None:
+        raise HostError(
+            f"the place {place} of the lab {files.name} is dead",
+            hint=f"clear the lab: emp lab down --name {files.name}",
+        )
+    return process
+
+
+def enter_argv(process: Process) -> list[str]:
+    """Return the command prefix that runs a program inside the place of this process 1."""
+    return ["nsenter", "--target", str(process.pid), "--mount", "--pid", "--net", "--ipc", "--uts", "--"]

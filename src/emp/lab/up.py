@@ -1,0 +1,149 @@
+"""Brings a lab up: places, credentials, daemons; returns when the pool can be used."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from emp.client import context as contexts
+from emp.client.context import Context
+from emp.lab import bytecode, daemons, places, preflight
+from emp.lab.down import clear
+from emp.lab.images import Image, ensure_image
+from emp.lab.ready import wait_ready
+from emp.lab.state import LabFiles, LabState
+from emp.lab.topology import Topology
+from emp.model.errors import AlreadyExists, NotFound
+from emp.wire.secret import Secret
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose of a lab."""
+
+    name: str
+    nodes: int = 2
+    port: int | None = None
+    memory_bytes: int = 4 << 30
+    vcpus: int = 8
+
+
+def up(options: Options, say: Say = lambda line: None) -> LabState:
+    """Make a lab and return when its pool is ready: the controller answers and every agent has reported.
+
+    What is left of a broken lab of that name is cleared first. Raises ``AlreadyExists`` when a whole one is there,
+    ``Conflict`` when a port or a namespace is taken, ``MissingDependency``, ``BadInput``, ``HostError``; after an error
+    nothing is left.
+    """
+    topology = Topology(options.name, options.nodes)
+    preflight.check_programs()
+    qemu, version = preflight.check_qemu()
+    image = _image(say)
+    files = LabFiles(options.name)
+    with files.locked(create=True) as lock:
+        _make_way(files, say)
+        try:
+            places.check_free(topology)
+            people = daemons.people_socket(options.port)
+        except BaseException:
+            files.remove()
+            raise
+        with people:
+            state = LabState(
+                name=options.name,
+                nodes=options.nodes,
+                port=people.getsockname()[1],
+                memory_bytes=options.memory_bytes,
+                vcpus=options.vcpus,
+                qemu=qemu,
+                context=str(contexts.file_of(options.name)),
+                created_at=time.time(),
+            )
+            try:
+                _check_context(files.name)
+                files.save(state)
+                say(f"making {options.nodes} nodes, a controller and a volume server (QEMU {version})")
+                context = _make(files, state, image, people, lock)
+                say("waiting for the agents to report")
+                wait_ready(files, state, context)
+            except BaseException:
+                people.close()
+                clear(files)
+                raise
+    return state
+
+
+def _image(say: Say) -> Image:
+    """Return the guest image, from the cache of the user who works here: root has none of its own under sudo."""
+    if "EMP_CACHE" in os.environ:
+        return ensure_image(notice=say)
+    return ensure_image(cache=Path(contexts.invoking_user().pw_dir) / ".cache" / "emp", notice=say)
+
+
+def _make_way(files: LabFiles, say: Say) -> None:
+    """Clear what a killed command has left of this lab; ``AlreadyExists`` if it is whole."""
+    try:
+        state = files.load()
+    except NotFound:
+        return
+    missing = broken_parts(files, state)
+    if not missing:
+        raise AlreadyExists(
+            f"the lab {files.name} is up",
+            field="name",
+            hint=f"emp lab down --name {files.name} removes it; or choose another --name",
+        )
+    say(f"the lab {files.name} is there but broken (dead: {', '.join(missing)}): clearing it first")
+    clear(files, keep_directory=True)
+
+
+def _check_context(name: str) -> None:
+    path = contexts.file_of(name)
+    if path.exists():
+        raise AlreadyExists(
+            f"there is a context {name!r} already, of another pool",
+            field="name",
+            hint=f"it is {path}; choose another name",
+        )
+
+
+def broken_parts(files: LabFiles, state: LabState) -> list[str]:
+    """Return which places or daemons of a lab are not running, empty for a whole lab."""
+    alive = places.inits(files)
+    missing = []
+    for place in state.topology.places:
+        if place.name not in alive:
+            missing.append(place.name)
+        elif place.role is not None and not daemons.started(files, place):
+            missing.append(f"{place.role} on {place.name}")
+    return missing
+
+
+def _make(files: LabFiles, state: LabState, image: Image, people: socket.socket, lock: int) -> Context:
+    with ThreadPoolExecutor(4) as pool:
+        credentials = pool.submit(daemons.prepare, files, state, image)
+        compiled = pool.submit(bytecode.ensure)
+        places.wire(state.topology)
+        places.furnish(files, state.topology.places, hide=[str(contexts.directory())], lock=lock)
+        ca_pem = credentials.result()
+        compiled.result()
+        staffed = [place for place in state.topology.places if place.role is not None]
+        for started in [pool.submit(daemons.spawn, files, state, place, people) for place in staffed]:
+            started.result()
+    people.close()
+    context = Context(
+        name=state.name,
+        url=f"https://{daemons.HOST}:{state.port}",
+        server_name="controller-main",
+        ca_pem=ca_pem.decode(),
+        token=Secret(daemons.token(files)),
+    )
+    contexts.save_context(context)
+    return context
