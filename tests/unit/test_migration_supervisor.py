@@ -1,0 +1,131 @@
+"""The controller's role: what it does in which order, and that only the owners' words close a migration."""
+
+from __future__ import annotations
+
+import pytest
+
+from emp.migration.supervisor import (
+    Abort,
+    AbortAsked,
+    Action,
+    Attach,
+    Attached,
+    Begun,
+    Close,
+    Detach,
+    Detached,
+    Event,
+    HandOver,
+    NodeLost,
+    Phase,
+    Prepare,
+    RecordOwner,
+    Resumed,
+    Says,
+    StepFailed,
+    Supervisor,
+    TargetPrepared,
+    Watch,
+    step,
+)
+from emp.model.migration import Outcome
+from emp.model.orders import Role, RolePhase
+
+S, T = Role.SOURCE, Role.TARGET
+HANDED = (Begun(), Attached(), TargetPrepared(), Says(S, RolePhase.PRECOPY))
+
+
+def play(*happened: Event, state: Supervisor | None = None) -> tuple[Supervisor, list[Action]]:
+    state, done = state or Supervisor(), []
+    for event in happened:
+        state, actions = step(state, event)
+        done += actions
+    return state, done
+
+
+def test_there() -> None:
+    state, done = play(*HANDED, Says(T, RolePhase.RUNNING), Says(S, RolePhase.DONE), Detached())
+    assert done == [
+        Attach(),
+        Prepare(),
+        HandOver(),
+        Watch(T),
+        Watch(S),
+        RecordOwner(T),
+        Detach(S),
+        Close(Outcome.COMPLETED, None),
+    ]
+    assert state.phase is Phase.CLOSED
+
+
+def test_the_sources_done_is_enough_when_the_targets_word_is_late() -> None:
+    _state, done = play(*HANDED, Says(S, RolePhase.DONE), Says(T, RolePhase.RUNNING), Detached())
+    assert done[-3:] == [RecordOwner(T), Detach(S), Close(Outcome.COMPLETED, None)]
+
+
+def test_back() -> None:
+    _state, done = play(
+        *HANDED,
+        AbortAsked("by the user"),
+        Says(S, RolePhase.ABORTED, "by the user"),
+        Says(T, RolePhase.WITHDRAWN),
+        Detached(),
+    )
+    assert done[5:] == [
+        Abort(S, "by the user"),
+        RecordOwner(S),
+        Abort(T, "by the user", source_is_back=True),
+        Watch(T),
+        Detach(T),
+        Close(Outcome.ABORTED, "by the user"),
+    ]
+
+
+def test_a_target_that_could_not_be_prepared_is_told_to_withdraw() -> None:
+    _state, done = play(Begun(), Attached(), StepFailed("no memory"), Says(T, None), Detached())
+    assert done[2:] == [Abort(T, "no memory"), Watch(T), Detach(T), Close(Outcome.ABORTED, "no memory")]
+
+
+def test_an_unanswered_handover_is_asked_about_not_assumed() -> None:
+    state, done = play(Begun(), Attached(), TargetPrepared(), StepFailed("timeout", sure=False))
+    assert done[-1] == Watch(S)
+    assert state.phase is Phase.WATCHING
+
+
+def test_a_source_that_never_got_the_order_frees_the_target() -> None:
+    state, done = play(Begun(), Attached(), TargetPrepared(), StepFailed("timeout", sure=False), Says(S, None))
+    assert state.phase is Phase.SETTLING
+    assert Abort(T, "the source never got the order") in done
+
+
+@pytest.mark.parametrize("role", [S, T])
+def test_a_node_that_is_silent_closes_nothing_before_the_owner_is_known(role: Role) -> None:
+    state, done = play(*HANDED, NodeLost(role))
+    assert state.phase is Phase.WATCHING
+    assert not any(isinstance(a, Close | Detach | RecordOwner) for a in done)
+
+
+def test_a_source_lost_after_the_target_runs_does_not_hold_the_end_up() -> None:
+    _state, done = play(*HANDED, Says(T, RolePhase.RUNNING), NodeLost(S), Detached())
+    assert done[-1] == Close(Outcome.COMPLETED, None)
+
+
+def test_a_restarted_controller_asks_both_ends() -> None:
+    state, done = play(Resumed(prepared=True), Says(T, RolePhase.RUNNING), Says(S, RolePhase.DONE), Detached())
+    assert done == [Watch(S), Watch(T), RecordOwner(T), Detach(S), Close(Outcome.COMPLETED, None)]
+    _state, done = play(Resumed(prepared=False), Says(T, RolePhase.WITHDRAWN), Detached())
+    assert isinstance(done[0], Abort)
+    assert done[-1] == Close(Outcome.ABORTED, "the controller was restarted in the preparation")
+
+
+def test_a_target_lost_after_its_activation_never_brings_the_source_back() -> None:
+    _state, done = play(*HANDED, Says(T, RolePhase.LOST, "its QEMU died"), Detached())
+    assert RecordOwner(T) in done
+    assert done[-1] == Close(Outcome.LOST, "its QEMU died")
+    assert not any(isinstance(a, Abort) for a in done)
+
+
+def test_an_abort_after_the_evm_runs_on_the_target_changes_nothing() -> None:
+    running, _ = play(*HANDED, Says(T, RolePhase.RUNNING))
+    state, done = play(AbortAsked("late"), state=running)
+    assert (state, done) == (running, [])
