@@ -23,7 +23,8 @@ def main() -> int:
     with Path(__file__).open() as lock:
         _alone(lock.fileno())
         try:
-            packages.ensure(extra=environment.needs())
+            extra = [packages.DEVELOPMENT] if arguments.dev else []
+            packages.ensure(extra=[*extra, *environment.needs()])
             environment.ensure(development=arguments.dev)
             return _guest_image()
         except Refusal as refusal:
