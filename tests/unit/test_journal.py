@@ -83,7 +83,11 @@ async def test_a_write_that_fails_says_that_nothing_is_known(tmp_path: Path) -> 
     with pytest.raises(JournalWriteFailed, match="No space"):
         await journal.append(OWN)
     assert journal.last("web") is None
+    await journal.append(OWN)  # the disk is well again: everything known goes to a new file
     journal.close()
+    again = Journal.open(tmp_path / "journal")
+    assert again.last("web") == OWN
+    again.close()
 
 
 def test_a_compacted_ledger_answers_the_same_questions() -> None:

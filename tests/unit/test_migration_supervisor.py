@@ -111,7 +111,7 @@ def test_a_source_lost_after_the_target_runs_does_not_hold_the_end_up() -> None:
 
 
 def test_a_restarted_controller_asks_both_ends() -> None:
-    state, done = play(Resumed(prepared=True), Says(T, RolePhase.RUNNING), Says(S, RolePhase.DONE), Detached())
+    _state, done = play(Resumed(prepared=True), Says(T, RolePhase.RUNNING), Says(S, RolePhase.DONE), Detached())
     assert done == [Watch(S), Watch(T), RecordOwner(T), Detach(S), Close(Outcome.COMPLETED, None)]
     _state, done = play(Resumed(prepared=False), Says(T, RolePhase.WITHDRAWN), Detached())
     assert isinstance(done[0], Abort)

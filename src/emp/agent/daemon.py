@@ -77,7 +77,7 @@ async def run(config: AgentConfig) -> None:
             gate.closed = None
         await stack.enter_async_context(Server(app, [Listener(api_socket, server_tls)], pool=config.pool))
         await stack.enter_async_context(
-            LinkServer(link_socket, tls=server_tls, pool=config.pool, serve=migrations.serve_link)
+            LinkServer(link_socket, tls=server_tls, pool=config.pool, on_link=migrations.take_link)
         )
         heart = asyncio.create_task(Heartbeat(client, config.node, report, residents.changed).run(), name="heartbeat")
         log.info("agent of %s serves on %s:%d", config.node, config.address, config.port)

@@ -49,6 +49,7 @@ class Journal:
         self._id = journal_id
         self._seq = seq
         self._book = book
+        self._broken = False
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._thread = ThreadPoolExecutor(1, "journal")
 
@@ -79,10 +80,7 @@ class Journal:
 
     async def append(self, record: Record) -> None:
         """Return when ``record`` is on disk; raise ``JournalWriteFailed`` when that is not known."""
-        self._seq += 1
-        writing = asyncio.get_running_loop().run_in_executor(
-            self._thread, self._append, _record_line(self._seq, record)
-        )
+        writing = asyncio.get_running_loop().run_in_executor(self._thread, self._append, record)
         # The book follows the disk even if the caller is cancelled meanwhile.
         writing.add_done_callback(lambda done: self._note(record) if not done.exception() else None)
         try:
@@ -94,11 +92,20 @@ class Journal:
     def _note(self, record: Record) -> None:
         self._book[record.evm] = self.ledger(record.evm).add(record)
 
-    def _append(self, line: bytes) -> None:
-        view = memoryview(line)
+    def _append(self, record: Record) -> None:
+        if self._broken:
+            # What the failed descriptor has on disk is unknown for ever: a new file, with all that is known (rule R10).
+            self._seq = _write_anew(self._path, self._id, self._seq, self._book)
+            fresh = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            os.dup2(fresh, self._fd)
+            os.close(fresh)
+        self._broken = True
+        self._seq += 1
+        view = memoryview(_record_line(self._seq, record))
         while view:
             view = view[os.write(self._fd, view) :]
         os.fdatasync(self._fd)
+        self._broken = False
 
     def close(self) -> None:
         self._thread.shutdown()

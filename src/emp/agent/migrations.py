@@ -5,6 +5,7 @@ A role stays here after its end, so that late questions get its last word; after
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -61,6 +62,7 @@ class Migrations:
         self._dial = dial
         self._stream_host = stream_host
         self._roles: dict[str, SourceRole | TargetRole] = {}
+        self._links: set[asyncio.Task[None]] = set()
 
     @property
     def busy(self) -> bool:
@@ -185,8 +187,14 @@ class Migrations:
 
     # -- links from peers
 
-    async def serve_link(self, link: Link) -> None:
-        """Take a link that a source has opened: ``hello`` says for which migration."""
+    def take_link(self, link: Link) -> None:
+        """Serve a link that a source has opened, until it ends."""
+        task = asyncio.create_task(self._serve_link(link), name=f"link from {link.peer}")
+        self._links.add(task)
+        task.add_done_callback(self._links.discard)
+
+    async def _serve_link(self, link: Link) -> None:
+        """``hello`` says for which migration it is."""
         async for message in link:
             match message:
                 case {"type": "hello", "migration": str(migration)}:
@@ -281,6 +289,9 @@ class Migrations:
         """The agent stops: roles are left as the journal has them."""
         for role in self._roles.values():
             await role.close()
+        for task in self._links:
+            task.cancel()
+        await asyncio.gather(*self._links, return_exceptions=True)
 
 
 def qemu_name(node: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from emp.agent.assembly import Assembler, Assembly
 from emp.agent.journal import Journal
 from emp.agent.links import PeerLink
-from emp.agent.role import Role
+from emp.agent.role import REPEAT_S, Role
 from emp.agent.shelf import Entry
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState, StreamStatus
 from emp.migration import events
@@ -168,10 +168,24 @@ class TargetRole(Role[Target]):
             await self.assembly.machine.cont()
         except OutcomeUnknown:
             self.feed(events.RunUnknown())
+            self.spawn(self._see_whether_it_runs(self.assembly))
         except MachineGone:
             pass  # the GONE event follows
         except EmpError as error:
             self.feed(events.RunRefused(str(error)))
+
+    async def _see_whether_it_runs(self, assembly: Assembly) -> None:
+        """``cont`` was not answered: ask until the hypervisor says, for as long as it lives."""
+        while self.state.phase is TargetPhase.STARTING:
+            try:
+                if await assembly.machine.run_state() is RunState.RUNNING:
+                    self.feed(events.GuestRuns())
+                    return
+            except MachineGone:
+                return
+            except EmpError as error:
+                log.warning("%s: does it run? %s", self.state.migration, error)
+            await asyncio.sleep(REPEAT_S)
 
     async def _announce(self) -> None:
         assert self.assembly is not None
