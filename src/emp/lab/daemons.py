@@ -79,8 +79,9 @@ def token(files: LabFiles) -> str:
 
 def _install(image: Image, directory: Path) -> None:
     directory.mkdir(parents=True)
-    shutil.copy(image.kernel, directory / "kernel")
-    shutil.copy(image.initrd, directory / "initrd")
+    for name, source in (("kernel", image.kernel), ("initrd", image.initrd)):
+        shutil.copy(source, directory / name)
+        (directory / name).chmod(0o644)  # QEMU reads it as a user of its own
     record = {"name": image.name, "digest": image.digest, "kernel_command_line": KERNEL_COMMAND_LINE}
     (directory / "image.json").write_text(json.dumps(record))
 

@@ -118,6 +118,8 @@ class Mount:
     def __init__(self, line: str) -> None:
         fields = line.split()
         after = fields.index("-")
+        self.number = int(fields[0])
+        self.parent = int(fields[1])
         self.device = fields[2]
         self.root = _unescape(fields[3])
         self.point = _unescape(fields[4])

@@ -72,8 +72,8 @@ def wait_ready(files: LabFiles, state: LabState, context: Context, *, timeout_s:
         probe.close()
 
 
-def _reported(nodes: Any) -> set[str]:
-    return {node["report"]["name"] for node in nodes or () if node["ready"]}
+def _reported(listing: Any) -> set[str]:
+    return {node["report"]["name"] for node in listing["items"] if node["ready"]} if listing else set()
 
 
 def _check_alive(files: LabFiles, state: LabState) -> None:
