@@ -84,6 +84,8 @@ def _refuse_to_replace_pieces(environ: Mapping[str, str]) -> None:
 
 def _install_qemu(release: Mapping[str, str], environ: Mapping[str, str]) -> None:
     suite = _suite_of_qemu(release)
+    if there := shutil.which(qemu.BINARY):
+        say(f"this replaces {there}, as EMP_UPGRADE_QEMU allows")
     with apt.only_release_sources(release) as options:
         apt.install([*options, *(["-t", suite] if suite else [])], QEMU.packages)
     if qemu.choose({**environ, "EMP_UPGRADE_QEMU": ""}) is None:

@@ -210,12 +210,13 @@ def test_pieces_of_an_older_qemu_are_left_alone_too(machine: Fake) -> None:
 
 
 @needs_root
-def test_an_older_qemu_is_upgraded_when_that_is_allowed(machine: Fake) -> None:
-    machine.has_qemu("7.2.22")
+def test_an_older_qemu_is_upgraded_when_that_is_allowed(machine: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    path = machine.has_qemu("7.2.22")
     machine.has("qemu-system-x86 qemu-utils", "1:7.2+dfsg-7")
     machine.installing_brings_qemu("10.0.2")
     ensure(EMP_UPGRADE_QEMU="1")
     assert "install qemu-system-x86 qemu-utils" in machine.done()
+    assert f"this replaces {path}, as EMP_UPGRADE_QEMU allows" in capsys.readouterr().out
 
 
 @needs_root
