@@ -19,8 +19,21 @@ from typing import Any
 import pytest
 
 from emp.model.errors import OutcomeUnknown, StoreUnavailable, error_from_dict
-from emp.store.base import Compacted, Lease, Put, StoreClosed, StoreCorrupt, StoreLocked, StoreMismatch
+from emp.store.base import (
+    Compacted,
+    Event,
+    EventKind,
+    KeyValue,
+    Lease,
+    Put,
+    StoreClosed,
+    StoreCorrupt,
+    StoreLocked,
+    StoreMismatch,
+)
 from emp.store.sqlite import SqliteStore
+from emp.store.sqlite_tables import Page
+from emp.store.sqlite_watch import SqliteWatch
 
 
 @pytest.fixture
@@ -310,6 +323,28 @@ async def test_expiry_waits_for_a_disk_that_came_back(store: SqliteStore, monkey
         event = await anext(store.watch("/l", revision))
     assert event.revision == revision + 1
     assert not failures
+
+
+# --- a watch and its wake-ups
+
+
+async def test_a_commit_during_a_read_wakes_the_watch_again() -> None:
+    """The read below does not see revision 2, which is committed before its answer arrives."""
+    reads: list[int] = []
+    kvs = {revision: KeyValue("/a", b"", 1, revision, revision) for revision in (1, 2)}
+
+    async def read(low: str, high: str, after: int) -> Page:
+        reads.append(after)
+        revision = len(reads)
+        if revision == 1:
+            watch.on_commit(2, ["/a"])
+            watch.on_commit(3, ["/elsewhere"])
+        return Page((Event(EventKind.PUT, kvs[revision], revision, last=True),), revision, more=False)
+
+    watch = SqliteWatch("/a", 0, read)
+    async with asyncio.timeout(10):
+        assert [(await anext(watch)).revision for _ in range(2)] == [1, 2]
+    assert reads == [0, 1]
 
 
 # --- errors travel
