@@ -171,7 +171,7 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
 
 
 def _environment() -> dict[str, str]:
-    keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "EMP_FAULT")}
+    keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG") or name.startswith("EMP_")}
     return keep | {"PYTHONPATH": str(source_directory()), "PYTHONUNBUFFERED": "1", "HOME": "/tmp"}
 
 
