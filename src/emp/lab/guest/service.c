@@ -21,6 +21,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -412,8 +413,13 @@ int main(int argc, char **argv)
 {
     pthread_t thread;
     struct rlimit files = {65536, 65536};
+    if (argc > 2 && !strcmp(argv[1], "realtime")) { /* run a command that no kernel thread can preempt; for init */
+        sched_setscheduler(0, SCHED_FIFO, &(struct sched_param){.sched_priority = 1});
+        execvp(argv[2], argv + 2);
+        return 127;
+    }
     if (argc != 3 || (strcmp(argv[1], "evm") && strcmp(argv[1], "pod"))) {
-        fprintf(stderr, "usage: %s evm|pod NAME\n", argv[0]);
+        fprintf(stderr, "usage: %s evm|pod NAME | realtime COMMAND...\n", argv[0]);
         return 2;
     }
     snprintf(role, sizeof role, "%s", argv[1]);
