@@ -1,18 +1,14 @@
 """The contract of ``emp.store.base``, run on every implementation.
 
-Nothing here may lean on how an implementation works: what is particular to one belongs to its unit tests. Run as a
-program, this file is the writer that the kill test kills.
+Nothing here may lean on how an implementation works: what is particular to one belongs to its unit tests. Two more
+parts of the suite run on the same ``IMPLEMENTATIONS``: ``tests/unit/test_store_model.py`` (any sequence of calls) and
+``tests/unit/test_store_killed.py`` (death of the process).
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import operator
-import os
-import signal
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,9 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from emp.model.errors import BadInput, StoreUnavailable
 from emp.store.base import (
@@ -47,6 +40,12 @@ from emp.store.base import (
 from emp.store.sqlite import SqliteStore
 
 WAIT_S = 20.0
+RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+}
 
 
 @dataclass(frozen=True)
@@ -458,7 +457,8 @@ async def test_keys_vanish_together_when_their_lease_runs_out(store: Store) -> N
     with pytest.raises(LeaseGone):
         await store.keep_alive(lease.id)
     with pytest.raises(LeaseGone):
-        await put(store, "/l/a", b"", lease.id)
+        await store.txn([], [Put("/l/whole", b""), Delete("/l/e"), Put("/l/a", b"", lease.id)])
+    assert await keys(store, "/l/") == ["/l/c", "/l/d", "/l/e"]
     assert await revision_of(store) == start + 1
 
 
@@ -505,195 +505,3 @@ async def test_a_lease_survives_reopening(store: Store, reopen: Callable[[], Awa
         assert await again.get("/l/a") is not None
         await again.revoke(lease.id)
         assert await again.get("/l/a") is None
-
-
-# --- death of the process
-
-LANES = 4
-
-
-async def write_until_killed(store: Store) -> None:
-    """Write numbered transactions in several lanes at once, telling of each only when it was acknowledged."""
-
-    async def lane(n: int) -> None:
-        count = await store.get(f"/count/{n}")
-        for i in itertools.count(int(count.value) + 1 if count else 1):
-            ops = [Put(f"/count/{n}", b"%d" % i), Put(f"/item/{n}/{i:06}", b"x" * 500)]
-            result = await store.txn(
-                [value_is(f"/count/{n}", b"%d" % (i - 1)) if i > 1 else absent(f"/count/{n}")], ops
-            )
-            os.write(1, f"{n} {i} {result.revision}\n".encode() if result.succeeded else b"broken\n")
-
-    await asyncio.gather(*(lane(n) for n in range(LANES)))
-
-
-async def test_killed_in_the_middle_everything_acknowledged_is_there(
-    name: str, location: str, reopen: Callable[[], Awaitable[Store]]
-) -> None:
-    acknowledged: dict[int, tuple[int, int]] = {}
-    for kill in range(3):
-        writer = await asyncio.create_subprocess_exec(
-            sys.executable, __file__, name, location, stdout=asyncio.subprocess.PIPE
-        )
-        assert writer.stdout is not None
-        try:
-            async with asyncio.timeout(WAIT_S):
-                lines = [await writer.stdout.readline() for _ in range(100 + 37 * kill)]
-        finally:
-            writer.send_signal(signal.SIGKILL)
-            lines += (await writer.stdout.read()).splitlines()
-            assert await writer.wait() == -signal.SIGKILL
-        for n, i, revision in (map(int, line.split()) for line in lines):
-            acknowledged[revision] = (n, i)
-
-        async with closing(await reopen()) as store:
-            counts = {kv.key.removeprefix("/count/"): int(kv.value) for kv in (await store.range("/count/")).kvs}
-            for n in range(LANES):
-                written = [key.rpartition("/")[2] for key in await keys(store, f"/item/{n}/")]
-                assert written == [f"{i:06}" for i in range(1, counts[str(n)] + 1)], "each transaction is whole"
-            newest = await revision_of(store)
-            first = newest - sum(counts.values())
-            items = (event for event in await take(store.watch("/", first), 2 * sum(counts.values())) if not event.last)
-            history = {event.revision: (int(event.kv.key[len("/count/") :]), int(event.kv.value)) for event in items}
-            assert list(history) == list(range(first + 1, newest + 1)), "the revision sequence has no hole"
-            assert acknowledged.items() <= history.items()
-
-
-# --- any sequence of calls, against a plain dictionary
-
-KEYS = ("/a/1", "/a/2", "/b/1", "/b")
-PREFIXES = ("/", "/a/", "/b/", "/b", "/a/1")
-RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
-    "=": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    ">": operator.gt,
-}
-
-a_key = st.sampled_from(KEYS)
-a_value = st.sampled_from((b"", b"1", b"2"))
-an_op = st.one_of(st.builds(Put, a_key, a_value), st.builds(Delete, a_key), st.builds(Get, a_key))
-ops_on_distinct_keys = st.lists(an_op, max_size=4, unique_by=lambda op: op.key)
-a_compare = st.one_of(
-    st.builds(Compare, a_key, st.just("value"), st.sampled_from(list(RELATIONS)), a_value),
-    st.builds(Compare, a_key, st.just("version"), st.sampled_from(list(RELATIONS)), st.integers(0, 4)),
-    st.builds(absent, a_key),
-    st.builds(present, a_key),
-)
-
-
-def selected(prefix: str, key: str) -> bool:
-    return key.startswith(prefix) if prefix.endswith("/") else key == prefix
-
-
-class StoreAgainstModel(RuleBasedStateMachine):
-    implementation: Implementation
-
-    @initialize()
-    def open(self) -> None:
-        self.directory = tempfile.TemporaryDirectory()
-        self.location = self.implementation.locate(Path(self.directory.name))
-        self.runner = asyncio.Runner()
-        self.run = self.runner.run
-        self.store = self.run(self._open())
-        self.kvs: dict[str, KeyValue] = {}
-        self.first = self.revision = self.oldest = self.run(revision_of(self.store))
-        self.history: list[tuple[int, EventKind, KeyValue]] = []
-
-    async def _open(self) -> Store:
-        return await self.implementation.open(self.location)
-
-    def teardown(self) -> None:
-        if hasattr(self, "store"):
-            self.run(self.store.close())
-            self.runner.close()
-            self.directory.cleanup()
-
-    def _apply(self, ops: Sequence[Op]) -> list[KeyValue | None]:
-        found, revision = [], self.revision + 1
-        for op in ops:
-            old = self.kvs.get(op.key)
-            if isinstance(op, Get):
-                found.append(old)
-            elif isinstance(op, Put):
-                new = KeyValue(
-                    op.key, op.value, old.create_revision if old else revision, revision, old.version + 1 if old else 1
-                )
-                self.kvs[op.key] = new
-                self.history.append((revision, EventKind.PUT, new))
-            elif self.kvs.pop(op.key, None):
-                self.history.append((revision, EventKind.DELETE, KeyValue(op.key, b"", 0, revision, 0)))
-        if self.history and self.history[-1][0] == revision:
-            self.revision = revision
-        return found
-
-    def _holds(self, compare: Compare) -> bool:
-        kv = self.kvs.get(compare.key)
-        if kv is None and compare.target == "value":
-            return False
-        return RELATIONS[compare.relation](getattr(kv, compare.target) if kv else 0, compare.operand)
-
-    @rule(compares=st.lists(a_compare, max_size=2), then=ops_on_distinct_keys, otherwise=ops_on_distinct_keys)
-    def txn(self, compares: list[Compare], then: list[Op], otherwise: list[Op]) -> None:
-        result = self.run(self.store.txn(compares, then, otherwise))
-        assert result.succeeded == all(map(self._holds, compares))
-        assert list(result.found) == self._apply(then if result.succeeded else otherwise)
-        assert result.revision == self.revision
-
-    @rule(prefix=st.sampled_from(PREFIXES), limit=st.none() | st.integers(1, 3), after=st.none() | a_key)
-    def range(self, prefix: str, limit: int | None, after: str | None) -> None:
-        answer = self.run(self.store.range(prefix, limit=limit, after=after))
-        expected = [kv for key, kv in sorted(self.kvs.items()) if selected(prefix, key) and key > (after or "")]
-        assert list(answer.kvs) == expected[:limit]
-        assert answer.more == (len(expected[:limit]) < len(expected))
-
-    @rule(prefix=st.sampled_from(PREFIXES), back=st.integers(0, 30))
-    def watch(self, prefix: str, back: int) -> None:
-        begin = max(self.first, self.revision - back)
-        if begin < self.oldest:
-            with pytest.raises(Compacted):
-                self.run(take(self.store.watch(prefix, begin), 1))
-            return
-        last_key = prefix + "end" if prefix.endswith("/") else prefix
-        self.txn([], [Put(last_key, b"end")], [])  # so that the watch has a known last event
-        expected = [entry for entry in self.history if entry[0] > begin and selected(prefix, entry[2].key)]
-        events = self.run(take(self.store.watch(prefix, begin), len(expected)))
-        assert [(event.revision, event.kind, event.kv) for event in events] == expected
-        following = [entry[0] for entry in expected[1:]] + [0]
-        assert [event.last for event in events] == [a[0] != b for a, b in zip(expected, following, strict=True)]
-
-    @rule(back=st.integers(0, 10))
-    def compact(self, back: int) -> None:
-        revision = max(self.first, self.revision - back)
-        self.run(self.store.compact(revision))
-        self.oldest = max(self.oldest, revision)
-
-    @rule()
-    def reopen(self) -> None:
-        self.run(self.store.close())
-        self.store = self.run(self._open())
-
-    @invariant()
-    def same(self) -> None:
-        if hasattr(self, "store"):
-            answer = self.run(self.store.range("/"))
-            assert {kv.key: kv for kv in answer.kvs} == self.kvs
-            assert answer.revision == self.revision
-
-
-def test_any_sequence_of_calls_agrees_with_a_dictionary(name: str) -> None:
-    machine = type("Machine", (StoreAgainstModel,), {"implementation": IMPLEMENTATIONS[name]})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-        ),
-    )
-
-
-if __name__ == "__main__":
-
-    async def main() -> None:
-        await write_until_killed(await IMPLEMENTATIONS[sys.argv[1]].open(sys.argv[2]))
-
-    asyncio.run(main())
