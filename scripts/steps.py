@@ -29,6 +29,8 @@ def main() -> int:
             return _guest_image()
         except Refusal as refusal:
             return refuse(refusal)
+        except KeyboardInterrupt:
+            return refuse(Refusal("interrupted; the next run goes on from here"))
 
 
 def _alone(descriptor: int) -> None:

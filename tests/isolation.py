@@ -1,8 +1,9 @@
-"""Puts the whole test session into network and mount namespaces of its own, where it may.
+"""Puts the whole test session into network and mount namespaces of its own, where it may, with labs of its own.
 
 What tests make and break there is never the machine's: other people's labs, containers and networks are out of sight,
-their coming and going is not mistaken for a leak, and the kernel clears all that is left when the session ends.
-Without root there is nothing to isolate: such tests as can run then make no namespaces.
+their coming and going is not mistaken for a leak, two sessions may use the same names at the same time, and the kernel
+clears all that is left when a session ends. Without root there is nothing to isolate: such tests as can run then make
+no namespaces.
 
 To look into a running session from a shell: ``nsenter --target PID --net --mount``.
 """
@@ -12,8 +13,10 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import shutil
 import socket
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,11 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() == 0:
         isolate()
+    labs = Path(tempfile.mkdtemp(prefix="emp-tests-", dir="/var/tmp"))  # on a disk, which /tmp may not be
+    labs.chmod(0o755)
+    config.add_cleanup(lambda: shutil.rmtree(labs, ignore_errors=True))
+    os.environ["EMP_LAB_DIR"] = str(labs / "labs")
+    os.environ["EMP_CONTEXT_DIR"] = str(labs / "contexts")
 
 
 def isolate() -> None:

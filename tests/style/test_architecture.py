@@ -53,6 +53,7 @@ def test_every_contract_bites(tmp_path: Path) -> None:
     for name, line in BREACHES.values():
         file = copy / name
         file.parent.mkdir(exist_ok=True)
+        (file.parent / "__init__.py").touch()
         file.write_text(f"{file.read_text() if file.exists() else ''}\n{line}\n")
     status, verdicts = lint(copy)
     assert status == 1

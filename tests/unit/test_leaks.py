@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,15 @@ def plant(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     )
     pytester.makeconftest("pytest_plugins = ['tests.isolation', 'tests.leaks']")
     return pytester
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can leave the machine's namespaces")
+def test_a_session_has_namespaces_and_labs_of_its_own() -> None:
+    for kind in ("net", "mnt"):
+        assert Path(f"/proc/self/ns/{kind}").readlink() != Path(f"/proc/{os.getppid()}/ns/{kind}").readlink()
+    assert [name for _, name in socket.if_nameindex()] == ["lo"]
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        assert os.environ["EMP_LAB_DIR"].startswith("/var/tmp/emp-tests-")
 
 
 def test_a_stray_task_or_process_fails_its_test(plant: pytest.Pytester) -> None:
