@@ -1,0 +1,59 @@
+"""EVMs: create, list, show, start, stop, delete, and their console."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, status
+from fastapi.responses import StreamingResponse
+
+from emp.controller.services import Services
+from emp.model.api import EvmCreate, EvmStart, EvmStop, Listing
+from emp.model.evm import Evm
+
+DELETE_GRACE_S = 5.0
+
+
+def router(services: Services) -> APIRouter:
+    router = APIRouter(prefix="/v1/evms", tags=["evms"])
+    evms = services.evms
+
+    @router.get("")
+    async def list_evms() -> Listing[Evm]:
+        return Listing[Evm](items=tuple(services.book.evms.all()), revision=services.book.revision)
+
+    @router.post("", status_code=status.HTTP_201_CREATED)
+    async def create_evm(request: EvmCreate) -> Evm:
+        """Answers once the EVM's QEMU runs; a create that is refused leaves nothing behind."""
+        return await evms.create(request)
+
+    @router.get("/{name}")
+    async def show_evm(name: str) -> Evm:
+        return evms.get(name)
+
+    @router.post("/{name}/start")
+    async def start_evm(name: str, request: EvmStart | None = None) -> Evm:
+        """Cold start of an EVM that is stopped, crashed or panicked by its owner's word."""
+        return await evms.start(name, request or EvmStart())
+
+    @router.post("/{name}/stop")
+    async def stop_evm(name: str, request: EvmStop | None = None) -> Evm:
+        return await evms.stop(name, request or EvmStop())
+
+    @router.delete("/{name}", status_code=status.HTTP_204_NO_CONTENT)
+    async def delete_evm(name: str, grace_s: Annotated[float, Query(ge=0, le=600)] = DELETE_GRACE_S) -> None:
+        """Removes the EVM, its addresses and the volumes made with it."""
+        await evms.delete(name, grace_s=grace_s)
+
+    @router.get("/{name}/console", response_class=StreamingResponse)
+    async def read_console(name: str) -> StreamingResponse:
+        """Bytes of the serial console for as long as the EVM lives, over its migrations."""
+        output = await services.consoles.open(name)
+        return StreamingResponse(output, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
+
+    @router.post("/{name}/console", status_code=status.HTTP_204_NO_CONTENT)
+    async def type_at_console(name: str, request: Request) -> None:
+        """Sends the body's bytes, at most 64 KiB, to the serial console."""
+        await services.consoles.type(name, await request.body())
+
+    return router

@@ -1,0 +1,33 @@
+"""Volumes: create, list, show, delete."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, status
+
+from emp.controller.services import Services
+from emp.controller.volumes import check_size
+from emp.model.api import Listing, VolumeCreate
+from emp.model.volume import Volume
+
+
+def router(services: Services) -> APIRouter:
+    router = APIRouter(prefix="/v1/volumes", tags=["volumes"])
+    volumes = services.volumes
+
+    @router.get("")
+    async def list_volumes() -> Listing[Volume]:
+        return Listing[Volume](items=tuple(services.book.volumes.all()), revision=services.book.revision)
+
+    @router.post("", status_code=status.HTTP_201_CREATED)
+    async def create_volume(request: VolumeCreate) -> Volume:
+        return await volumes.create(request.type, check_size(request.size_bytes, field="size_bytes"))
+
+    @router.get("/{id}")
+    async def show_volume(id: str) -> Volume:  # noqa: A002
+        return await volumes.get(id)
+
+    @router.delete("/{id}", status_code=status.HTTP_204_NO_CONTENT)
+    async def delete_volume(id: str) -> None:  # noqa: A002
+        await volumes.delete(id)
+
+    return router

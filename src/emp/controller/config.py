@@ -1,0 +1,113 @@
+"""The controller's configuration: one JSON file, checked before anything is opened.
+
+::
+
+    {"pool": "prod", "address": "10.77.0.1", "port": 7701,
+     "people": {"host": "10.77.0.1", "port": 7700},
+     "credentials": "/etc/emp/controller", "state_dir": "/var/lib/emp", "token_file": "/etc/emp/token",
+     "network": {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"},
+     "volumes": {"url": "https://10.77.0.2:7800", "server_name": "volumes-main"}}
+
+``address`` and ``port`` are the agents' (mutual TLS). ``people`` may be ``{"fd": N}``: a listening socket that the
+parent hands over. The token file is written with a fresh token when it is not there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from emp.model.base import Model
+from emp.model.errors import BadInput, NotFound
+from emp.model.names import Ip, Name
+
+
+class People(Model):
+    """Where people connect: a descriptor that is listening already, or an address."""
+
+    fd: int | None = Field(default=None, ge=3)
+    host: Ip | None = None
+    port: int | None = Field(default=None, ge=0, le=65535)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.fd is None) == (self.host is None or self.port is None):
+            raise ValueError('write either {"fd": N} or {"host": ADDRESS, "port": PORT}')
+        return self
+
+
+class Network(Model):
+    """The segment that EVMs live on, and the part of it that the pool hands out."""
+
+    subnet: str
+    evm_first: Ip
+    evm_last: Ip
+
+    @property
+    def block(self) -> ipaddress.IPv4Network:
+        return ipaddress.IPv4Network(self.subnet)
+
+    @property
+    def first(self) -> ipaddress.IPv4Address:
+        return ipaddress.IPv4Address(self.evm_first)
+
+    @property
+    def last(self) -> ipaddress.IPv4Address:
+        return ipaddress.IPv4Address(self.evm_last)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        block = self.block
+        if block.prefixlen < 8:
+            raise ValueError(f"{block} is too wide: a MAC address is made of an address's last 24 bits")
+        if not (self.first in block and self.last in block and self.first <= self.last):
+            raise ValueError(f"evm_first to evm_last must be a range inside {block}")
+        return self
+
+
+class VolumeService(Model):
+    url: str
+    server_name: str
+    """the common name of its certificate"""
+
+
+class Config(Model):
+    pool: Name
+    address: Ip
+    port: int = Field(ge=0, le=65535)
+    people: People
+    credentials: Path
+    state_dir: Path
+    token_file: Path
+    network: Network
+    volumes: VolumeService
+    heartbeat_s: float = Field(default=1.0, gt=0, le=60)
+    """how often agents report"""
+    node_down_s: float = Field(default=3.5, gt=0, le=600)
+    """silence after which a node counts as down"""
+    history_revisions: int = Field(default=100_000, ge=100)
+    """how many changes back a watch can go on from"""
+
+    @model_validator(mode="after")
+    def _beats_before_down(self) -> Self:
+        if self.node_down_s <= self.heartbeat_s:
+            raise ValueError("node_down_s must be longer than heartbeat_s")
+        return self
+
+
+def load_config(path: Path) -> Config:
+    """Read the file. Raises ``NotFound``, or ``BadInput`` naming the field."""
+    try:
+        return Config.model_validate(json.loads(path.read_text()))
+    except OSError as error:
+        raise NotFound(f"cannot read the configuration {path}: {error.strerror}", field="config") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "config"
+        raise BadInput(first["msg"].removeprefix("Value error, "), field=field, hint=f"correct {path}") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is not JSON: {error}", field="config") from None

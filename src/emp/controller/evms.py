@@ -1,0 +1,206 @@
+"""What people may do to EVMs: each request is checked, recorded as an intent, and carried out by ``boot``.
+
+A request answers when its intent has come to its end, or with ``OutcomeUnknown`` if that takes longer than
+``PATIENCE_S`` (a node that does not answer): then it goes on, and ``emp evm show`` says how it stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from emp.controller.addresses import claims
+from emp.controller.blueprint import Asked, Blueprints
+from emp.controller.book import Book, Intent, Upkeep, Verb, change, new
+from emp.controller.boot import Boot
+from emp.controller.capacity import Capacity
+from emp.controller.nodes import Nodes
+from emp.controller.placement import Placed, cannot_run, needs, place, place_on
+from emp.controller.tasks import Tasks
+from emp.model.api import EvmCreate, EvmStart, EvmStop
+from emp.model.errors import Conflict, NodeDown, OutcomeUnknown
+from emp.model.evm import Evm, EvmSpec, EvmState
+from emp.model.volume import Volume
+
+PATIENCE_S = 90.0
+STARTABLE = (EvmState.STOPPED, EvmState.PANICKED, EvmState.CRASHED)
+
+
+class Evms:
+    def __init__(self, book: Book, nodes: Nodes, capacity: Capacity, blueprints: Blueprints, boot: Boot) -> None:
+        self._book = book
+        self._nodes = nodes
+        self._capacity = capacity
+        self._blueprints = blueprints
+        self._boot = boot
+        self._tasks = Tasks("order")
+
+    def resume(self) -> None:
+        """After a restart: carry on with what was intended."""
+        for name, record in self._book.upkeep.held.items():
+            if record.model.intent is not None:
+                self._tasks.start(name, self._boot.carry_out(name, resumed=True))
+
+    async def close(self) -> None:
+        await self._tasks.close()
+
+    def get(self, name: str) -> Evm:
+        """Raises ``NotFound``."""
+        return self._book.evms.get(name, field="evm")
+
+    async def create(self, request: EvmCreate) -> Evm:
+        """Return the EVM once its QEMU runs. Raises what ``Blueprints`` raises, or why its node could not start it."""
+        asked = await self._blueprints.check(request)
+        async with self._capacity.lock:
+            self._blueprints.check_free(request.name)
+            spec, placed = self._blueprints.draw(asked)
+            await self._record(spec, placed, asked)
+        return await self._finished(request.name, Verb.CREATE)
+
+    async def _record(self, spec: EvmSpec, placed: Placed, asked: Asked) -> None:
+        """Record first, then act: the EVM, its addresses and what is to be done appear in one step."""
+        name = spec.name
+        epoch = await self._book.epochs.issue()
+        intent = Intent(verb=Verb.CREATE, epoch=epoch, node=placed.node.name, wishes=asked.wishes)
+        evm = Evm(spec=spec, reason=f"on {placed.node.name}: {placed.reason}", created_at=time.time())
+        await self._book.write(
+            new(self._book.evms, name, evm),
+            new(self._book.upkeep, name, Upkeep(intent=intent)),
+            *(new(self._book.claims, claim.address, claim, field="pods") for claim in claims(spec)),
+            *(change(self._book.volumes, volume.id, _given_to(name)) for volume in asked.existing),
+        )
+
+    async def start(self, name: str, request: EvmStart | None = None) -> Evm:
+        """Cold start, only of what its owner attests to have ended. By a person: ``request``; by the policy: None."""
+        self._check_idle(name)
+        evm = self.get(name)
+        if evm.state not in STARTABLE:
+            hint = "its node must say first how it is" if evm.state is EvmState.UNKNOWN else None
+            raise Conflict(f"EVM {name} is {evm.state}", field="evm", hint=hint)
+        self._check_holders(name)
+        async with self._capacity.lock:
+            placed = self._place_again(evm, request.node if request else None)
+            retire_epoch = await self._book.epochs.issue()
+            epoch = await self._book.epochs.issue()
+            intent = Intent(verb=Verb.START, epoch=epoch, retire_epoch=retire_epoch, node=placed.node.name)
+            await self._intend(name, intent, restarts=0 if request else None)
+        return await self._finished(name, Verb.START)
+
+    def _place_again(self, evm: Evm, node: str | None) -> Placed:
+        """Where it was, unless another node was asked for or that one does not fit any more."""
+        spec, name = evm.spec, evm.spec.name
+        unfit = [*needs(spec.memory_bytes, spec.vcpus, spec.image), cannot_run(spec)]
+        if node is not None:
+            return place_on(self._capacity.candidate(self._nodes.need_ready(node), but=name), unfit)
+        candidates = self._capacity.candidates(but=name)
+        for candidate in candidates:
+            if candidate.node.name == evm.owner and not any(check(candidate) for check in unfit):
+                return Placed(candidate, "where it was")
+        return place(candidates, unfit, what=name)
+
+    async def stop(self, name: str, request: EvmStop) -> Evm:
+        """Shut it down, and keep it down. Raises ``NodeDown`` while its owner cannot be asked."""
+        self._check_idle(name)
+        evm = self.get(name)
+        if evm.state is EvmState.STOPPED:
+            return await self._book.update(
+                self._book.evms, name, lambda e: e.model_copy(update={"want_running": False})
+            )
+        if evm.owner is not None:
+            self._nodes.need_ready(evm.owner, field="evm")
+        await self._intend(name, Intent(verb=Verb.STOP, grace_s=request.grace_s), want_running=False)
+        return await self._finished(name, Verb.STOP)
+
+    async def delete(self, name: str, *, grace_s: float) -> None:
+        """Stop it, retire it, remove what was made with it. Takes over from whatever is being done to it."""
+        self.get(name)
+        self._check_not_migrating(name)
+        self._check_holders(name)
+        await self._tasks.cancel(name)
+        retire_epoch = await self._book.epochs.issue()
+        intent = Intent(verb=Verb.DELETE, retire_epoch=retire_epoch, grace_s=grace_s)
+        await self._intend(name, intent, want_running=False, replace=True)
+        await self._carried_out(name, Verb.DELETE)
+
+    # -------------------------------------------------------------- checks
+
+    def _check_idle(self, name: str) -> None:
+        self.get(name)
+        self._check_not_migrating(name)
+        intent = self._book.upkeep.get(name).intent
+        if intent is not None:
+            hint = f"wait, or look at: emp evm show {name}"
+            raise Conflict(f"{intent.verb} of EVM {name} is under way", field="evm", hint=hint)
+
+    def _check_not_migrating(self, name: str) -> None:
+        if (migration := self.get(name).migration) is not None:
+            raise Conflict(
+                f"EVM {name} is migrating ({migration})",
+                field="evm",
+                hint=f"wait for its end, or: emp migration abort {migration}",
+                migration=migration,
+            )
+
+    def _check_holders(self, name: str) -> None:
+        """Raise ``NodeDown`` if a node that may hold authority over the EVM cannot be asked to give it up (rule R8)."""
+        for holder in self._book.upkeep.get(name).holders:
+            node = self._nodes.find(holder)
+            if node is None or not node.ready:
+                why = self._nodes.down(node).message if node else f"node {holder} has never reported"
+                hint = f"nobody but {holder} can say that the EVM does not run there: start its agent"
+                raise NodeDown(f"{why}, and may hold EVM {name}", field="evm", hint=hint, node=holder)
+
+    # -------------------------------------------------------------- carrying out
+
+    async def _intend(
+        self,
+        name: str,
+        intent: Intent,
+        *,
+        want_running: bool | None = None,
+        restarts: int | None = None,
+        replace: bool = False,
+    ) -> None:
+        """Record what is to be done, unless something else has begun in the meantime."""
+
+        def note(upkeep: Upkeep) -> Upkeep:
+            if upkeep.intent is not None and not replace:
+                raise Conflict(f"{upkeep.intent.verb} of EVM {name} is under way", field="evm", hint="wait")
+            update = {"intent": intent} | ({} if restarts is None else {"restarts": restarts})
+            return upkeep.model_copy(update=update)
+
+        def want(evm: Evm) -> Evm:
+            if evm.migration is not None:
+                self._check_not_migrating(name)
+            return evm if want_running is None else evm.model_copy(update={"want_running": want_running})
+
+        await self._book.write(change(self._book.upkeep, name, note), change(self._book.evms, name, want))
+
+    async def _finished(self, name: str, verb: Verb) -> Evm:
+        await self._carried_out(name, verb)
+        return self.get(name)
+
+    async def _carried_out(self, name: str, verb: Verb) -> None:
+        """Carry the intent out in a task of its own, so that a client who goes away changes nothing."""
+        task = self._tasks.start(name, self._boot.carry_out(name))
+        done, _ = await asyncio.wait([task], timeout=PATIENCE_S)
+        if not done:
+            how = self._book.evms.find(name)
+            raise OutcomeUnknown(
+                f"{verb} of EVM {name} is not done yet: {how.reason if how else 'nearly'}",
+                field="evm",
+                hint=f"it goes on; see: emp evm show {name}",
+            )
+        if task.cancelled():
+            raise Conflict(f"{verb} of EVM {name} was overtaken by another order", field="evm")
+        task.result()
+
+
+def _given_to(name: str) -> Callable[[Volume], Volume]:
+    def give(volume: Volume) -> Volume:
+        if volume.evm not in (None, name):
+            raise Conflict(f"volume {volume.id} belongs to EVM {volume.evm}", field="volumes")
+        return volume.model_copy(update={"evm": name})
+
+    return give

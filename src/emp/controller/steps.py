@@ -1,0 +1,171 @@
+"""The controller's own acts in one migration: volumes, the two orders, the record of who owns the EVM, the end.
+
+Each is called by ``supervise`` when the supervisor's ``step`` asks for it, and raises what went wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from emp.controller.agents import AgentClient, Agents
+from emp.controller.book import Book, change
+from emp.controller.hub import Hub
+from emp.controller.metrics import Metrics
+from emp.controller.nodes import Nodes
+from emp.controller.patience import until_known
+from emp.controller.tally import Tally
+from emp.controller.volumes import Volumes
+from emp.model.errors import OutcomeUnknown, Unavailable
+from emp.model.evm import Evm, EvmState
+from emp.model.migration import Migration, Outcome
+from emp.model.orders import AbortOrder, HandoverOrder, Peer, PrepareOrder, Role, RoleStatus, VolumeGrant
+
+T = TypeVar("T")
+
+TRIES = 2
+"""for a step before the hand-over: not to be stuck there is worth more than to get there"""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What every supervision works with."""
+
+    book: Book
+    nodes: Nodes
+    agents: Agents
+    volumes: Volumes
+    hub: Hub
+    metrics: Metrics
+
+
+class Steps:
+    def __init__(self, tools: Tools, tally: Tally) -> None:
+        self._tools = tools
+        self._tally = tally
+        self._grants: tuple[VolumeGrant, ...] = ()
+
+    @property
+    def _live(self) -> Migration:
+        return self._tally.migration
+
+    # -------------------------------------------------------------- forward
+
+    async def attach(self) -> None:
+        """Open every volume to the target under e_t."""
+        volumes, target, epoch = self._evm().spec.volumes, self._live.target, self._live.epoch_target
+        self._grants = await _tries(lambda: self._tools.volumes.attach(volumes, node=target, epoch=epoch))
+
+    async def prepare(self) -> None:
+        """Have the target make a machine that waits."""
+        live = self._live
+        order = PrepareOrder(
+            migration=live.id,
+            spec=self._evm().spec,
+            epoch=live.epoch_target,
+            source=self._peer(live.source),
+            volumes=self._grants,
+        )
+        self._tally.prepared(await _tries(lambda: self.agent(Role.TARGET).prepare(order)))
+        await self.save()  # the nonce is on disk before the source may act on it: a restart must know
+
+    async def hand_over(self) -> RoleStatus:
+        """Tell the source to begin."""
+        live, prepared = self._live, self._tally.answer
+        assert prepared is not None
+        order = HandoverOrder(
+            migration=live.id,
+            evm=live.evm,
+            epoch_target=live.epoch_target,
+            epoch_source=live.epoch_source,
+            target=self._peer(live.target),
+            prepared=prepared,
+            policy=live.policy,
+        )
+        return await self.agent(Role.SOURCE).hand_over(order)
+
+    # -------------------------------------------------------------- back, and the end
+
+    async def abort(self, role: Role, order: AbortOrder) -> RoleStatus:
+        """Ask that end to go back, until it has heard it. Raises ``NotFound`` where it knows of no such migration."""
+        return await self._until_known(self.node_of(role), lambda: self.agent(role).abort(self._live.id, order))
+
+    async def record_owner(self, role: Role, *, lost: str | None) -> None:
+        """Write down who owns the EVM, as that end has attested; ``lost``: why it runs nowhere."""
+        live = self._live
+        owner, epoch = (live.target, live.epoch_target) if role is Role.TARGET else (live.source, live.epoch_source)
+        state = EvmState.CRASHED if lost else EvmState.MIGRATING
+        update = {"owner": owner, "epoch": epoch, "state": state, "reason": lost}
+        await self._tools.book.update(self._tools.book.evms, live.evm, lambda evm: evm.model_copy(update=update))
+
+    async def detach(self, role: Role) -> None:
+        """Shut out the side that no longer has the EVM, until the volume service has done it."""
+        live, volumes = self._live, self._evm().spec.volumes
+
+        async def detach() -> None:
+            if role is Role.SOURCE:
+                await self._tools.volumes.fence(volumes, epoch=live.epoch_target)
+            await self._tools.volumes.release(volumes, node=self.node_of(role))
+
+        await self._until_known(None, detach)
+
+    async def close(self, outcome: Outcome, cause: str | None) -> None:
+        """Write the end: the report, and the EVM free for the next order."""
+        live, book = self._tally.closed(outcome, cause, time.time()), self._tools.book
+        holders = {
+            Outcome.COMPLETED: (live.target,),
+            Outcome.ABORTED: (live.source,),
+            Outcome.LOST: (live.source, live.target),
+        }[outcome]
+
+        def free(evm: Evm) -> Evm:
+            state = EvmState.RUNNING if evm.state is EvmState.MIGRATING else evm.state
+            return evm.model_copy(update={"migration": None, "state": state})
+
+        async def write() -> None:
+            await book.write(
+                change(book.migrations, live.id, lambda _: live),
+                change(book.evms, live.evm, free),
+                change(book.upkeep, live.evm, lambda upkeep: upkeep.model_copy(update={"holders": holders})),
+            )
+
+        await self._until_known(None, write)
+        self._tools.metrics.migrated(live)
+
+    # -------------------------------------------------------------- the record
+
+    async def save(self) -> None:
+        """Write the migration's record as it stands, if anything of weight has changed."""
+        if self._tally.worth_writing:
+            migration = self._live
+            await self._tools.book.update(self._tools.book.migrations, migration.id, lambda _: migration)
+            self._tally.written(migration)
+
+    # -------------------------------------------------------------- tools
+
+    def node_of(self, role: Role) -> str:
+        return self._live.source if role is Role.SOURCE else self._live.target
+
+    def agent(self, role: Role) -> AgentClient:
+        return self._tools.agents.of(self._tools.nodes.get(self.node_of(role)))
+
+    def _evm(self) -> Evm:
+        return self._tools.book.evms.get(self._live.evm, field="evm")
+
+    def _peer(self, name: str) -> Peer:
+        report = self._tools.nodes.get(name).report
+        return Peer(node=name, host=report.address, link_port=report.link_port)
+
+    async def _until_known(self, node: str | None, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return await until_known(self._tools.book, self._tools.nodes, node, call)
+
+
+async def _tries(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Return what ``call`` answers, asking once more if its outcome is unknown."""
+    for _ in range(TRIES - 1):
+        with contextlib.suppress(Unavailable, OutcomeUnknown):
+            return await call()
+    return await call()

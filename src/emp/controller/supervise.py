@@ -1,0 +1,226 @@
+"""Carries out what ``emp.migration.supervisor`` decides for one migration, and tells it what happened.
+
+The two agents do the migration between themselves; here volumes are attached, the two orders given, both ends watched,
+and the record kept. The record is written where a stage begins; what lies between goes to ``Hub`` alone. Orders that
+are out are waited for before their end is asked to go back: an abort must not overtake what it aborts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from emp.controller.steps import Steps, Tools
+from emp.controller.tally import Tally
+from emp.migration import supervisor
+from emp.migration.supervisor import Phase, Says, StepFailed, Supervisor, step
+from emp.model.errors import EmpError, NotFound, OutcomeUnknown
+from emp.model.migration import Migration, Outcome
+from emp.model.node import Node
+from emp.model.orders import AbortOrder, Role, RoleStatus
+
+log = logging.getLogger(__name__)
+
+REWATCH_S = 0.5
+"""pause before an end that gave no final word is watched again"""
+
+
+AGAIN_S = 2.0
+"""pause before a refused clearing-up is tried again"""
+
+T = TypeVar("T")
+
+
+class Supervision:
+    """One migration, from its plan or from the restart of the controller to its end."""
+
+    def __init__(self, tools: Tools, migration: Migration) -> None:
+        self._tools = tools
+        self._tally = Tally(migration)
+        self._steps = Steps(tools, self._tally)
+        self._state = Supervisor()
+        self._events: asyncio.Queue[supervisor.Event] = asyncio.Queue()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lost: set[Role] = set()
+
+    @property
+    def live(self) -> Migration:
+        return self._tally.migration
+
+    @property
+    def id(self) -> str:
+        return self.live.id
+
+    # -------------------------------------------------------------- from outside
+
+    def ask_abort(self, reason: str) -> Migration:
+        """Begin to go back, if that is still possible; return how it stands."""
+        self._tally.abort_asked(reason)
+        self._feed(supervisor.AbortAsked(reason))
+        return self.live
+
+    def node_down(self, node: Node) -> None:
+        for role in Role:
+            if self._steps.node_of(role) == node.name:
+                self._lost.add(role)
+                self._feed(supervisor.NodeLost(role))
+
+    async def run(self, *, resumed: bool) -> None:
+        """Supervise until it is closed. An error that nobody foresaw makes it look at both ends anew."""
+        self._feed(supervisor.Resumed(self.live.nonce is not None) if resumed else supervisor.Begun())
+        try:
+            while self._state.phase is not Phase.CLOSED:
+                event = await self._events.get()
+                try:
+                    await self._turn(event)
+                except Exception:
+                    log.exception("migration %s: looking at both ends anew", self.id)
+                    await self._start_anew()
+        finally:
+            await self._end_tasks()
+
+    # -------------------------------------------------------------- one turn
+
+    async def _turn(self, event: supervisor.Event) -> None:
+        before = self._state
+        self._state, actions = step(before, event)
+        if actions or self._state != before:
+            log.info("migration %s: %s -> %s", self.id, event, self._state.phase)
+        self._tally.stands(self._state)
+        for action in actions:
+            await self._act(action)
+        if self._state.phase is not Phase.CLOSED:
+            await self._save()
+        self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))
+        if self._state.phase is not before.phase:
+            for role in self._lost:
+                self._feed(supervisor.NodeLost(role))
+
+    async def _act(self, action: supervisor.Action) -> None:
+        match action:
+            case supervisor.Attach():
+                self._spawn("attach", self._attach())
+            case supervisor.Prepare():
+                self._spawn("prepare", self._prepare())
+            case supervisor.HandOver():
+                self._spawn("hand over", self._hand_over())
+            case supervisor.Watch(role):
+                self._spawn(f"watch {role}", self._watch(role))
+            case supervisor.Abort(role, reason, source_is_back):
+                self._spawn(f"abort {role}", self._abort(role, reason, source_is_back))
+            case supervisor.Detach(role):
+                self._spawn("detach", self._detach(role))
+            case supervisor.RecordOwner(role):
+                lost = self._state.outcome is Outcome.LOST
+                await self._steps.record_owner(role, lost=(self._state.cause or "lost") if lost else None)
+            case supervisor.Close(outcome, cause):
+                await self._steps.close(outcome, cause)
+                log.info("migration %s of %s: %s%s", self.id, self.live.evm, outcome, f" ({cause})" if cause else "")
+
+    async def _save(self) -> None:
+        try:
+            await self._steps.save()
+        except EmpError as error:  # both ends know better; it is written with the next change
+            log.error("migration %s: its record could not be written: %s", self.id, error)
+
+    # -------------------------------------------------------------- what is done beside
+
+    async def _attach(self) -> None:
+        await self._steps.attach()
+        self._feed(supervisor.Attached())
+
+    async def _prepare(self) -> None:
+        await self._steps.prepare()
+        self._feed(supervisor.TargetPrepared())
+
+    async def _hand_over(self) -> None:
+        self._hear(await self._steps.hand_over())
+
+    async def _abort(self, role: Role, reason: str, source_is_back: bool) -> None:
+        await self._answered("prepare" if role is Role.TARGET else "hand over")
+        order = AbortOrder(reason=reason, source_is_back=source_is_back)
+        try:
+            self._hear(await self._until_done(lambda: self._steps.abort(role, order)))
+        except NotFound:
+            self._feed(Says(role, None))
+
+    async def _detach(self, role: Role) -> None:
+        await self._answered("attach")
+        await self._until_done(lambda: self._steps.detach(role))
+        self._feed(supervisor.Detached())
+
+    async def _watch(self, role: Role) -> None:
+        """Follow one end until its last word, over every break of the connection."""
+        await self._answered("prepare" if role is Role.TARGET else "hand over")
+        while True:
+            try:
+                async with contextlib.aclosing(self._steps.agent(role).watch(self.id)) as statuses:
+                    async for status in statuses:
+                        self._hear(status)
+                        if status.phase.final:
+                            return
+            except NotFound:
+                self._feed(Says(role, None))
+            except EmpError as error:
+                log.info("migration %s: %s", self.id, error)
+            await asyncio.sleep(REWATCH_S)
+
+    def _hear(self, status: RoleStatus) -> None:
+        self._lost.discard(status.role)
+        self._tally.heard(status)
+        self._feed(Says(status.role, status.phase, status.cause))
+
+    async def _until_done(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What clears up after a migration is repeated until it has happened, whatever stands in its way."""
+        while True:
+            try:
+                return await call()
+            except NotFound:
+                raise
+            except EmpError as error:
+                log.error("migration %s: %s; trying again", self.id, error)
+                await asyncio.sleep(AGAIN_S)
+
+    async def _answered(self, order: str) -> None:
+        """Wait until that order, if it is on its way, has been answered: nothing that undoes it may overtake it."""
+        if task := self._tasks.get(order):
+            await asyncio.wait([task])
+
+    # -------------------------------------------------------------- tasks
+
+    def _feed(self, event: supervisor.Event) -> None:
+        self._events.put_nowait(event)
+
+    def _spawn(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        """Run a slow action beside; what runs already is not begun twice."""
+        if name in self._tasks and not self._tasks[name].done():
+            work.close()
+            return
+        self._tasks[name] = asyncio.create_task(self._guarded(work), name=f"{name} {self.id}")
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        """A failure is a failed step. Only a refusal and what was never sent are sure not to have happened."""
+        try:
+            await work
+        except EmpError as error:
+            self._feed(StepFailed(str(error), sure=not isinstance(error, OutcomeUnknown)))
+        except Exception as error:
+            log.exception("migration %s", self.id)
+            self._feed(StepFailed(f"{type(error).__name__}: {error}", sure=False))
+
+    async def _start_anew(self) -> None:
+        await self._end_tasks()
+        await asyncio.sleep(REWATCH_S)
+        self._state = Supervisor()
+        self._feed(supervisor.Resumed(self.live.nonce is not None))
+
+    async def _end_tasks(self) -> None:
+        tasks = [task for task in self._tasks.values() if not task.done()]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._tasks.clear()

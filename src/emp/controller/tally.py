@@ -1,0 +1,94 @@
+"""What one migration looks like to people, put together from its record and what both ends have said. Pure.
+
+Progress changes four times a second and is only shown; what is in ``_WEIGHTY`` is worth a write to the store.
+"""
+
+from __future__ import annotations
+
+from emp.migration.report import build_report
+from emp.migration.supervisor import Phase, Supervisor
+from emp.model.migration import Migration, Outcome, Report, Stage
+from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
+
+_WEIGHTY = ("stage", "outcome", "cause", "hint", "committed", "abort_asked", "nonce", "report")
+_COMMITTED = (RolePhase.GIVEN, RolePhase.ACTIVATED, RolePhase.DONE, RolePhase.RUNNING)
+_ENDING = (Phase.FINISHING, Phase.DETACHING, Phase.CLOSED)
+
+
+class Tally:
+    def __init__(self, migration: Migration) -> None:
+        self.migration = migration
+        self.answer: Prepared | None = None
+        """the target's, to the order to prepare"""
+        self._written = migration
+        self._said: dict[Role, RoleStatus] = {}
+
+    # -------------------------------------------------------------- what happens
+
+    def prepared(self, answer: Prepared) -> None:
+        self.answer = answer
+        self._set(nonce=answer.nonce)
+
+    def heard(self, status: RoleStatus) -> None:
+        """Take a snapshot of one end."""
+        self._said[status.role] = status
+        if status.role is Role.SOURCE and status.progress.memory_bytes:
+            self._set(progress=status.progress)
+        committed = any(said.phase in _COMMITTED for said in self._said.values())
+        self._set(committed=committed, stage=self._stage())
+
+    def abort_asked(self, reason: str) -> None:
+        if self.migration.abort_asked is None:
+            self._set(abort_asked=reason)
+
+    def stands(self, state: Supervisor) -> None:
+        """Take the supervisor's state: why it goes back, and that the last stage has begun."""
+        if state.cause is not None and state.outcome is not Outcome.COMPLETED:
+            self._set(cause=state.cause)
+        if state.outcome is Outcome.COMPLETED and state.phase in _ENDING and self.migration.stage is not Stage.CLOSED:
+            self._set(stage=Stage.TARGET_BROWNOUT, committed=True, cause=None)
+
+    def closed(self, outcome: Outcome, cause: str | None, at_s: float) -> Migration:
+        """Return the final record; ``at_s`` is the wall clock."""
+        self._set(
+            stage=Stage.CLOSED,
+            outcome=outcome,
+            cause=cause,
+            hint=_HINTS.get(outcome, "").format(evm=self.migration.evm) or None,
+            committed=outcome is not Outcome.ABORTED and self.migration.committed,
+            ended_at=at_s,
+            report=self._report(at_s),
+        )
+        return self.migration
+
+    def written(self, migration: Migration) -> None:
+        self._written = migration
+
+    @property
+    def worth_writing(self) -> bool:
+        return any(getattr(self.migration, field) != getattr(self._written, field) for field in _WEIGHTY)
+
+    # -------------------------------------------------------------- how it is put together
+
+    def _set(self, **update: object) -> None:
+        self.migration = self.migration.model_copy(update=update)
+
+    def _stage(self) -> Stage:
+        source, target = self._said.get(Role.SOURCE), self._said.get(Role.TARGET)
+        if target is not None and target.phase is RolePhase.RUNNING:
+            return Stage.TARGET_BROWNOUT
+        if source is None or source.stage is Stage.CLOSED:
+            return self.migration.stage
+        return source.stage
+
+    def _report(self, at_s: float) -> Report:
+        source, target = self._said.get(Role.SOURCE), self._said.get(Role.TARGET)
+        return build_report(
+            source.figures if source else None,
+            target.figures if target else None,
+            memory_bytes=self.migration.progress.memory_bytes,
+            closed_at_s=at_s,
+        )
+
+
+_HINTS = {Outcome.LOST: "neither copy could go on; when both nodes answer: emp evm start {evm}"}

@@ -1,0 +1,167 @@
+"""The pool's volumes: the service that holds them, and the controller's record of whose they are and where attached.
+
+The volume service is the truth about a volume; the record adds the EVM that it belongs to, and lets people watch it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+
+from emp.controller.book import Book, Edit, VolumeWish, gone, put
+from emp.controller.tasks import all_of
+from emp.model.errors import BadInput, Conflict, EmpError, NotFound
+from emp.model.names import format_size, parse_size
+from emp.model.orders import VolumeGrant
+from emp.model.volume import Attachment, Volume, VolumeType
+from emp.volumes.base import VolumeDriver
+
+log = logging.getLogger(__name__)
+
+SMALLEST_BYTES = 1 << 20
+SECTOR_BYTES = 4096
+
+
+def check_size(size_bytes: int, *, field: str) -> int:
+    """Return a size that a volume may have. Raises ``BadInput``."""
+    if size_bytes < SMALLEST_BYTES or size_bytes % SECTOR_BYTES:
+        raise BadInput(
+            f"{size_bytes} bytes ({format_size(size_bytes)}) is no size for a volume",
+            field=field,
+            hint=f"at least {format_size(SMALLEST_BYTES)}, a multiple of {SECTOR_BYTES} bytes",
+        )
+    return size_bytes
+
+
+def parse_wishes(texts: Sequence[str]) -> tuple[VolumeWish, ...]:
+    """Read ``TYPE:SIZE`` and ids. Raises ``BadInput`` naming the place."""
+    wishes: list[VolumeWish] = []
+    for index, text in enumerate(texts):
+        field = f"volumes[{index}]"
+        kind, is_new, size = text.partition(":")
+        if not is_new:
+            if text in (wish.id for wish in wishes):
+                raise BadInput(f"{text} is named twice", field=field, hint="name each volume once")
+            wishes.append(VolumeWish(id=text))
+            continue
+        if kind not in set(VolumeType):
+            hint = f"{', '.join(f'{t}:SIZE' for t in VolumeType)}, or the id of a volume"
+            raise BadInput(f"{kind[:40]!r} is not a volume type", field=field, hint=hint)
+        size_bytes = check_size(parse_size(size, field=field), field=field)
+        wishes.append(VolumeWish(type=VolumeType(kind), size_bytes=size_bytes))
+    return tuple(wishes)
+
+
+class Volumes:
+    def __init__(self, book: Book, driver: VolumeDriver) -> None:
+        self._book = book
+        self._driver = driver
+
+    async def load(self) -> None:
+        """Take over what the service has. Where it does not answer, the records stand as they are."""
+        try:
+            found = await self._driver.list()
+        except EmpError as error:
+            log.warning("the volume service could not be asked: %s", error)
+            return
+        for volume in found:
+            await self._note(volume)
+
+    async def create(self, type: VolumeType, size_bytes: int, *, evm: str | None = None) -> Volume:  # noqa: A002
+        made = await self._driver.create(type=type, size_bytes=size_bytes)
+        volume = made.model_copy(update={"evm": evm})
+        await self._book.write(put(self._book.volumes, volume.id, volume))
+        return volume
+
+    async def get(self, volume: str, *, field: str = "volume") -> Volume:
+        """Return the record; a volume that only the service knows gets one. Raises ``NotFound``."""
+        if known := self._book.volumes.find(volume):
+            return known
+        try:
+            return await self._note(await self._driver.describe(volume))
+        except (NotFound, BadInput):
+            shown = volume if len(volume) <= 60 else volume[:57] + "..."
+            raise NotFound(f"no volume has the id {shown!r}", field=field, hint="see: emp volume list") from None
+
+    async def delete(self, volume: str) -> None:
+        """Raises ``NotFound``, or ``Conflict`` while an EVM has it."""
+        record = await self.get(volume)
+        if record.evm is not None:
+            raise Conflict(
+                f"volume {volume} belongs to EVM {record.evm}",
+                field="volume",
+                hint=f"emp evm delete {record.evm} first",
+            )
+        await self._destroy(volume)
+
+    async def _destroy(self, volume: str) -> None:
+        try:
+            await self._driver.delete(volume)
+        except NotFound:
+            log.info("volume %s was gone already", volume)
+        await self._book.write(gone(self._book.volumes, volume))
+
+    # -------------------------------------------------------------- attaching
+
+    async def attach(self, volumes: Sequence[str], *, node: str, epoch: int) -> tuple[VolumeGrant, ...]:
+        """Open all to ``node`` under ``epoch``, at the same time; in the order given."""
+        return tuple(await all_of(self._attach(volume, node, epoch) for volume in volumes))
+
+    async def _attach(self, volume: str, node: str, epoch: int) -> VolumeGrant:
+        attachment = await self._driver.attach(volume, node=node, epoch=epoch)
+        await self.get(volume)
+        record = await self._change_attachments(volume, add=attachment)
+        return VolumeGrant(volume=record, attachment=attachment)
+
+    async def release(self, volumes: Sequence[str], *, node: str | None = None, keep_epoch: int | None = None) -> None:
+        """Detach all from ``node``, or from every node; an attachment under ``keep_epoch`` stays."""
+        await all_of(self._release(volume, node, keep_epoch) for volume in volumes)
+
+    async def _release(self, volume: str, node: str | None, keep_epoch: int | None) -> None:
+        try:
+            found = await self._driver.describe(volume)
+        except NotFound:
+            return
+        for attachment in found.attachments:
+            if node in (None, attachment.node) and attachment.epoch != keep_epoch:
+                await self._driver.detach(volume, node=attachment.node, epoch=attachment.epoch)
+                if self._book.volumes.find(volume):
+                    await self._change_attachments(volume, remove=attachment)
+
+    async def fence(self, volumes: Sequence[str], *, epoch: int) -> None:
+        """Have the service refuse every attachment older than ``epoch``, whoever holds it. What is gone needs none."""
+
+        async def fence(volume: str) -> None:
+            with contextlib.suppress(NotFound):
+                await self._driver.fence(volume, epoch=epoch)
+
+        await all_of(fence(volume) for volume in volumes)
+
+    async def disown(self, volumes: Sequence[str], own: Sequence[str]) -> None:
+        """Detach an EVM's volumes from everywhere, delete those made with it, and let go of the others."""
+        await self.release(volumes)
+        for volume in own:
+            await self._destroy(volume)
+        for volume in volumes:
+            if volume not in own and self._book.volumes.find(volume):
+                await self._book.update(self._book.volumes, volume, lambda v: v.model_copy(update={"evm": None}))
+
+    async def _change_attachments(
+        self, volume: str, *, add: Attachment | None = None, remove: Attachment | None = None
+    ) -> Volume:
+        def apply(old: Volume) -> Volume:
+            named = add or remove
+            others = [a for a in old.attachments if named and (a.node, a.epoch) != (named.node, named.epoch)]
+            return old.model_copy(update={"attachments": (*others, add) if add else tuple(others)})
+
+        return await self._book.update(self._book.volumes, volume, apply)
+
+    async def _note(self, found: Volume) -> Volume:
+        """Take over the service's word, keeping whose it is."""
+
+        def merge(old: Volume | None) -> Volume:
+            return found.model_copy(update={"evm": old.evm if old else None})
+
+        await self._book.write(Edit(self._book.volumes, found.id, merge))
+        return self._book.volumes.get(found.id)

@@ -1,0 +1,169 @@
+"""May this migration begin? What must fit together on both ends, one small function per check.
+
+A check that fails here costs nothing; the same mismatch found by QEMU in the blackout costs the guest a pause, and one
+found by nobody costs the guest.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emp.model.evm import EvmSpec
+from emp.model.migration import Check
+from emp.model.names import format_size
+from emp.model.node import NodeReport
+from emp.model.volume import Volume
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that pre-flight looks at."""
+
+    spec: EvmSpec
+    source: NodeReport
+    target: NodeReport
+    target_free_bytes: int
+    """of what the target offers to EVMs and no record claims"""
+    volumes: tuple[Volume, ...]
+    subnet: str
+    """that the EVMs' addresses belong to"""
+
+
+def preflight(facts: Facts) -> tuple[Check, ...]:
+    """Return every check, passed or not, in an order worth reading."""
+    return tuple(check(facts) for check in CHECKS)
+
+
+def failed(checks: Sequence[Check]) -> tuple[Check, ...]:
+    return tuple(check for check in checks if not check.ok)
+
+
+def memory(facts: Facts) -> Check:
+    needed, free = facts.spec.memory_bytes, facts.target_free_bytes
+    text = f"{format_size(max(0, free))} free on {facts.target.name}, {format_size(needed)} needed"
+    return Check(name="memory", ok=free >= needed, message=text)
+
+
+def vcpus(facts: Facts) -> Check:
+    text = f"{facts.target.name} has {facts.target.vcpus} CPUs, {facts.spec.vcpus} needed"
+    return Check(name="vcpus", ok=facts.target.vcpus >= facts.spec.vcpus, message=text)
+
+
+def image(facts: Facts) -> Check:
+    """The target boots nothing now, but a later cold start there must find the same image."""
+    name, digest, target = facts.spec.image, facts.spec.image_digest, facts.target.name
+    there = facts.target.versions.images.get(name)
+    if there is None:
+        text = f"{target} does not have the image {name}"
+    elif there != digest:
+        text = f"{name} is {_short(there)} on {target}, the EVM has {_short(digest)}"
+    else:
+        text = f"{name} {_short(there)} on both ends"
+    return Check(name="image", ok=there == digest, message=text)
+
+
+def machine_type(facts: Facts) -> Check:
+    """The versioned machine type fixes every device's registers and state; the target must know that very one."""
+    ok = facts.spec.machine in facts.target.versions.machines
+    text = f"{facts.target.name} {'knows' if ok else 'does not know'} {facts.spec.machine}"
+    return Check(name="machine", ok=ok, message=text)
+
+
+def cpu_model(facts: Facts) -> Check:
+    """The guest has seen these CPU features at boot and uses them; each must be there on the target."""
+    ok = facts.spec.cpu_model in facts.target.versions.cpu_models
+    text = f"{facts.target.name} {'runs' if ok else 'cannot run'} {facts.spec.cpu_model} with every feature it names"
+    return Check(name="cpu", ok=ok, message=text)
+
+
+def accelerator(facts: Facts) -> Check:
+    """KVM and TCG keep other CPU state (MSRs, clock): QEMU does not promise that one loads the other's."""
+    here, there = facts.source.versions.accelerator, facts.target.versions.accelerator
+    return Check(name="accelerator", ok=here == there, message=_both(here, there))
+
+
+def qemu(facts: Facts) -> Check:
+    """The target's QEMU must not be older than the source's, unless they are of one stable series.
+
+    QEMU promises that a newer version loads what an older one sent under the same versioned machine type, not the
+    reverse (docs/devel/migration/compatibility.rst). Releases that differ only in the last number (10.0.2, 10.0.5)
+    carry fixes and no new migration state, so between those either direction does.
+    """
+    here, there = facts.source.versions.qemu, facts.target.versions.qemu
+    source, target = _numbers(here), _numbers(there)
+    if not source or not target:
+        return Check(name="qemu", ok=here == there, message=f"{_both(here, there)}; only equal versions are comparable")
+    ok = source[:2] == target[:2] or target >= source
+    text = _both(here, there) if ok else f"{there} on {facts.target.name} is older than {here} on {facts.source.name}"
+    return Check(name="qemu", ok=ok, message=text)
+
+
+def protocol(facts: Facts) -> Check:
+    """Both agents must speak the same switchover."""
+    here, there = facts.source.versions.protocol, facts.target.versions.protocol
+    return Check(name="protocol", ok=here == there, message=_both(str(here), str(there)))
+
+
+def emp_version(facts: Facts) -> Check:
+    """Agents of one major version work together, so that a pool can be upgraded node by node."""
+    here, there = facts.source.versions.emp, facts.target.versions.emp
+    return Check(name="emp", ok=_numbers(here)[:1] == _numbers(there)[:1], message=_both(here, there))
+
+
+def journals(facts: Facts) -> Check:
+    """A node that does not know what it has promised can neither give nor take authority."""
+    bad = [f"{report.name}: {report.journal}" for report in (facts.source, facts.target) if report.journal]
+    return Check(name="journal", ok=not bad, message="; ".join(bad) or "trusted on both ends")
+
+
+def volumes(facts: Facts) -> Check:
+    """Multi-attach volumes are attached to the target before the blackout. Others cannot be moved yet."""
+    stuck = [f"{volume.id} ({volume.type})" for volume in facts.volumes if not volume.type.multi_attach]
+    if stuck:
+        text = f"not multi-attach: {', '.join(stuck)}"
+    else:
+        text = f"{len(facts.volumes)} multi-attach" if facts.volumes else "none"
+    return Check(name="volumes", ok=not stuck, message=text)
+
+
+def subnet(facts: Facts) -> Check:
+    """Every address stays as it is, so both nodes must stand on the segment that the addresses belong to.
+
+    Seen from the nodes' own addresses: where exactly one of them is of the subnet, they do not share it.
+    """
+    block = ipaddress.ip_network(facts.subnet)
+    foreign = [address for _, address in facts.spec.addresses if ipaddress.ip_address(address) not in block]
+    if foreign:
+        return Check(name="subnet", ok=False, message=f"{', '.join(foreign)} not in {block}")
+    apart = [r.name for r in (facts.source, facts.target) if not _is_in(r.address, block)]
+    if len(apart) == 1:
+        return Check(name="subnet", ok=False, message=f"{apart[0]} is not in {block}")
+    return Check(name="subnet", ok=True, message=f"{len(facts.spec.addresses)} addresses in {block}")
+
+
+CHECKS = (
+    memory, vcpus, image, machine_type, cpu_model, accelerator, qemu, protocol, emp_version, journals, volumes, subnet,
+)  # fmt: skip
+
+
+def _both(source: str, target: str) -> str:
+    return f"{source} on both ends" if source == target else f"{source} on the source, {target} on the target"
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
+
+
+def _is_in(address: str, block: ipaddress.IPv4Network | ipaddress.IPv6Network) -> bool:
+    try:
+        return ipaddress.ip_address(address) in block
+    except ValueError:
+        return False
