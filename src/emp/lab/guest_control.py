@@ -1,0 +1,82 @@
+"""Talks to the guest service of an EVM or a pod over the lab's network, as a client there would.
+
+The socket is made in the network namespace of the place ``client`` by a thread that visits it; a socket stays where it
+was made, so the caller can use it from anywhere. The commands are those of ``guest/service.c``.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.places import NAMESPACES
+from emp.lab.topology import CLIENT, Topology
+from emp.model.errors import HostError, Unreachable
+
+CONTROL_PORT = 7778
+ECHO_PORT = 7777
+ANSWER_S = 30.0
+
+
+def socket_in(topology: Topology, kind: socket.SocketKind, where: str = CLIENT.name) -> socket.socket:
+    """Return a new IPv4 socket of a place of the lab."""
+    made: list[socket.socket | OSError] = []
+
+    def visit() -> None:
+        try:
+            join_namespace(str(NAMESPACES / topology.namespace(where)), CLONE_NEWNET)
+            made.append(socket.socket(socket.AF_INET, kind))
+        except OSError as error:
+            made.append(error)
+
+    visitor = threading.Thread(target=visit, name=f"visit {where}")
+    visitor.start()
+    visitor.join()
+    if isinstance(made[0], OSError):
+        raise HostError(f"cannot enter the network of {where}: {made[0]}")
+    return made[0]
+
+
+class Guest:
+    """The control port of one EVM or pod. Each question is a connection of its own, so a migration breaks nothing."""
+
+    def __init__(self, topology: Topology, address: str) -> None:
+        self._topology = topology
+        self.address = address
+
+    def ask(self, command: str, *, timeout_s: float = ANSWER_S) -> Any:
+        """Return the answer to a command; ``Unreachable`` without one in time, ``HostError`` when the guest refuses."""
+        with socket_in(self._topology, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout_s)
+            try:
+                connection.connect((self.address, CONTROL_PORT))
+                connection.sendall(command.encode() + b"\n")
+                with connection.makefile() as lines:
+                    answer = json.loads(lines.readline() or "null")
+            except OSError as error:
+                raise Unreachable(f"the guest at {self.address} does not answer {command!r}: {error}") from error
+        if answer is None or (isinstance(answer, dict) and "error" in answer):
+            problem = answer["error"] if answer else "it closed the connection"
+            raise HostError(f"the guest at {self.address} refuses {command!r}: {problem}")
+        return answer
+
+    def wait_first_packet(self, *, timeout_s: float = 60.0) -> float:
+        """Send a datagram to the echo port every 20 ms until one is answered; return the seconds that it took."""
+        began = time.monotonic()
+        with socket_in(self._topology, socket.SOCK_DGRAM) as probe:
+            probe.settimeout(0.02)
+            while time.monotonic() < began + timeout_s:
+                try:
+                    probe.sendto(b"hello", (self.address, ECHO_PORT))
+                    probe.recv(2048)
+                except TimeoutError:
+                    continue
+                except OSError:  # no route, or nobody listens there yet
+                    time.sleep(0.02)
+                    continue
+                return time.monotonic() - began
+        raise Unreachable(f"no answer from {self.address} within {timeout_s:.0f} s", hint="emp evm console shows why")
