@@ -299,7 +299,7 @@ def _build(target: Path, name: str, kernel: Path, busybox: Path) -> None:
         entries.append((f"lib/modules/{stage}", stat.S_IFREG | 0o644, listing.encode()))
     service.unlink()
     (target / "initrd").write_bytes(cpio(entries))
-    shutil.copy(kernel / "kernel", target / "kernel")
+    os.link(kernel / "kernel", target / "kernel")
     digest = hashlib.sha256((target / "kernel").read_bytes() + (target / "initrd").read_bytes()).hexdigest()
     record = {"name": name, "digest": digest, "kernel_version": kernel.name, "recipe_version": RECIPE_VERSION}
     (target / "image.json").write_text(json.dumps(record, indent=1) + "\n")
