@@ -11,10 +11,11 @@ _Static_assert(sizeof(struct record) == PAGE_BYTES, "a record fills a page");
 
 enum { JOURNALS = 24 };
 static struct journal {
-    bool used, stop, ended;
+    bool used;
+    _Atomic bool stop, ended;
     char serial[40], device[40], error[96];
     int fd;
-    uint64_t capacity, seq, errors, period_us, begun_us, written, stall_us, stall_at_us;
+    uint64_t capacity, seq, errors, period_us, begun_us, written, stall_us, stall_at_us, io_begun_us;
     int64_t acked;
     uint32_t last_crc;
     pthread_t thread;
@@ -55,7 +56,6 @@ static void *journal_run(void *arg)
     uint64_t due = now_us(CLOCK_MONOTONIC);
     prctl(PR_SET_NAME, "journal");
     while (!j->stop && j->seq < j->capacity) {
-        uint64_t begin = now_us(CLOCK_MONOTONIC);
         memset(record, 0, sizeof *record);
         memcpy(record->magic, "EMPJRNL", 8);
         memcpy(record->boot_id, boot_id, sizeof boot_id);
@@ -63,6 +63,9 @@ static void *journal_run(void *arg)
         for (size_t i = 0; i < sizeof record->payload / 8; i++)
             record->payload[i] = mix(j->seq * 1024 + i);
         record->crc = record_crc(record);
+        pthread_mutex_lock(&journal_lock);
+        uint64_t begin = j->io_begun_us = now_us(CLOCK_MONOTONIC);
+        pthread_mutex_unlock(&journal_lock);
         if (pwrite(j->fd, record, PAGE_BYTES, (off_t)(j->seq * PAGE_BYTES)) != PAGE_BYTES) {
             journal_failed(j, "write"); /* the same record is tried again at the next tick */
         } else if (fdatasync(j->fd)) {
@@ -76,6 +79,7 @@ static void *journal_run(void *arg)
         }
         uint64_t end = now_us(CLOCK_MONOTONIC);
         pthread_mutex_lock(&journal_lock);
+        j->io_begun_us = 0;
         if (end - begin > j->stall_us)
             j->stall_us = end - begin, j->stall_at_us = now_us(CLOCK_REALTIME);
         pthread_mutex_unlock(&journal_lock);
@@ -126,27 +130,28 @@ static bool find_device(const char *serial, char *device, size_t size)
     return hit;
 }
 
-static void put_journal(struct buf *out, const struct journal *j)
+static void put_journal(struct buf *out, const struct journal *j) /* with the lock held */
 {
-    pthread_mutex_lock(&journal_lock);
-    double seconds = (double)(now_us(CLOCK_MONOTONIC) - j->begun_us) / 1e6;
+    uint64_t now = now_us(CLOCK_MONOTONIC), in_flight = j->io_begun_us ? now - j->io_begun_us : 0;
+    double seconds = (double)(now - j->begun_us) / 1e6;
     put(out, "{\"serial\": \"%s\", \"device\": \"%s\", \"running\": %s, \"seq\": %llu, \"acked_seq\": %lld, \"errors\": %llu, "
         "\"last_error\": \"%s\", \"rate_hz\": {\"target\": %.3f, \"achieved\": %.3f}, \"longest_stall_ms\": %.3f, "
-        "\"longest_stall_at_s\": %.6f, \"capacity_records\": %llu}", j->serial, j->device, j->ended ? "false" : "true",
-        (unsigned long long)j->seq, (long long)j->acked, (unsigned long long)j->errors, j->error, 1e6 / (double)j->period_us,
-        seconds > 0 ? (double)j->written / seconds : 0, (double)j->stall_us / 1e3, (double)j->stall_at_us / 1e6,
-        (unsigned long long)j->capacity);
-    pthread_mutex_unlock(&journal_lock);
+        "\"longest_stall_at_s\": %.6f, \"in_flight_ms\": %.3f, \"capacity_records\": %llu}", j->serial, j->device,
+        j->ended ? "false" : "true", (unsigned long long)j->seq, (long long)j->acked, (unsigned long long)j->errors, j->error,
+        1e6 / (double)j->period_us, seconds > 0 ? (double)j->written / seconds : 0, (double)j->stall_us / 1e3,
+        (double)j->stall_at_us / 1e6, (double)in_flight / 1e3, (unsigned long long)j->capacity);
 }
 
 static void put_journals(struct buf *out)
 {
     const char *comma = "";
     put(out, "[");
+    pthread_mutex_lock(&journal_lock);
     for (int i = 0; i < JOURNALS; i++) {
         if (journals[i].used)
             put(out, "%s", comma), put_journal(out, &journals[i]), comma = ", ";
     }
+    pthread_mutex_unlock(&journal_lock);
     put(out, "]");
 }
 
@@ -228,33 +233,43 @@ static void journal_start(struct buf *out, const char *serial, double rate_hz)
     j->fd = fd, j->capacity = capacity, j->seq = low, j->acked = (int64_t)low - 1, j->last_crc = crc;
     j->period_us = (uint64_t)(1e6 / rate_hz), j->begun_us = now_us(CLOCK_MONOTONIC);
     j->used = !pthread_create(&j->thread, NULL, journal_run, j);
-    pthread_mutex_unlock(&journal_lock);
     if (j->used)
         put_journal(out, j);
     else
         put(out, "{\"error\": \"no thread\"}");
+    pthread_mutex_unlock(&journal_lock);
 }
 
-/* `journal start SERIAL RATE_HZ`, `journal stop [SERIAL]`, `journal mark` (forgets the longest stalls), `journal status` */
+/* `journal start SERIAL RATE_HZ` continues the chain on that volume; `journal stop [SERIAL]`; `journal mark [SERIAL]` forgets
+ * the longest stall; `journal status`. All but start answer with the list of journals. */
 static void cmd_journal(struct buf *out, int argc, char **argv)
 {
     const char *verb = argc > 1 ? argv[1] : "", *serial = argc > 2 ? argv[2] : NULL;
-    pthread_mutex_lock(&journal_admin);
-    if (!strcmp(verb, "start") && argc == 4 && strlen(serial) < 40 && atof(argv[3]) >= 0.01 && atof(argv[3]) <= 10000) {
-        journal_start(out, serial, atof(argv[3]));
-    } else if (!strcmp(verb, "stop") || !strcmp(verb, "mark") || !strcmp(verb, "status")) {
-        for (int i = 0; i < JOURNALS; i++) {
-            struct journal *j = &journals[i];
-            if (!j->used || (serial && strcmp(serial, j->serial)))
-                continue;
-            if (verb[1] == 'a')
-                j->stall_us = j->stall_at_us = 0;
-            else if (!strcmp(verb, "stop") && !j->stop)
-                journal_stop(j);
-        }
-        put_journals(out);
-    } else {
-        put(out, "{\"error\": \"usage: journal start SERIAL RATE_HZ (0.01 to 10000) | stop [SERIAL] | mark [SERIAL] | status\"}");
+    bool stop = !strcmp(verb, "stop"), mark = !strcmp(verb, "mark");
+    double rate_hz = argc == 4 ? atof(argv[3]) : 0;
+    if (!strcmp(verb, "start") && argc == 4 && strlen(serial) < sizeof journals->serial && rate_hz >= 0.01 && rate_hz <= 10000) {
+        pthread_mutex_lock(&journal_admin);
+        journal_start(out, serial, rate_hz);
+        pthread_mutex_unlock(&journal_admin);
+        return;
     }
-    pthread_mutex_unlock(&journal_admin);
+    if (!stop && !mark && strcmp(verb, "status")) {
+        put(out, "{\"error\": \"usage: journal start SERIAL RATE_HZ (0.01 to 10000) | stop [SERIAL] | mark [SERIAL] | status\"}");
+        return;
+    }
+    for (struct journal *j = journals; j < journals + JOURNALS; j++) {
+        if (!j->used || (serial && strcmp(serial, j->serial)))
+            continue;
+        if (mark) {
+            pthread_mutex_lock(&journal_lock);
+            j->stall_us = j->stall_at_us = 0;
+            pthread_mutex_unlock(&journal_lock);
+        } else if (stop) {
+            pthread_mutex_lock(&journal_admin);
+            if (!j->stop)
+                journal_stop(j);
+            pthread_mutex_unlock(&journal_admin);
+        }
+    }
+    put_journals(out);
 }
