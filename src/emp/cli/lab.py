@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -171,6 +172,18 @@ def start(where: Where, role: Role, name: Name = None) -> None:
     """Start again a daemon that has died."""
     verbs.start(chosen(name), where, role)
     out.print(f"{role} on {where} is started", markup=False)
+
+
+@app.command()
+def demo(
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the result to FILE.")
+    ] = None,
+) -> None:
+    """Migrate an EVM there and back in a lab of its own, and show what happened."""
+    from emp.lab.demo import run
+
+    sys.exit(0 if run(as_json) else 1)
 
 
 def main() -> None:
