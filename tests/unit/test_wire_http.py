@@ -236,6 +236,7 @@ class Peer:
         self.app = FastAPI()
         self.resumed: list[str | None] = []
         self.authorization: list[str | None] = []
+        self.refusals = 0
         install_error_handlers(self.app)
         app = self.app
 
@@ -398,6 +399,20 @@ async def test_a_stream_that_ends_is_resumed_if_so_asked(asker: Asker, port: int
     events = asker.events(await asker.client(port), "/events", reconnect_s=5)
     assert await first_five(events) == ["1", "2", "3", "4", "5"]
     assert peer.resumed == [None, "2", "4"]
+
+
+async def test_a_stream_waits_for_a_server_that_is_not_ready_yet(asker: Asker, port: int, peer: Peer) -> None:
+    @peer.app.middleware("http")
+    async def starting(request: Any, call_next: Any) -> Any:
+        peer.refusals -= 1
+        return await call_next(request) if peer.refusals < 0 else Response("starting", status_code=503)
+
+    peer.refusals = 2
+    events = asker.events(await asker.client(port), "/events", reconnect_s=5)
+    assert await first_five(events) == ["1", "2", "3", "4", "5"]
+    peer.refusals = 1
+    with pytest.raises(Unavailable):
+        await anext(asker.events(await asker.client(port), "/events"))
 
 
 async def first_five(events: AsyncGenerator[Event]) -> list[str]:

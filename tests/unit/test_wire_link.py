@@ -115,12 +115,18 @@ async def test_a_goodbye_can_say_why(pair: tuple[Link, Link]) -> None:
     assert type(cause) is StaleEpoch and cause.details == {"ours": 5}
 
 
-async def test_a_vanished_peer_is_noticed_at_once(pair: tuple[Link, Link]) -> None:
+async def test_when_both_say_goodbye_each_keeps_its_own_reason(pair: tuple[Link, Link]) -> None:
+    here, there = pair
+    await asyncio.gather(here.close(StaleEpoch("old")), there.close(Conflict("busy")))
+    assert [type(await here.closed), type(await there.closed)] == [StaleEpoch, Conflict]
+
+
+async def test_a_vanished_peer_is_noticed_by_its_connection_and_not_by_the_clock(pair: tuple[Link, Link]) -> None:
     here, there = pair
     waiting = asyncio.create_task(anext(there, None))
     here.abort()
-    cause = await asyncio.wait_for(there.closed, HEARTBEAT_S)
-    assert type(cause) is Unavailable and "agent-n1" in cause.message
+    cause = await there.closed
+    assert type(cause) is Unavailable and "agent-n1 broke" in cause.message  # and not: it has been silent
     assert await waiting is None
 
 

@@ -155,9 +155,8 @@ class Link(asyncio.Protocol):
         elif kind is Kind.WELCOME:
             self._welcomed.set()
         elif kind is Kind.BYE:
-            if not self._goodbye:
-                body = pydantic_core.from_json(payload) if payload else None
-                self._goodbye, self._cause = True, error_from_dict(body) if isinstance(body, dict) else None
+            body = pydantic_core.from_json(payload) if payload else None
+            self._goodbye, self._cause = True, error_from_dict(body) if isinstance(body, dict) else None
             self._transport.close()
 
     def pause_writing(self) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from emp.model.errors import BadInput, EmpError, OutcomeUnknown
+from emp.model.errors import EmpError, OutcomeUnknown
 from emp.wire.faults import LOGGED, error_response
 from emp.wire.guard import PEER
 from emp.wire.identity import Identity
@@ -20,8 +20,6 @@ from emp.wire.identity import Identity
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 << 20  # orders are a few KiB; this only keeps a stranger from filling the memory
-
-_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES >> 20} MiB"
 
 
 class Edge:
@@ -47,11 +45,8 @@ class Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope[PEER] = self.peer
-        length = dict(scope["headers"]).get(b"content-length", b"0")
         if self.refused is not None:
             await error_response(self.refused)(scope, receive, send)
-        elif length.isdigit() and int(length) > MAX_BODY_BYTES:
-            await error_response(BadInput(_TOO_LARGE), status=413)(scope, receive, send)
         else:
             await _Exchange(self, receive, send).run(scope)
 
@@ -90,7 +85,7 @@ class _Exchange:
         message = await self._receive()
         self._body_bytes += len(message.get("body", b""))
         if self._body_bytes > MAX_BODY_BYTES:
-            raise HTTPException(413, _TOO_LARGE)
+            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
         return {"type": "http.disconnect"} if self._must_end else message
 
     async def send(self, message: Message) -> None:
