@@ -89,7 +89,7 @@ def ensure_image(
     home = cache / "images" / f"{name}-{inputs[:16]}"
     if not (home / "image.json").exists():
         notice(f"building the guest image {name} (kernel {kernel.name}) into {home}")
-        _publish(home, lambda target: _build(target, name, kernel, busybox))
+        publish(home, lambda target: _build(target, name, kernel, busybox))
     record = json.loads((home / "image.json").read_text())
     return Image(
         name=name,
@@ -119,7 +119,7 @@ def hash_inputs(files: Iterable[Path], kernel_version: str) -> str:
     return digest.hexdigest()
 
 
-def _publish(home: Path, build: Callable[[Path], None]) -> None:
+def publish(home: Path, build: Callable[[Path], None]) -> None:
     """Fill a directory aside and rename it to ``home``: others see all of it or nothing. A racing builder may win."""
     home.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
@@ -160,9 +160,14 @@ def _unpack_package(package: str, into: Path) -> str:
         return _run(["dpkg-deb", "-f", str(deb), "Version"], need=need).strip()
 
 
+def kernels_of(cache: Path) -> Path:
+    """Return where the kernels are that were unpacked by the present recipe, a directory for each version."""
+    return cache / "kernels" / hashlib.sha256(RECIPE.encode()).hexdigest()[:8]
+
+
 def _ensure_kernel(cache: Path, *, refresh: bool, notice: Notice) -> Path:
     """Return the directory of the newest cached kernel: ``kernel`` and ``modules/``, named by its version."""
-    kernels = cache / "kernels" / hashlib.sha256(RECIPE.encode()).hexdigest()[:8]
+    kernels = kernels_of(cache)
     cached = sorted(kernels.glob("[!.]*/kernel"), key=lambda path: path.stat().st_mtime) if kernels.is_dir() else []
     if cached and not refresh:
         return cached[-1].parent
@@ -176,7 +181,7 @@ def _ensure_kernel(cache: Path, *, refresh: bool, notice: Notice) -> Path:
         root = Path(temp)
         home = kernels / _unpack_package(found[1], root)
         if not home.exists():
-            _publish(home, lambda target: _pick_kernel(root, target))
+            publish(home, lambda target: _pick_kernel(root, target))
     return home
 
 
@@ -255,7 +260,7 @@ def _ensure_busybox(cache: Path, *, notice: Notice) -> Path:
         with tempfile.TemporaryDirectory(prefix="emp-busybox-") as temp:
             _unpack_package(BUSYBOX_PACKAGE, Path(temp))
             found = next(path for path in Path(temp).rglob("busybox") if path.is_file() and path.parent.name == "bin")
-            _publish(cached.parent, lambda target: _copy(found, target / "busybox"))
+            publish(cached.parent, lambda target: _copy(found, target / "busybox"))
     return cached
 
 

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import gc
+import ipaddress
 import json
 import os
 import secrets
@@ -82,7 +83,11 @@ class UdpProbe:
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         self._socket.setblocking(False)
-        self._socket.connect(address)
+        try:
+            self._socket.connect(address)
+        except OSError:
+            self._socket.close()
+            raise
         self._nonce = secrets.token_hex(4).encode()
         poller.add(self._socket.fileno(), self.receive)
 
@@ -219,7 +224,10 @@ class TcpProbe:
 
 
 class Prober:
-    """Probes ``targets`` (name -> address) at ``rate_hz``; ``run`` blocks until it is told to stop."""
+    """Probes ``targets`` (name -> IP address) at ``rate_hz``; ``run`` blocks until it is told to stop.
+
+    Raises ValueError for what is no IP address, OSError for one that no route leads to.
+    """
 
     def __init__(
         self, targets: dict[str, str], *, rate_hz: float = 1000, port: int = ECHO_PORT, grace_s: float = 0.5
@@ -231,14 +239,19 @@ class Prober:
         self._interval_ns = int(1e9 / rate_hz)
         self._begun_ns = now_ns = time.monotonic_ns()
         self._poller = Poller()
-        self._udp = {
-            name: UdpProbe(self._poller, (address, port), self._interval_ns, now_ns, self._grace_ns)
-            for name, address in targets.items()
-        }
-        self._tcp = {
-            name: TcpProbe(self._poller, (address, port), now_ns, self._grace_ns) for name, address in targets.items()
-        }
-        self._probes: list[UdpProbe | TcpProbe] = [*self._udp.values(), *self._tcp.values()]
+        self._udp: dict[str, UdpProbe] = {}
+        self._tcp: dict[str, TcpProbe] = {}
+        self._probes: list[UdpProbe | TcpProbe] = []
+        try:
+            for name, address in targets.items():
+                at = str(ipaddress.ip_address(address)), port
+                self._udp[name] = UdpProbe(self._poller, at, self._interval_ns, now_ns, self._grace_ns)
+                self._probes.append(self._udp[name])
+                self._tcp[name] = TcpProbe(self._poller, at, now_ns, self._grace_ns)
+                self._probes.append(self._tcp[name])
+        except (OSError, ValueError):
+            self.close()
+            raise
 
     def mark(self, name: str) -> None:
         """Begin a new window on every stream."""
@@ -368,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--rate: 1 to 20000 per second")
     try:
         prober = Prober(targets, rate_hz=options.rate, port=options.port, grace_s=options.grace)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"cannot probe {', '.join(options.targets)}: {error}")
     commands = _Commands(prober)
 
