@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emp.migration.convergence import forecast
+from emp.migration.convergence import forecast, switchover_limit_ms
 from emp.migration.report import build_report
 from emp.model.orders import RoleFigures
 
@@ -74,3 +74,8 @@ def test_an_abort_reports_how_long_the_guest_stood_still() -> None:
     assert report.abort_pause_ms == pytest.approx(4.0)
     assert report.vcpu_pause_ms is None
     assert report.stages.target_brownout_s is None
+
+
+def test_the_switchover_limit_opens_step_by_step_up_to_the_policy() -> None:
+    assert [switchover_limit_ms(passes, 30) for passes in (0, 1, 2, 3, 5, 7, 100)] == [5, 5, 5, 10, 20, 30, 30]
+    assert switchover_limit_ms(0, 2) == 2

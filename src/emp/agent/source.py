@@ -25,7 +25,7 @@ from emp.hypervisor.base import (
     StreamStatus,
 )
 from emp.migration import events
-from emp.migration.convergence import forecast
+from emp.migration.convergence import forecast, switchover_limit_ms
 from emp.migration.events import Action, Ordered, Stream, StreamMoved, Timer
 from emp.migration.source import step
 from emp.migration.states import Source, SourcePhase
@@ -71,6 +71,7 @@ class SourceRole(Role[Source]):
         self._on_end = on_end
         self._peer = PeerLink(self.feed)
         self._max_blackout_ms = policy.max_blackout_ms
+        self._limit_ms = policy.max_blackout_ms
 
     @property
     def machine(self) -> Machine:
@@ -195,9 +196,24 @@ class SourceRole(Role[Source]):
             await asyncio.sleep(_PROGRESS_S)
             if self.state.phase is SourcePhase.PRECOPY:
                 try:
-                    self._note(await self.machine.stream_info())
+                    info = await self.machine.stream_info()
+                    self._note(info)
+                    await self._open_limit(info.passes)
                 except EmpError as error:
                     log.info("%s: no progress: %s", self.state.migration, error)
+
+    async def _open_limit(self, passes: int) -> None:
+        """Allow the hypervisor a longer pause when passes go by without a switchover."""
+        limit_ms = switchover_limit_ms(passes, self._max_blackout_ms)
+        if limit_ms > self._limit_ms and self.order is not None:
+            log.info(
+                "%s: %d passes without a switchover: up to %d ms are allowed", self.state.migration, passes, limit_ms
+            )
+            policy = self.order.policy
+            await self.machine.set_limits(
+                StreamLimits(policy.max_bandwidth_bytes_per_s, limit_ms, policy.multifd_channels)
+            )
+            self._limit_ms = limit_ms
 
     # -- what is to be done
 
@@ -229,7 +245,8 @@ class SourceRole(Role[Source]):
     async def _start_stream(self) -> None:
         assert self.order is not None
         policy, prepared = self.order.policy, self.order.prepared
-        limits = StreamLimits(policy.max_bandwidth_bytes_per_s, policy.max_blackout_ms, policy.multifd_channels)
+        self._limit_ms = switchover_limit_ms(0, policy.max_blackout_ms)
+        limits = StreamLimits(policy.max_bandwidth_bytes_per_s, self._limit_ms, policy.multifd_channels)
         self.measured(precopy_began_at_s=_now_s())
         try:
             await self.machine.send_stream(

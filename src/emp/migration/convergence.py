@@ -39,3 +39,17 @@ def forecast(
         passes = math.ceil(math.log(fits_bytes / remaining_bytes) / math.log(ratio))
     eta_s = first_s * (1 - ratio**passes) / (1 - ratio)
     return Forecast(converges=True, eta_s=eta_s, passes=passes)
+
+
+FIRST_LIMIT_MS = 5
+PASSES_PER_STEP = 2
+
+
+def switchover_limit_ms(passes: int, max_blackout_ms: int) -> int:
+    """Return the pause that the hypervisor may forecast before it switches over, after ``passes`` pre-copy passes.
+
+    It opens step by step: an idle or moderately busy guest goes over with a few milliseconds of memory left, and only
+    one that does not get there is allowed more, up to what the policy says. Doubles every second pass.
+    """
+    steps = max(0, passes - 1) // PASSES_PER_STEP
+    return min(max_blackout_ms, FIRST_LIMIT_MS << min(steps, 16))
