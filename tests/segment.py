@@ -51,7 +51,7 @@ class Listener:
 
     def drain(self) -> list[bytes]:
         """Return the frames that have come in from the node since the last call."""
-        found = []
+        found: list[bytes] = []
         while True:
             try:
                 data, address = self.socket.recvfrom(65536)

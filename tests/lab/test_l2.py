@@ -1,6 +1,6 @@
 """The ``l2`` driver with a real QEMU on its taps."""
 
-# ruff: noqa: ASYNC110, ASYNC240 - a test waits for files and counters, and blocks nobody
+# ruff: noqa: ASYNC110 - a test waits for files and counters, and blocks nobody
 
 from __future__ import annotations
 
