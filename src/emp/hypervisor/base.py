@@ -26,7 +26,7 @@ class MachineGone(HypervisorError):
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process that cannot be mistaken for a later one: pid and start time (clock ticks since boot, proc(5) field 22)."""
+    """A process that cannot be mistaken for a later one: pid and start time (ticks since boot, proc(5) field 22)."""
 
     pid: int
     start_ticks: int
@@ -51,7 +51,7 @@ class LaunchPlan:
     initrd: Path
     kernel_command_line: str
     tap_fds: tuple[int, ...]
-    """one open tap descriptor (IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) per ``spec.nics``, in order; the machine gets copies"""
+    """one open tap descriptor (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR) per ``spec.nics``, in order; the machine gets copies"""
     volumes: tuple[BlockDevice, ...]
     """in the order of ``spec.volumes``: the guest's device addresses follow from it"""
     incoming: bool
@@ -186,11 +186,11 @@ class Machine(Protocol):
         ...
 
     async def listen_for_stream(self, *, host: str, source: str) -> int:
-        """Target: set capabilities, listen for the migration of peer certificate ``CN=<source>`` only; return the TCP port."""
+        """Target: listen for a migration from the peer certificate ``CN=<source>`` only; return the TCP port."""
         ...
 
     async def send_stream(self, *, host: str, port: int, target: str, limits: StreamLimits) -> None:
-        """Source: start pre-copy to ``host:port``, whose certificate must be for ``target``; returns once it has begun."""
+        """Source: begin pre-copy to ``host:port``, whose certificate must be for ``target``; return once it has begun."""
         ...
 
     async def set_limits(self, limits: StreamLimits) -> None: ...
@@ -199,7 +199,7 @@ class Machine(Protocol):
         ...
 
     async def cancel_stream(self) -> None:
-        """Source: out-of-band ``yank``, then ``migrate_cancel``. Harmless after ``completed``. QEMU resumes the guest itself."""
+        """Source: out-of-band ``yank``, then ``migrate_cancel``; QEMU resumes the guest. Harmless after ``completed``."""
         ...
 
     async def tap_fds(self) -> tuple[int, ...]:
@@ -231,7 +231,7 @@ class Hypervisor(Protocol):
         ...
 
     async def found(self) -> Mapping[str, ProcessId]:
-        """EVM name -> process, of every machine of this node that is alive (run-time directory, pid, start time, UUID)."""
+        """EVM name -> process, of every machine of this node that is alive (by pid, start time and UUID)."""
         ...
 
     async def adopt(self, spec: EvmSpec, process: ProcessId) -> Machine:

@@ -7,7 +7,8 @@
          +------------+-----------+----------+----> SETTLING -> DETACHING -> CLOSED     aborted, or lost
 
 A migration is closed only by the target's ACTIVATED, the target's WITHDRAWN or the source's OWN(e_s); never by a
-timeout (rule R11). The controller may die at any moment: ``Resumed`` makes it look at both ends again, and they are right.
+timeout (rule R11). The controller may die at any moment: ``Resumed`` makes it look at both ends again, and they are
+right.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@
     │   ├── NodeDown                        says since when
     │   ├── Unreachable                     the request was never sent: nothing happened
     │   └── StoreUnavailable
-    ├── OutcomeUnknown            504 / 8   sent, not answered: it may or may not have happened; read the state, then decide
+    ├── OutcomeUnknown            504 / 8   sent, not answered: read the state, then decide
     ├── MigrationAborted          409 / 9   the EVM is back on its source
     ├── HostError                 500 / 10  a command, netlink or QEMU on a node failed
     │   ├── CommandFailed
@@ -174,6 +174,9 @@ class Internal(EmpError):
     code = "internal"
 
 
+_OWN = frozenset({"message", "field", "hint"})
+
+
 def _tree(root: type[EmpError]) -> dict[str, type[EmpError]]:
     found = {root.code: root}
     for child in root.__subclasses__():
@@ -182,12 +185,12 @@ def _tree(root: type[EmpError]) -> dict[str, type[EmpError]]:
 
 
 def error_from_dict(body: dict[str, Any]) -> EmpError:
-    """Rebuild the typed error of an HTTP body made by ``EmpError.as_dict``; an unknown code becomes a plain ``EmpError``."""
+    """Rebuild the typed error that ``EmpError.as_dict`` made; an unknown code becomes a plain ``EmpError``."""
     cls = _tree(EmpError).get(str(body.get("code")), EmpError)
     details = body.get("details")
     return cls(
         str(body.get("message", "no message")),
         field=body.get("field"),
         hint=body.get("hint"),
-        **(details if isinstance(details, dict) else {}),
+        **{k: v for k, v in details.items() if k not in _OWN} if isinstance(details, dict) else {},
     )

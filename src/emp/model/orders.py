@@ -1,19 +1,19 @@
 """What the controller asks of an agent, and what the agent says of its part in a migration.
 
-=====================================  =============================  ===============================================
-``GET  /v1/node``                      -> ``NodeReport``              the same as a heartbeat
-``POST /v1/evms/{name}/start``         ``StartOrder``  -> ``EvmReport``  boot with a fresh epoch: START(k)
-``POST /v1/evms/{name}/stop``          ``StopOrder``   -> ``EvmReport``  power button, then power off after a grace period
-``POST /v1/evms/{name}/retire``        ``RetireOrder`` -> ``EvmReport``  kill whatever is here, RETIRED(k) in the journal
-``GET  /v1/evms/{name}/console``       -> bytes, for ever             serial console; ends when the machine ends
-``POST /v1/evms/{name}/console``       bytes ->                       input to the console
-``POST /v1/migrations/{id}/prepare``   ``PrepareOrder`` -> ``Prepared``  target: make a machine that waits
-``POST /v1/migrations/{id}/handover``  ``HandoverOrder`` -> ``RoleStatus``  source: HANDOVER, then pre-copy
-``POST /v1/migrations/{id}/abort``     ``AbortOrder``  -> ``RoleStatus``  either: answered at once; the way back is followed by ``watch``
-``GET  /v1/migrations/{id}``           -> ``RoleStatus``
-``GET  /v1/migrations/{id}/watch``     -> SSE of ``RoleStatus``       a snapshot at every change; the stream ends when the role is over
-``POST /v1/agents/{node}/heartbeat``   ``NodeReport`` -> ``HeartbeatReply``  (on the *controller*, by the agent)
-=====================================  =============================  ===============================================
+===========================================  ===================================  ==========================
+``GET  /v1/node``                            -> ``NodeReport``                    the same as a heartbeat
+``POST /v1/evms/{name}/start``               ``StartOrder`` -> ``EvmReport``      boot under a fresh epoch
+``POST /v1/evms/{name}/stop``                ``StopOrder`` -> ``EvmReport``       power button, then power off
+``POST /v1/evms/{name}/retire``              ``RetireOrder`` -> ``EvmReport``     kill what is here, RETIRED(k)
+``GET  /v1/evms/{name}/console``             -> bytes                             until the machine ends
+``POST /v1/evms/{name}/console``             bytes ->                             typed into the console
+``POST /v1/migrations/{id}/prepare``         ``PrepareOrder`` -> ``Prepared``     target: a machine that waits
+``POST /v1/migrations/{id}/handover``        ``HandoverOrder`` -> ``RoleStatus``  source: HANDOVER, then pre-copy
+``POST /v1/migrations/{id}/abort``           ``AbortOrder`` -> ``RoleStatus``     either; answered at once
+``GET  /v1/migrations/{id}``                 -> ``RoleStatus``
+``GET  /v1/migrations/{id}/watch``           -> SSE of ``RoleStatus``             a snapshot at each change, to the end
+``POST /v1/agents/{node}/heartbeat``         ``NodeReport`` -> ``HeartbeatReply``  on the *controller*, by the agent
+===========================================  ===================================  ==========================
 
 Every order is idempotent under its epoch and migration id: the same order gets the same answer, an older epoch is
 refused with ``stale_epoch``.

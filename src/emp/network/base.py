@@ -1,7 +1,7 @@
 """What a node's agent needs of a network driver.
 
-A ``Port`` is one NIC of one EVM on this node: a tap whose descriptor the agent shares with the machine, and its place in
-the node's network. **A port is made blocked**: nothing that the machine sends leaves the node until ``open`` (QEMU
+A ``Port`` is one NIC of one EVM on this node: a tap whose descriptor the agent shares with the machine, and its place
+in the node's network. **A port is made blocked**: nothing that the machine sends leaves the node until ``open`` (QEMU
 announces the guest's MAC by itself when a migration has loaded, even while it is paused).
 """
 
@@ -57,7 +57,7 @@ class NetworkDriver(Protocol):
         ...
 
     async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[Port, ...]:
-        """Take back the ports of a running machine; ``tap_fds`` are the copies it gave (ownership passes). State is kept."""
+        """Take back the ports of a running machine, as they are; the copies in ``tap_fds`` pass to the driver."""
         ...
 
     async def leftovers(self) -> frozenset[str]:

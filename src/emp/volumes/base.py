@@ -12,7 +12,8 @@ from emp.model.volume import Attachment, Volume, VolumeType
 
 
 class VolumeDriver(Protocol):
-    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume: ...
+    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002, the field's name
+        ...
 
     async def describe(self, volume: str) -> Volume:
         """Raise ``NotFound``."""
