@@ -36,7 +36,8 @@ HANDED = (Begun(), Attached(), TargetPrepared(), Says(S, RolePhase.PRECOPY))
 
 
 def play(*happened: Event, state: Supervisor | None = None) -> tuple[Supervisor, list[Action]]:
-    state, done = state or Supervisor(), []
+    done: list[Action] = []
+    state = state or Supervisor()
     for event in happened:
         state, actions = step(state, event)
         done += actions

@@ -51,7 +51,7 @@ class LaunchPlan:
     initrd: Path
     kernel_command_line: str
     tap_fds: tuple[int, ...]
-    """one open tap descriptor (IFF_TAP, IFF_NO_PI, IFF_VNET_HDR) per ``spec.nics``, in order; the machine gets copies"""
+    """one open tap descriptor (TAP, NO_PI, VNET_HDR) per ``spec.nics``, in order; the machine gets copies"""
     volumes: tuple[BlockDevice, ...]
     """in the order of ``spec.volumes``: the guest's device addresses follow from it"""
     incoming: bool
@@ -190,7 +190,7 @@ class Machine(Protocol):
         ...
 
     async def send_stream(self, *, host: str, port: int, target: str, limits: StreamLimits) -> None:
-        """Source: begin pre-copy to ``host:port``, whose certificate must be for ``target``; return once it has begun."""
+        """Source: begin pre-copy to ``host:port``, whose certificate must be for ``target``; returns when begun."""
         ...
 
     async def set_limits(self, limits: StreamLimits) -> None: ...
@@ -199,7 +199,7 @@ class Machine(Protocol):
         ...
 
     async def cancel_stream(self) -> None:
-        """Source: out-of-band ``yank``, then ``migrate_cancel``; QEMU resumes the guest. Harmless after ``completed``."""
+        """Source: out-of-band ``yank``, then ``migrate_cancel``; QEMU resumes the guest. Idle after ``completed``."""
         ...
 
     async def tap_fds(self) -> tuple[int, ...]:
