@@ -53,6 +53,8 @@ class LabState:
     """file of the context that this lab writes"""
     created_at: float
     """seconds since the Unix epoch, for people only"""
+    complete: bool = False
+    """false until ``up`` has seen the pool ready: without that word it was killed"""
 
     @property
     def topology(self) -> Topology:

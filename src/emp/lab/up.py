@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emp.client import context as contexts
@@ -73,6 +73,8 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                 context = _make(files, state, image, people, lock)
                 say("waiting for the agents to report")
                 wait_ready(files, state, context)
+                state = replace(state, complete=True)
+                files.save(state)
             except BaseException:
                 people.close()
                 clear(files)
@@ -117,7 +119,7 @@ def _check_context(name: str) -> None:
 def broken_parts(files: LabFiles, state: LabState) -> list[str]:
     """Return which places or daemons of a lab are not running, empty for a whole lab."""
     alive = places.inits(files)
-    missing = []
+    missing = [] if state.complete else ["the command that made it"]
     for place in state.topology.places:
         if place.name not in alive:
             missing.append(place.name)
