@@ -7,7 +7,6 @@ the bounds that the project has set itself. A UDP stream at 1 kHz and a TCP conn
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import signal
 import statistics
@@ -20,16 +19,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from emp.client.context import load_context
+from emp.client import Client
 from emp.lab.down import down
 from emp.lab.guest_control import Guest
 from emp.lab.moves import Move, entry, move
 from emp.lab.probing import Probing
-from emp.lab.rest import Rest
 from emp.lab.state import LabFiles, LabState
 from emp.lab.up import Options, up
+from emp.model.api import EvmCreate
 from emp.model.errors import EmpError
-from emp.model.evm import Evm
+from emp.model.node import Versions
 
 NAME = "bench-idle"
 EVM = "idle"
@@ -62,19 +61,18 @@ def condensed(runs: Sequence[dict[str, Any]], how: Callable[[Sequence[float]], f
     return record
 
 
-def measure(state: LabState, runs: int, console: Console) -> tuple[dict[str, Any], list[Move]]:
+def measure(state: LabState, runs: int, console: Console) -> tuple[Versions, list[Move]]:
     """Migrate an idle EVM back and forth; return (versions of the node, the migrations)."""
-    with contextlib.closing(Rest(load_context(state.name))) as rest:
-        versions = rest.call("GET", "/v1/nodes")["items"][0]["report"]["versions"]
-        body = {"name": EVM, "memory_bytes": 512 << 20, "node": NODES[0], "pods": ["pod"]}
-        spec = Evm.model_validate(rest.call("POST", "/v1/evms", body)).spec
+    with Client.from_context(state.name) as client:
+        versions = client.nodes.get(NODES[0]).report.versions
+        spec = client.evms.create(EvmCreate(name=EVM, memory_bytes=512 << 20, node=NODES[0], pods=("pod",))).spec
         targets = {"evm": spec.nics[0].address, "pod": spec.pods[0].address}
         for address in targets.values():
             Guest(state.topology, address).wait_first_packet()
         moves = []
         with Probing(LabFiles(state.name), targets) as probing:
             for number in range(1, runs + 1):
-                done = move(state.name, rest, probing, EVM, NODES[number % 2], quiet=True)
+                done = move(client, probing, EVM, NODES[number % 2], quiet=True)
                 moves.append(done)
                 pause_ms = done.migration.report.vcpu_pause_ms or 0.0
                 console.print(f"{number:3} of {runs}: vCPUs paused {pause_ms:.1f} ms, command {done.wall_s:.2f} s")
@@ -119,7 +117,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     runs = [entry(done) for done in moves]
-    record = {"qemu": versions["qemu"], "accel": versions["accelerator"], "runs": runs}
+    record: dict[str, Any] = {"qemu": versions.qemu, "accel": versions.accelerator, "runs": runs}
     record |= {"median": condensed(runs, statistics.median), "worst": condensed(runs, max), "bounds": BOUNDS}
     record["held"] = {name: value_of(record["median"], name) <= bound for name, bound in BOUNDS.items()}
     show(record, console)

@@ -12,22 +12,14 @@ import pwd
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from emp.model.base import Model
 from emp.model.errors import AlreadyExists, BadInput, NotFound
-from emp.model.names import check_name
 from emp.wire.files import Owner, read_private, write_private
 from emp.wire.secret import Secret
 
 ENVIRONMENT = "EMP_CONTEXT"
 
 
-class _File(Model):
-    url: str
-    server_name: str
-    ca_pem: str
-    token: str
+FIELDS = ("url", "server_name", "ca_pem", "token")
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,8 @@ def directory() -> Path:
 
 def file_of(name: str) -> Path:
     """Return the file of a context; ``BadInput`` for a name that is none."""
+    from emp.model.names import check_name  # which imports pydantic: dear, and not needed to load a context
+
     return directory() / f"{check_name(name, field='context')}.json"
 
 
@@ -73,19 +67,21 @@ def list_contexts() -> list[str]:
 def load_context(name: str | None = None) -> Context:
     """Return a context: the one named, else by ``EMP_CONTEXT``, else the only one there is.
 
-    Raises ``NotFound`` for an unknown name, ``BadInput`` when none is named and there are none or several.
+    Raises ``NotFound`` for an unknown name, ``BadInput`` when none is named and there are none or several, or when the
+    file is damaged or can be read by others.
     """
     name = name or os.environ.get(ENVIRONMENT) or _only_one()
-    path = file_of(name)
+    there = list_contexts()
+    if name not in there:
+        file_of(name)  # the name may be none at all
+        raise NotFound(f"there is no context {name!r}", field="context", hint=f"contexts: {', '.join(there) or 'none'}")
+    path = directory() / f"{name}.json"
     try:
-        found = _File.model_validate_json(read_private(path))
-    except NotFound:
-        there = ", ".join(list_contexts()) or "none"
-        raise NotFound(f"there is no context {name!r}", field="context", hint=f"contexts: {there}") from None
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]["msg"]
-        raise BadInput(f"{path} is damaged: {problem}", field="context", hint="remove it, and make it anew") from None
-    return Context(name, found.url, found.server_name, found.ca_pem, Secret(found.token))
+        found = json.loads(read_private(path))
+        url, server_name, ca_pem, token = (str(found[field]) for field in FIELDS)
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path} is damaged: {error}", field="context", hint="remove it, and make it anew") from None
+    return Context(name, url, server_name, ca_pem, Secret(token))
 
 
 def _only_one() -> str:
@@ -111,11 +107,9 @@ def save_context(context: Context) -> Path:
     user = invoking_user()
     owner = (user.pw_uid, user.pw_gid) if user.pw_uid != os.geteuid() else None
     _make_directories(path.parent, owner)
-    content = _File(
-        url=context.url, server_name=context.server_name, ca_pem=context.ca_pem, token=context.token.reveal()
-    )
+    content = dict(zip(FIELDS, (context.url, context.server_name, context.ca_pem, context.token.reveal()), strict=True))
     try:
-        write_private(path, json.dumps(content.model_dump(), indent=1).encode() + b"\n", owner=owner, new=True)
+        write_private(path, json.dumps(content, indent=1).encode() + b"\n", owner=owner, new=True)
     except AlreadyExists:
         raise AlreadyExists(
             f"there is a context {context.name!r} already", field="context", hint=f"it is {path}"

@@ -6,7 +6,6 @@ checked from outside: by the client's prober, by the guest's own verification, a
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -18,7 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from emp.client.context import invoking_user, load_context
+from emp.client import Client
+from emp.client.context import invoking_user
 from emp.host.run import run_sync
 from emp.lab.demo_report import CHECKS, closing_table
 from emp.lab.down import down
@@ -27,10 +27,10 @@ from emp.lab.journal_check import check_journal
 from emp.lab.moves import Move, entry, move
 from emp.lab.probing import Probing
 from emp.lab.residue import Residue
-from emp.lab.rest import Rest
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import CLIENT, VOL, Topology
 from emp.lab.up import Options, up
+from emp.model.api import EvmCreate
 from emp.model.errors import HostError
 from emp.model.evm import Evm
 from emp.model.names import format_size
@@ -105,11 +105,11 @@ def _lab(options: Options, demo: Demo) -> Iterator[LabState]:
 
 
 def _there_and_back(state: LabState, demo: Demo) -> None:
-    with contextlib.closing(Rest(load_context(state.name))) as rest:
-        versions = rest.call("GET", "/v1/nodes")["items"][0]["report"]["versions"]
-        demo.qemu, demo.accel = versions["qemu"], versions["accelerator"]
-        evm = _create(rest, state, demo)
-        volume = Volume.model_validate(rest.call("GET", f"/v1/volumes/{evm.spec.volumes[0]}"))
+    with Client.from_context(state.name) as client:
+        versions = client.nodes.get(ROUTE[0]).report.versions
+        demo.qemu, demo.accel = versions.qemu, versions.accelerator
+        evm = _create(client, state, demo)
+        volume = client.volumes.get(evm.spec.volumes[0])
         guests = {"evm": Guest(state.topology, evm.spec.nics[0].address)}
         guests["pod"] = Guest(state.topology, evm.spec.pods[0].address)
         _load(guests["evm"], volume, demo)
@@ -120,11 +120,11 @@ def _there_and_back(state: LabState, demo: Demo) -> None:
         ) as probing:
             for target in ROUTE[1:]:
                 demo.say("migrate", f"{EVM} to {target}")
-                demo.moves.append(move(state.name, rest, probing, EVM, target))
+                demo.moves.append(move(client, probing, EVM, target))
             report = probing.stop()
         for done in demo.moves:
             done.read_windows(report)
-        after = _addresses(Evm.model_validate(rest.call("GET", f"/v1/evms/{EVM}")), state)
+        after = _addresses(client.evms.get(EVM), state)
         demo.checks |= {
             "same_addresses": before == after and len(before) == 4,
             "same_boot": all(_same_boot(report["targets"][name], boots[name]) for name in guests),
@@ -144,16 +144,10 @@ def _load(guest: Guest, volume: Volume, demo: Demo) -> None:
     )
 
 
-def _create(rest: Rest, state: LabState, demo: Demo) -> Evm:
+def _create(client: Client, state: LabState, demo: Demo) -> Evm:
     began_s = time.monotonic()
-    body = {
-        "name": EVM,
-        "memory_bytes": EVM_BYTES,
-        "node": ROUTE[0],
-        "pods": [POD],
-        "volumes": [f"io2:{VOLUME_BYTES}"],
-    }
-    evm = Evm.model_validate(rest.call("POST", "/v1/evms", body))
+    wanted = EvmCreate(name=EVM, memory_bytes=EVM_BYTES, node=ROUTE[0], pods=(POD,), volumes=(f"io2:{VOLUME_BYTES}",))
+    evm = client.evms.create(wanted)
     for address in (evm.spec.nics[0].address, evm.spec.pods[0].address):
         Guest(state.topology, address).wait_first_packet()
     demo.say(

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from emp.client import Client
 from emp.lab.probing import Probing, window
-from emp.lab.rest import Rest
 from emp.model.errors import HostError
 from emp.model.migration import Migration
 
@@ -42,12 +42,12 @@ class Move:
         return self.wall_s - report.qemu_total_ms / 1000 - report.stages.target_brownout_s
 
 
-def move(pool: str, rest: Rest, probing: Probing, evm: str, target: str, *, quiet: bool = False) -> Move:
+def move(client: Client, probing: Probing, evm: str, target: str, *, quiet: bool = False) -> Move:
     """Migrate an EVM as a user does, by the command, in a window of the prober. ``HostError`` when the command fails.
 
     Its live progress goes to our standard output unless ``quiet``.
     """
-    argv = [sys.executable, "-m", "emp.cli.main", "--context", pool, "migrate", evm, "--to", target]
+    argv = [sys.executable, "-m", "emp.cli.main", "--context", client.context.name, "migrate", evm, "--to", target]
     name = f"to-{target}-{time.monotonic_ns()}"
     probing.mark(name)
     began_s = time.monotonic()
@@ -63,8 +63,7 @@ def move(pool: str, rest: Rest, probing: Probing, evm: str, target: str, *, quie
     probing.mark(f"after-{name}")
     if done.returncode:
         raise HostError(f"emp migrate {evm} --to {target} ended with status {done.returncode}: {done.stdout or ''}")
-    newest = rest.call("GET", f"/v1/migrations?evm={evm}")["items"][0]
-    return Move(Migration.model_validate(newest), wall_s, name)
+    return Move(client.migrations.list(evm=evm).items[0], wall_s, name)
 
 
 def entry(move: Move) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
+from emp.client import Client
 from emp.client.context import Context
 from emp.lab import daemons
-from emp.lab.rest import Rest
 from emp.lab.state import LabFiles, LabState
 from emp.model.errors import EmpError, HostError
 
@@ -18,12 +18,11 @@ TAIL_LINES = 15
 
 def wait_ready(files: LabFiles, state: LabState, context: Context, *, timeout_s: float = READY_S) -> None:
     """Return once the controller is healthy and every agent has reported; ``HostError`` if that does not come."""
-    rest = Rest(context, timeout_s=5.0)
     wanted = {place.name for place in state.topology.node_places}
     deadline = time.monotonic() + timeout_s
     look_at = time.monotonic() + LOOK_S
-    try:
-        while not wanted <= _reported(rest):
+    with Client(context) as client:
+        while not wanted <= _reported(client):
             now = time.monotonic()
             if now > look_at:
                 _check_alive(files, state)
@@ -31,15 +30,13 @@ def wait_ready(files: LabFiles, state: LabState, context: Context, *, timeout_s:
             if now > deadline:
                 raise HostError(f"the pool {state.name} is not ready after {timeout_s:.0f} s", hint=_all_tails(files))
             time.sleep(POLL_S)
-    finally:
-        rest.close()
 
 
-def _reported(rest: Rest) -> set[str]:
+def _reported(client: Client) -> set[str]:
     """Return the nodes that are ready; none while the controller does not answer."""
     try:
-        rest.call("GET", "/healthz")
-        return {node["report"]["name"] for node in rest.call("GET", "/v1/nodes")["items"] if node["ready"]}
+        client.health()
+        return {node.name for node in client.nodes.list().items if node.ready}
     except EmpError:
         return set()
 
