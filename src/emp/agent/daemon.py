@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 import signal
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from emp import __version__
 from emp.agent import wiring
@@ -18,7 +18,7 @@ from emp.agent.config import AgentConfig
 from emp.agent.heartbeat import Heartbeat
 from emp.agent.images import Images
 from emp.agent.journal import Journal, JournalUntrusted
-from emp.agent.migrations import Migrations
+from emp.agent.migrations import Dial, Migrations
 from emp.agent.residents import Residents
 from emp.agent.shelf import Shelf
 from emp.hypervisor.base import HypervisorFacts
@@ -38,64 +38,92 @@ async def run(config: AgentConfig) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    gate = Gate()
-    images = Images(config.images_dir)
     hypervisor, network = wiring.hypervisor(config), wiring.network(config)
     facts = await hypervisor.facts()
     await network.start()
-    untrusted: str | None = None
-    try:
-        journal = Journal.open(config.state_dir / "journal")
-    except JournalUntrusted as error:
-        # Quarantine: touch nothing, answer that nothing is known, report. An empty journal beside it is not written to.
-        log.critical("%s: %s", config.state_dir / "journal", error)
-        untrusted = gate.closed = str(error)
-        journal = Journal.open(config.run_dir / "quarantine" / "journal")
+    journal, untrusted = _open_journal(config)
+    images = Images(config.images_dir)
     assembler = Assembler(hypervisor, network, images)
     residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
-    client_tls = tls.mutual_client(config.credentials)
+    migrations = Migrations(journal, residents, _dial(config), stream_host=config.address)
+    try:
+        await _serve(config, Parts(facts, images, residents, migrations, untrusted), stop)
+    finally:
+        log.info("agent of %s stops; its EVMs go on", config.node)
+        await migrations.close()
+        await residents.close()
+        journal.close()
+
+
+@dataclass(frozen=True)
+class Parts:
+    facts: HypervisorFacts
+    images: Images
+    residents: Residents
+    migrations: Migrations
+    untrusted: str | None
+    """why the journal cannot be trusted: then nothing is touched, nothing is answered, and a person is told"""
+
+
+def _open_journal(config: AgentConfig) -> tuple[Journal, str | None]:
+    path = config.state_dir / "journal"
+    try:
+        return Journal.open(path), None
+    except JournalUntrusted as error:
+        log.critical("%s: %s", path, error)
+        return Journal.open(config.run_dir / "quarantine" / "journal"), str(error)
+
+
+def _dial(config: AgentConfig) -> Dial:
+    context = tls.mutual_client(config.credentials)
 
     async def dial(peer: Peer, migration: str) -> Link:
-        link = await connect_link(
-            peer.host, peer.link_port, tls=client_tls, peer=Identity(Role.AGENT, peer.node), pool=config.pool
-        )
+        there = Identity(Role.AGENT, peer.node)
+        link = await connect_link(peer.host, peer.link_port, tls=context, peer=there, pool=config.pool)
         await link.send({"type": "hello", "migration": migration})
         return link
 
-    migrations = Migrations(journal, residents, dial, stream_host=config.address)
+    return dial
+
+
+async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None:
     server_tls = tls.mutual_server(config.credentials)
-    api_socket = sockets.listen(config.address, config.port, field="port")
-    link_socket = sockets.listen(config.address, config.link_port, field="link_port")
-    report = _reporter(config, facts, images, residents, untrusted)
-    app = make_app(residents, migrations, gate, report)
+    gate = Gate()
+    reporter = Reporter(config, parts)
+    app = make_app(parts.residents, parts.migrations, gate, reporter.report)
+    api = Listener(sockets.listen(config.address, config.port, field="port"), server_tls)
+    links = sockets.listen(config.address, config.link_port, field="link_port")
     async with contextlib.AsyncExitStack() as stack:
-        client = await stack.enter_async_context(
-            WireClient(config.controller_url, tls=client_tls, server=Identity.parse(config.controller_name))
+        controller = WireClient(
+            config.controller_url,
+            tls=tls.mutual_client(config.credentials),
+            server=Identity.parse(config.controller_name),
         )
-        if untrusted is None:
-            await Adoption(journal, residents, migrations).run()
-            gate.closed = None
-        await stack.enter_async_context(Server(app, [Listener(api_socket, server_tls)], pool=config.pool))
-        await stack.enter_async_context(
-            LinkServer(link_socket, tls=server_tls, pool=config.pool, on_link=migrations.take_link)
-        )
-        heart = asyncio.create_task(Heartbeat(client, config.node, report, residents.changed).run(), name="heartbeat")
+        await stack.enter_async_context(controller)
+        if parts.untrusted is None:
+            await Adoption(parts.residents.journal, parts.residents, parts.migrations).run()
+        gate.closed = parts.untrusted
+        await stack.enter_async_context(Server(app, [api], pool=config.pool))
+        on_link = parts.migrations.take_link
+        await stack.enter_async_context(LinkServer(links, tls=server_tls, pool=config.pool, on_link=on_link))
+        beat = Heartbeat(controller, config.node, reporter.report, parts.residents.changed)
+        heart = asyncio.create_task(beat.run(), name="heartbeat")
         log.info("agent of %s serves on %s:%d", config.node, config.address, config.port)
         await stop.wait()
-        log.info("agent of %s stops; its EVMs go on", config.node)
         heart.cancel()
         await asyncio.gather(heart, return_exceptions=True)
-    await migrations.close()
-    await residents.close()
-    journal.close()
 
 
-def _reporter(
-    config: AgentConfig, facts: HypervisorFacts, images: Images, residents: Residents, untrusted: str | None
-) -> Callable[[], NodeReport]:
-    boot_id = secrets.token_hex(8)
+class Reporter:
+    """Makes the node's report, for the heartbeat and for whoever asks."""
 
-    def report() -> NodeReport:
+    def __init__(self, config: AgentConfig, parts: Parts) -> None:
+        self._config = config
+        self._parts = parts
+        self._boot_id = secrets.token_hex(8)
+
+    def report(self) -> NodeReport:
+        config, facts, residents = self._config, self._parts.facts, self._parts.residents
         return NodeReport(
             name=config.node,
             address=config.address,
@@ -111,11 +139,9 @@ def _reporter(
                 machines=facts.machines,
                 cpu_models=facts.cpu_models,
                 accelerator=facts.accelerator,
-                images=images.digests(),
+                images=self._parts.images.digests(),
             ),
             evms=residents.reports(),
-            boot_id=boot_id,
-            journal=untrusted,
+            boot_id=self._boot_id,
+            journal=self._parts.untrusted,
         )
-
-    return report
