@@ -8,7 +8,8 @@ locally administered ``02:00`` and all four (IEEE 802-2014 section 8.4: bit 1 of
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator, Sequence, Set
+import itertools
+from collections.abc import Iterator, Sequence, Set
 
 from emp.controller.config import Network
 from emp.model.base import Model
@@ -125,7 +126,7 @@ def _free(network: Network, taken: Set[str]) -> Iterator[str]:
 
 
 def _take(free: Iterator[str], count: int, network: Network) -> tuple[str, ...]:
-    found = tuple(address for address, _ in zip(free, range(count), strict=False))
+    found = tuple(itertools.islice(free, count))
     if len(found) < count:
         raise Conflict(
             f"no address is left from {network.evm_first} to {network.evm_last}",
@@ -133,7 +134,3 @@ def _take(free: Iterator[str], count: int, network: Network) -> tuple[str, ...]:
             hint="delete an EVM, or widen the range in the controller's configuration",
         )
     return found
-
-
-def taken(held: Iterable[Claim]) -> frozenset[str]:
-    return frozenset(claim.address for claim in held)

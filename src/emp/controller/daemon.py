@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from emp.controller.app import agents_app, people_app
 from emp.controller.config import Config
+from emp.controller.restart import Restarts
 from emp.controller.services import Services
 from emp.controller.wiring import open_store, wire
 from emp.model.errors import EmpError
@@ -31,6 +32,7 @@ class Running:
     """A controller that serves."""
 
     services: Services
+    restarts: Restarts
     people_port: int
     agents_port: int
 
@@ -66,9 +68,11 @@ async def running(config: Config, *, driver: VolumeDriver | None = None) -> Asyn
         await controller.start()
         await stack.enter_async_context(Server(agents_app(services), [agents], pool=config.pool))
         await stack.enter_async_context(Server(people_app(services), [people], pool=config.pool))
-        stack.callback(services.consoles.close)  # before the server stops, which would wait for them
+        # before the server stops, which would wait for them
+        stack.push_async_callback(services.evms.close)
+        stack.callback(services.consoles.close)
         await stack.enter_async_context(_background(config, services))
-        yield Running(services, people.port, agents.port)
+        yield Running(services, controller.restarts, people.port, agents.port)
 
 
 def _people_socket(config: Config) -> socket.socket:
@@ -93,12 +97,12 @@ async def _background(config: Config, services: Services) -> AsyncGenerator[None
 
 
 async def _housekeeping(config: Config, services: Services) -> None:
-    """Ask the volume service what it has, then forget old history now and then."""
-    await services.volumes.load()
+    """Ask the volume service what it has, and forget old history, now and then."""
     while True:
-        await asyncio.sleep(HOUSEKEEPING_S)
         try:
+            await services.volumes.load()
             if (upto := services.book.revision - config.history_revisions) > 0:
                 await services.book.store.compact(upto)
         except EmpError as error:
-            log.warning("history could not be compacted: %s", error)
+            log.warning("housekeeping: %s", error)
+        await asyncio.sleep(HOUSEKEEPING_S)

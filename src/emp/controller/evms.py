@@ -35,6 +35,7 @@ class Evms:
         self._blueprints = blueprints
         self._boot = boot
         self._tasks = Tasks("order")
+        self._closing = False
 
     def resume(self) -> None:
         """After a restart: carry on with what was intended."""
@@ -43,6 +44,8 @@ class Evms:
                 self._tasks.start(name, self._boot.carry_out(name, resumed=True))
 
     async def close(self) -> None:
+        """Stop carrying out orders, and answer who waits for one. The next process carries on. Idempotent."""
+        self._closing = True
         await self._tasks.close()
 
     def get(self, name: str) -> Evm:
@@ -191,6 +194,10 @@ class Evms:
                 f"{verb} of EVM {name} is not done yet: {how.reason if how else 'nearly'}",
                 field="evm",
                 hint=f"it goes on; see: emp evm show {name}",
+            )
+        if task.cancelled() and self._closing:
+            raise OutcomeUnknown(
+                f"the controller stops during the {verb} of EVM {name}", field="evm", hint="it goes on when it is back"
             )
         if task.cancelled():
             raise Conflict(f"{verb} of EVM {name} was overtaken by another order", field="evm")

@@ -114,7 +114,7 @@ def short_of_vcpus(vcpus: int) -> Unfit:
 
     def check(candidate: Candidate) -> str | None:
         has = candidate.node.report.vcpus
-        return None if has >= vcpus else f"{has} CPUs, {vcpus} vCPUs needed"
+        return None if has >= vcpus else f"{vcpus} vCPUs needed, CPUs there: {has}"
 
     return check
 

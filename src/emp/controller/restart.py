@@ -16,6 +16,7 @@ the node whose agent attested the end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 
@@ -58,7 +59,7 @@ class Restarts:
     def __init__(self, book: Book, start: Start, *, stable_s: float = STABLE_S) -> None:
         self._book = book
         self._start = start
-        self._stable_s = stable_s
+        self.stable_s = stable_s
         self._tasks = Tasks("restart")
 
     def look_at(self, evm: Evm) -> None:
@@ -94,12 +95,9 @@ class Restarts:
 
     async def _settle(self, name: str) -> None:
         """Forget the count once the EVM has run for long enough without a break."""
-        async with asyncio.timeout(self._stable_s) as limit:
-            try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.stable_s):
                 await self._book.until(lambda: not self._runs(name))
-            except TimeoutError:
-                if not limit.expired():
-                    raise
         if self._runs(name):
             await self._count(name, 0)
         elif (evm := self._book.evms.find(name)) is not None and wants_restart(evm):

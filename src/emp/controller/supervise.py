@@ -98,6 +98,8 @@ class Supervision:
         if self._state.phase is not before.phase:
             for role in self._lost:
                 self._feed(supervisor.NodeLost(role))
+        if self._state.phase is Phase.FINISHING:  # also where the target ran before the source had answered its order
+            self._spawn(f"watch {Role.SOURCE}", self._watch(Role.SOURCE))
 
     async def _act(self, action: supervisor.Action) -> None:
         match action:

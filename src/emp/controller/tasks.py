@@ -7,6 +7,8 @@ import logging
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
+from emp.model.errors import EmpError
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -47,7 +49,8 @@ class Tasks:
         if self._tasks.get(key) is task:
             del self._tasks[key]
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s of %s failed: %s", self._kind, key, error, exc_info=error)
+            foreseen = isinstance(error, EmpError)
+            log.error("%s of %s failed: %s", self._kind, key, error, exc_info=None if foreseen else error)
 
     async def cancel(self, key: str) -> None:
         """End the task under ``key``, if there is one, and wait for it."""

@@ -1,0 +1,364 @@
+"""A node's agent that does bookkeeping in the place of QEMU: a real HTTPS server with the API of ``emp.model.orders``.
+
+A migration between two of them is played out in the order of the protocol, as far and as fast as ``Script`` lets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+
+from emp.model.errors import Conflict, EmpError, NotFound, StaleEpoch
+from emp.model.evm import EvmState
+from emp.model.migration import Progress, Stage
+from emp.model.node import EvmReport, NodeReport, Versions
+from emp.model.orders import (
+    AbortOrder,
+    HandoverOrder,
+    HeartbeatReply,
+    Prepared,
+    PrepareOrder,
+    RetireOrder,
+    Role,
+    RoleFigures,
+    RolePhase,
+    RoleStatus,
+    StartOrder,
+    StopOrder,
+)
+from emp.wire.faults import install_error_handlers
+from emp.wire.guard import require_role
+from emp.wire.http import WireClient
+from emp.wire.identity import Role as WireRole
+from tests.fakes.values import MIB, a_report
+from tests.fakes.volumes import HOST
+
+if TYPE_CHECKING:
+    from tests.fakes.pool import Pool
+
+T = TypeVar("T")
+
+
+class Part:
+    """One end of a migration at a fake agent: its status, and whoever watches it."""
+
+    def __init__(self, status: RoleStatus) -> None:
+        self.status = status
+        self.changed = asyncio.Condition()
+        self.abort = asyncio.Event()
+        self.order: PrepareOrder | HandoverOrder | None = None
+
+    async def move(self, phase: RolePhase, stage: Stage, **changes: Any) -> None:
+        figures = self.status.figures.model_copy(update=changes.pop("figures", {}))
+        update = {"phase": phase, "stage": stage, "figures": figures, **changes}
+        async with self.changed:
+            self.status = self.status.model_copy(update=update)
+            self.changed.notify_all()
+
+    async def watch(self) -> AsyncGenerator[bytes]:
+        seen: RoleStatus | None = None
+        while seen is None or not seen.phase.final:
+            async with self.changed:
+                await self.changed.wait_for(lambda: self.status is not seen)  # noqa: B023
+                seen = self.status
+            yield f"data: {seen.model_dump_json()}\n\n".encode()
+
+
+@dataclass
+class Script:
+    """How the next migration at this source goes. The events hold it until a test lets it go on."""
+
+    precopy: asyncio.Event = field(default_factory=asyncio.Event)
+    blackout: asyncio.Event = field(default_factory=asyncio.Event)
+    clearing: asyncio.Event = field(default_factory=asyncio.Event)
+    target_fails: bool = False
+
+    @classmethod
+    def free(cls) -> Script:
+        script = cls()
+        for event in (script.precopy, script.blackout, script.clearing):
+            event.set()
+        return script
+
+
+class FakeAgent:
+    """A node. ``refuse[verb]`` is raised instead of doing it, ``lose[verb]`` after having done it, each once unless in
+    ``refuse_always``."""
+
+    def __init__(self, name: str, pool: Pool, *, memory_bytes: int, versions: Versions) -> None:
+        self.name = name
+        self.pool = pool
+        self.memory_bytes = memory_bytes
+        self.versions = versions
+        self.vcpus = 4
+        self.journal: str | None = None
+        self.evms: dict[str, EvmReport] = {}
+        self.epochs: dict[str, int] = {}
+        self.orders: list[tuple[str, Any]] = []
+        self.parts: dict[str, Part] = {}
+        self.refuse: dict[str, EmpError] = {}
+        self.refuse_always: set[str] = set()
+        self.lose: dict[str, EmpError] = {}
+        self.hold = asyncio.Event()
+        """while it is clear, every order waits at the door"""
+        self.hold.set()
+        self.reached = asyncio.Event()
+        """an order has come"""
+        self.script = Script.free()
+        self.consoles: dict[str, asyncio.Queue[bytes | None]] = {}
+        self.typed: list[bytes] = []
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.sock = socket.create_server((HOST, 0))
+        self._beating: asyncio.Task[None] | None = None
+        self._client: WireClient | None = None
+
+    # ---------------------------------------------------------- reporting
+
+    @property
+    def port(self) -> int:
+        return int(self.sock.getsockname()[1])
+
+    def report(self) -> NodeReport:
+        return a_report(
+            self.name,
+            address=HOST,
+            port=self.port,
+            memory_bytes=self.memory_bytes,
+            vcpus=self.vcpus,
+            versions=self.versions,
+            evms=tuple(self.evms.values()),
+            journal=self.journal,
+        )
+
+    async def beat(self) -> HeartbeatReply:
+        if self._client is None:
+            self._client = self.pool.client_of(self.name)
+        path = f"/v1/agents/{self.name}/heartbeat"
+        return await self._client.request("POST", path, self.report(), response_model=HeartbeatReply)
+
+    async def keep_beating(self) -> None:
+        with contextlib.suppress(EmpError):  # the controller is away now and then
+            await self.beat()
+        while True:
+            await asyncio.sleep(self.pool.heartbeat_s)
+            with contextlib.suppress(EmpError):
+                await self.beat()
+
+    def start_beating(self) -> None:
+        self._beating = asyncio.create_task(self.keep_beating(), name=f"beats of {self.name}")
+
+    async def stop_beating(self) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.wait([self._beating])
+            self._beating = None
+
+    async def forget_controller(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    async def close(self) -> None:
+        await self.stop_beating()
+        await self.forget_controller()
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks)
+
+    def set_state(self, evm: str, state: EvmState, reason: str | None = None) -> None:
+        self.evms[evm] = self.evms[evm].model_copy(update={"state": state, "reason": reason})
+
+    def verbs(self) -> list[str]:
+        return [verb for verb, _ in self.orders]
+
+    # ---------------------------------------------------------- the API
+
+    async def _do(self, verb: str, order: Any, work: Callable[[], Awaitable[T]]) -> T:
+        self.orders.append((verb, order))
+        self.reached.set()
+        await self.hold.wait()
+        if verb in self.refuse:
+            raise self.refuse[verb] if verb in self.refuse_always else self.refuse.pop(verb)
+        answer = await work()
+        if error := self.lose.pop(verb, None):
+            raise error
+        return answer
+
+    def app(self) -> FastAPI:
+        app = FastAPI(dependencies=[Depends(require_role(WireRole.CONTROLLER))])
+        install_error_handlers(app)
+
+        @app.get("/v1/node")
+        async def node() -> NodeReport:
+            return self.report()
+
+        @app.post("/v1/evms/{name}/start")
+        async def start(name: str, order: StartOrder) -> EvmReport:
+            return await self._do("start", order, lambda: self._start(order))
+
+        @app.post("/v1/evms/{name}/stop")
+        async def stop(name: str, order: StopOrder) -> EvmReport:
+            return await self._do("stop", order, lambda: self._stop(name, order))
+
+        @app.post("/v1/evms/{name}/retire")
+        async def retire(name: str, order: RetireOrder) -> EvmReport:
+            return await self._do("retire", order, lambda: self._retire(name, order))
+
+        @app.post("/v1/migrations/{id}/prepare")
+        async def prepare(id: str, order: PrepareOrder) -> Prepared:  # noqa: A002
+            return await self._do("prepare", order, lambda: self._prepare(order))
+
+        @app.post("/v1/migrations/{id}/handover")
+        async def handover(id: str, order: HandoverOrder) -> RoleStatus:  # noqa: A002
+            return await self._do("handover", order, lambda: self._hand_over(order))
+
+        @app.post("/v1/migrations/{id}/abort")
+        async def abort(id: str, order: AbortOrder) -> RoleStatus:  # noqa: A002
+            return await self._do("abort", order, lambda: self._abort(id, order))
+
+        @app.get("/v1/migrations/{id}/watch")
+        async def watch(id: str) -> StreamingResponse:  # noqa: A002
+            return StreamingResponse(self._part(id).watch(), media_type="text/event-stream")
+
+        @app.get("/v1/evms/{name}/console")
+        async def console(name: str) -> StreamingResponse:
+            if name not in self.consoles:
+                raise NotFound(f"EVM {name} is not on this node")
+            return StreamingResponse(self._output(name), media_type="application/octet-stream")
+
+        @app.post("/v1/evms/{name}/console")
+        async def type_(name: str, request: Request) -> Response:
+            self.typed.append(await request.body())
+            return Response(status_code=204)
+
+        return app
+
+    # ---------------------------------------------------------- EVMs
+
+    def _check_epoch(self, name: str, epoch: int) -> None:
+        if epoch <= self.epochs.get(name, 0):
+            raise StaleEpoch(f"{epoch} is not newer than {self.epochs[name]}")
+        self.epochs[name] = epoch
+
+    async def _start(self, order: StartOrder) -> EvmReport:
+        name = order.spec.name
+        if name in self.evms and self.epochs[name] == order.epoch:
+            return self.evms[name]
+        if name in self.evms and self.evms[name].state is EvmState.RUNNING:
+            raise Conflict("it is already here")
+        self._check_epoch(name, order.epoch)
+        self.arrive(name, order.epoch)
+        return self.evms[name]
+
+    def arrive(self, name: str, epoch: int) -> None:
+        self.epochs[name] = epoch
+        self.evms[name] = EvmReport(name=name, state=EvmState.RUNNING, epoch=epoch)
+        self.consoles[name] = asyncio.Queue()
+        self.consoles[name].put_nowait(f"{name} on {self.name}\n".encode())
+
+    def leave(self, name: str) -> None:
+        self.evms.pop(name, None)
+        if console := self.consoles.pop(name, None):
+            console.put_nowait(None)
+
+    async def _output(self, name: str) -> AsyncGenerator[bytes]:
+        console = self.consoles[name]
+        while (data := await console.get()) is not None:
+            yield data
+
+    async def _stop(self, name: str, order: StopOrder) -> EvmReport:
+        if name not in self.evms:
+            raise NotFound(f"{name} is not here")
+        self.set_state(name, EvmState.STOPPED, "shut down on request")
+        if console := self.consoles.pop(name, None):
+            console.put_nowait(None)
+        return self.evms[name]
+
+    async def _retire(self, name: str, order: RetireOrder) -> EvmReport:
+        self._check_epoch(name, order.epoch)
+        self.leave(name)
+        return EvmReport(name=name, state=EvmState.STOPPED, epoch=order.epoch)
+
+    # ---------------------------------------------------------- migrations
+
+    def _part(self, migration: str) -> Part:
+        if migration not in self.parts:
+            raise NotFound(f"nothing is known of {migration}")
+        return self.parts[migration]
+
+    async def _prepare(self, order: PrepareOrder) -> Prepared:
+        status = RoleStatus(
+            migration=order.migration,
+            evm=order.spec.name,
+            role=Role.TARGET,
+            phase=RolePhase.PREPARED,
+            stage=Stage.SOURCE_BROWNOUT,
+            nonce="p1",
+        )
+        part = self.parts.setdefault(order.migration, Part(status))
+        part.order = order
+        return Prepared(migration=order.migration, nonce="p1", stream_host=HOST, stream_port=4444)
+
+    async def _hand_over(self, order: HandoverOrder) -> RoleStatus:
+        if order.migration not in self.parts:
+            status = RoleStatus(
+                migration=order.migration,
+                evm=order.evm,
+                role=Role.SOURCE,
+                phase=RolePhase.PRECOPY,
+                stage=Stage.SOURCE_BROWNOUT,
+                figures=RoleFigures(precopy_began_at_s=100.0),
+            )
+            self.parts[order.migration] = Part(status)
+            self._spawn(self._play(order, self.script))
+        return self.parts[order.migration].status
+
+    async def _abort(self, migration: str, order: AbortOrder) -> RoleStatus:
+        part = self._part(migration)
+        part.abort.set()
+        if part.status.role is Role.TARGET and not part.status.phase.final:
+            await part.move(RolePhase.WITHDRAWN, Stage.CLOSED, cause=order.reason)
+        return part.status
+
+    async def _play(self, order: HandoverOrder, script: Script) -> None:
+        """The migration, as source and target do it between themselves."""
+        source, target_agent = self.parts[order.migration], self.pool.agents[order.target.node]
+        target = target_agent.parts[order.migration]
+        progress = Progress(memory_bytes=512 * MIB, remaining_bytes=100 * MIB, sent_bytes=412 * MIB, passes=1)
+        await source.move(RolePhase.PRECOPY, Stage.SOURCE_BROWNOUT, progress=progress)
+        aborted = asyncio.create_task(source.abort.wait())
+        going = asyncio.create_task(script.precopy.wait())
+        try:
+            await asyncio.wait([aborted, going], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (aborted, going):
+                task.cancel()
+        if source.abort.is_set() or script.target_fails:
+            self.epochs[order.evm] = order.epoch_source
+            self.evms[order.evm] = self.evms[order.evm].model_copy(update={"epoch": order.epoch_source})
+            cause = "the target failed" if script.target_fails else "asked"
+            await source.move(RolePhase.ABORTED, Stage.CLOSED, cause=cause)
+            return
+        await source.move(RolePhase.SWITCHOVER, Stage.BLACKOUT, figures={"stopped_at_s": 101.0})
+        await script.blackout.wait()
+        figures = {"given_at_s": 101.008, "qemu_downtime_ms": 9.0, "qemu_total_ms": 1000.0, "passes": 2}
+        await source.move(RolePhase.GIVEN, Stage.BLACKOUT, committed=True, figures=figures)
+        target_agent.arrive(order.evm, order.epoch_target)
+        figures = {"resumed_at_s": 101.010, "port_open_at_s": 101.012}
+        await target.move(RolePhase.RUNNING, Stage.TARGET_BROWNOUT, committed=True, figures=figures)
+        await script.clearing.wait()
+        self.leave(order.evm)
+        await source.move(RolePhase.DONE, Stage.CLOSED, committed=True)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work, name=f"migration at {self.name}")
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
