@@ -34,16 +34,16 @@ NODES = 3
 COMMAND_S = 60.0
 _numbers = itertools.count(1)
 
-LAB = [sys.executable, "-m", "emp.cli.lab"]
 EMP = [sys.executable, "-m", "emp.cli.main"]
+LAB = [*EMP, "lab"]
 
 
 def run_emp(
-    *arguments: str, command: list[str] = EMP, check: bool = True, timeout_s: float = COMMAND_S, **env: str
+    *arguments: str, check: bool = True, timeout_s: float = COMMAND_S, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``emp ARGUMENTS`` as a user would; ``check`` fails the test on another exit status than 0."""
     done = subprocess.run(
-        [*command, *arguments],
+        [*EMP, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -58,7 +58,7 @@ def run_emp(
 
 def run_lab(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run ``emp lab ARGUMENTS``."""
-    return run_emp(*arguments, command=LAB, **options)
+    return run_emp("lab", *arguments, **options)
 
 
 @dataclass(frozen=True)

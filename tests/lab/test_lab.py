@@ -234,7 +234,7 @@ def test_status_and_list_show_every_place(pool: Pool) -> None:
     assert {place["name"]: place["state"] for place in status["places"]} == dict.fromkeys(
         ("ctl", "vol", "client", "n1", "n2", "n3"), "running"
     )
-    assert [lab["name"] for lab in json.loads(run_lab("list", "--json").stdout)] == [pool.name]
+    assert [lab["name"] for lab in json.loads(run_lab("list", "--json").stdout)["items"]] == [pool.name]
     text = run_lab("status", "--name", pool.name).stdout
     assert max(map(len, text.splitlines())) <= 80
 

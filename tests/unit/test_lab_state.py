@@ -36,11 +36,11 @@ def test_state_comes_back() -> None:
 
 def test_removal_leaves_nothing_with_the_last_lab(base: Path) -> None:
     one, two = make("one"), make("two")
-    one.empty()
-    one.remove()
+    with one.locked():
+        one.empty()
     assert lab_names() == ["two"]
-    two.empty()
-    two.remove()
+    with two.locked():
+        two.empty()
     assert not base.exists()
 
 
@@ -100,7 +100,7 @@ def test_a_lock_on_a_directory_that_was_removed_meanwhile_is_no_lock(base: Path)
         "import sys; from emp.lab.state import LabFiles\n"
         "files = LabFiles('one')\n"
         "with files.locked():\n"
-        "    print('locked', flush=True); sys.stdin.read(); files.empty(); files.remove()\n"
+        "    print('locked', flush=True); sys.stdin.read(); files.empty()\n"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, close_fds=True
@@ -112,7 +112,7 @@ def test_a_lock_on_a_directory_that_was_removed_meanwhile_is_no_lock(base: Path)
     child.communicate()
     with files.locked(create=True):
         assert files.directory.is_dir()
-        files.remove()
+    assert not files.directory.exists()
 
 
 def test_there_is_nothing_to_lock_without_the_lab() -> None:

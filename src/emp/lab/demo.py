@@ -6,6 +6,7 @@ checked from outside: by the client's prober, by the guest's own verification, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -21,7 +22,7 @@ from emp.client import Client
 from emp.client.context import invoking_user
 from emp.host.run import run_sync
 from emp.lab.demo_report import CHECKS, closing_table
-from emp.lab.down import down
+from emp.lab.down import down, uninterrupted
 from emp.lab.guest_control import Guest
 from emp.lab.journal_check import check_journal
 from emp.lab.moves import Move, entry, move
@@ -31,7 +32,7 @@ from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import CLIENT, VOL, Topology
 from emp.lab.up import Options, up
 from emp.model.api import EvmCreate
-from emp.model.errors import HostError
+from emp.model.errors import HostError, NotFound
 from emp.model.evm import Evm
 from emp.model.names import format_size
 from emp.model.volume import Volume
@@ -74,7 +75,7 @@ class Demo:
         }
 
 
-def run(output: Path | None = None) -> bool:
+def run(output: Path | None = None, *, name: str = NAME) -> bool:
     """Run the demo and return whether every check held; the result goes to ``output`` as JSON.
 
     Raises ``AlreadyExists`` when a lab of that name is up. Nothing is left, whatever happens.
@@ -82,10 +83,15 @@ def run(output: Path | None = None) -> bool:
     if output is not None:
         output.unlink(missing_ok=True)
     demo = Demo(Console(highlight=False, soft_wrap=True))
-    residue = Residue.watch(Topology(NAME, 2))
-    demo.say("lab", "two bare-metal nodes, a controller, a volume server and a client")
-    with _lab(Options(NAME, 2), demo) as state:
-        _there_and_back(state, demo)
+    residue = Residue.watch(Topology(name, 2))
+    demo.say("lab", "two bare-metal nodes, a volume server, a controller, a client")
+    began_at = time.time()
+    try:
+        with _lab(Options(name, 2), demo) as state:
+            _there_and_back(state, demo)
+    except BaseException:
+        _clear_ours(name, began_at)  # in case that Ctrl-C came just as the lab was being cleared
+        raise
     left = residue.left()
     demo.checks["nothing_left"] = not left
     _conclude(demo, left)
@@ -101,7 +107,16 @@ def _lab(options: Options, demo: Demo) -> Iterator[LabState]:
     try:
         yield state
     finally:
-        down(LabFiles(options.name))
+        with uninterrupted():
+            down(LabFiles(options.name))
+
+
+def _clear_ours(name: str, began_at: float) -> None:
+    """Clear the lab if it is the one that this run made, and not another one that made this run fail."""
+    files = LabFiles(name)
+    with uninterrupted(), contextlib.suppress(NotFound):
+        if files.load().created_at >= began_at:
+            down(files)
 
 
 def _there_and_back(state: LabState, demo: Demo) -> None:
@@ -137,11 +152,9 @@ def _there_and_back(state: LabState, demo: Demo) -> None:
 def _load(guest: Guest, volume: Volume, demo: Demo) -> None:
     guest.ask(f"memory {REWRITTEN_BYTES} {REWRITE_BYTES_PER_S}")
     guest.ask(f"journal start {volume.serial} {JOURNAL_HZ}")
-    demo.say(
-        "load",
-        f"UDP at {UDP_HZ} Hz and TCP to EVM and pod; {format_size(REWRITTEN_BYTES)} of memory rewritten "
-        f"at {REWRITE_BYTES_PER_S / 1e6:.0f} MB/s; {JOURNAL_HZ} records/s on the volume",
-    )
+    demo.say("load", f"{format_size(REWRITTEN_BYTES)} of memory rewritten at {REWRITE_BYTES_PER_S / 1e6:.0f} MB/s")
+    demo.say("", f"{JOURNAL_HZ} records a second to its io2 volume of {format_size(volume.size_bytes)}")
+    demo.say("", f"UDP at {UDP_HZ} Hz and a TCP connection, to the EVM and to the pod")
 
 
 def _create(client: Client, state: LabState, demo: Demo) -> Evm:
@@ -150,11 +163,8 @@ def _create(client: Client, state: LabState, demo: Demo) -> Evm:
     evm = client.evms.create(wanted)
     for address in (evm.spec.nics[0].address, evm.spec.pods[0].address):
         Guest(state.topology, address).wait_first_packet()
-    demo.say(
-        "EVM",
-        f"{EVM} ({format_size(EVM_BYTES)}) at {evm.spec.nics[0].address}, its pod {POD} at {evm.spec.pods[0].address}, "
-        f"a volume of {format_size(VOLUME_BYTES)}: answers after {time.monotonic() - began_s:.1f} s",
-    )
+    demo.say("EVM", f"{EVM}, {format_size(EVM_BYTES)}, on {ROUTE[0]}: answers after {time.monotonic() - began_s:.1f} s")
+    demo.say("", f"{evm.spec.nics[0].address} is its own, {evm.spec.pods[0].address} its pod's ({POD})")
     return evm
 
 

@@ -11,12 +11,12 @@ from emp.lab.moves import Move, entry
 from emp.model.names import format_size
 
 CHECKS = {
-    "same_addresses": "every IP address has the MAC that it had, at the controller and on the wire",
-    "same_boot": "EVM and pod are the boot that they were, and their counters only grew",
-    "memory_intact": "every page of the rewritten memory holds what was written last",
-    "tcp_alive": "the TCP connections to EVM and pod are the ones opened at the start",
-    "volume_intact": "every acknowledged record is on the volume, in an unbroken chain",
-    "nothing_left": "no process, namespace, interface, mount or file is left on this machine",
+    "same_addresses": "each IP with its MAC, at the controller and on the wire",
+    "same_boot": "EVM and pod as booted, their counters only grew",
+    "memory_intact": "each rewritten page holds what was written last",
+    "tcp_alive": "the TCP connections are those of the start",
+    "volume_intact": "each acknowledged record is there, in one chain",
+    "nothing_left": "no process, namespace, link, mount or file",
 }
 
 

@@ -27,8 +27,8 @@ def down(files: LabFiles) -> bool:
     return True
 
 
-def clear(files: LabFiles, *, keep_directory: bool = False) -> None:
-    """``down`` for a caller who holds the lab's lock, kept if ``keep_directory``. Ctrl-C does not stop it."""
+def clear(files: LabFiles) -> None:
+    """``down`` for a caller who holds the lab's lock. Once begun, neither Ctrl-C nor SIGTERM stops it."""
     with uninterrupted():
         try:
             state = files.load()
@@ -39,8 +39,6 @@ def clear(files: LabFiles, *, keep_directory: bool = False) -> None:
             places.unwire(state.topology)
             remove_context(Path(state.context))
         files.empty()
-        if not keep_directory:
-            files.remove()
 
 
 @contextmanager

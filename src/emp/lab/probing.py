@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from emp.lab import scan
 from emp.lab.state import LabFiles
 from emp.lab.topology import CLIENT
 from emp.lab.verbs import command_in
@@ -48,7 +49,9 @@ class Probing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
+        if self._process.poll() is None:
+            # The process that we started is nsenter's; what it runs in the place would outlive it.
+            scan.kill(scan.children(self._process.pid))
         self._process.communicate()
 
     def _say(self, line: str) -> None:

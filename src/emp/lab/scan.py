@@ -72,6 +72,11 @@ def in_network_namespaces(inodes: Iterable[int]) -> list[Running]:
     )
 
 
+def children(pid: int) -> list[Process]:
+    """Return the live children of a process."""
+    return [found.process for found in running() if found.parent == pid]
+
+
 def frozen(process: Process) -> bool:
     """Whether a process is stopped by a signal (SIGSTOP)."""
     try:

@@ -119,17 +119,12 @@ class LabFiles:
                     entry.unlink()
             self.state_file.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """Remove the lab's empty directory, and with the last lab the directory above."""
-        self.directory.rmdir()
-        with suppress(OSError):  # other labs, or somebody else's files
-            self.base.rmdir()
-
     @contextmanager
     def locked(self, *, create: bool = False, wait_s: float = LOCK_WAIT_S) -> Iterator[int]:
         """Hold the lab for a change; yields the lock's descriptor. ``NotFound`` without the lab, unless ``create``.
 
         A child that inherits the descriptor keeps the lock until it lets go. Raises ``Conflict`` after ``wait_s``.
+        A directory that is empty at the end is removed, and the one above with the last lab.
         """
         deadline = time.monotonic() + wait_s
         while True:
@@ -145,10 +140,18 @@ class LabFiles:
             try:
                 _wait_for_lock(descriptor, self.name, deadline)
                 if self._is_current(descriptor):
-                    yield descriptor
+                    try:
+                        yield descriptor
+                    finally:
+                        self._remove_if_empty()
                     return
             finally:
                 os.close(descriptor)
+
+    def _remove_if_empty(self) -> None:
+        with suppress(OSError):  # a lab is in it, or other labs are beside it
+            self.directory.rmdir()
+            self.base.rmdir()
 
     def _is_current(self, descriptor: int) -> bool:
         """Whether the locked directory still has its name: a ``down`` may have removed it while we waited."""

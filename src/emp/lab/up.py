@@ -48,37 +48,32 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
     image = _image(say)
     files = LabFiles(options.name)
     with files.locked(create=True) as lock:
-        _make_way(files, say)
+        _refuse_whole(files, say)
         try:
+            clear(files)  # what a command that was killed has left
             places.check_free(topology)
-            people = daemons.people_socket(options.port)
-        except BaseException:
-            files.remove()
-            raise
-        with people:
-            state = LabState(
-                name=options.name,
-                nodes=options.nodes,
-                port=people.getsockname()[1],
-                memory_bytes=options.memory_bytes,
-                vcpus=options.vcpus,
-                qemu=qemu,
-                context=str(contexts.file_of(options.name)),
-                created_at=time.time(),
-            )
-            try:
-                _check_context(files.name)
+            _check_context(options.name)
+            with daemons.people_socket(options.port) as people:
+                state = LabState(
+                    name=options.name,
+                    nodes=options.nodes,
+                    port=people.getsockname()[1],
+                    memory_bytes=options.memory_bytes,
+                    vcpus=options.vcpus,
+                    qemu=qemu,
+                    context=str(contexts.file_of(options.name)),
+                    created_at=time.time(),
+                )
                 files.save(state)
                 say(f"making {options.nodes} nodes, a controller and a volume server (QEMU {version})")
                 context = _make(files, state, image, people, lock)
-                say("waiting for the agents to report")
-                wait_ready(files, state, context)
-                state = replace(state, complete=True)
-                files.save(state)
-            except BaseException:
-                people.close()
-                clear(files)
-                raise
+            say("waiting for the agents to report")
+            wait_ready(files, state, context)
+            state = replace(state, complete=True)
+            files.save(state)
+        except BaseException:
+            clear(files)
+            raise
     return state
 
 
@@ -89,8 +84,8 @@ def _image(say: Say) -> Image:
     return ensure_image(cache=Path(contexts.invoking_user().pw_dir) / ".cache" / "emp", notice=say)
 
 
-def _make_way(files: LabFiles, say: Say) -> None:
-    """Clear what a killed command has left of this lab; ``AlreadyExists`` if it is whole."""
+def _refuse_whole(files: LabFiles, say: Say) -> None:
+    """Raise ``AlreadyExists`` if the lab is there and whole; say what is dead in it otherwise."""
     try:
         state = files.load()
     except NotFound:
@@ -103,7 +98,6 @@ def _make_way(files: LabFiles, say: Say) -> None:
             hint=f"emp lab down --name {files.name} removes it; or choose another --name",
         )
     say(f"the lab {files.name} is there but broken (dead: {', '.join(missing)}): clearing it first")
-    clear(files, keep_directory=True)
 
 
 def _check_context(name: str) -> None:
@@ -139,7 +133,6 @@ def _make(files: LabFiles, state: LabState, image: Image, people: socket.socket,
         staffed = [place for place in state.topology.places if place.role is not None]
         for started in [pool.submit(daemons.spawn, files, state, place, people) for place in staffed]:
             started.result()
-    people.close()
     context = Context(
         name=state.name,
         url=f"https://{daemons.HOST}:{state.port}",
