@@ -1,0 +1,87 @@
+"""``emp volume``: volumes that EVMs can be given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from emp.cli.output import print_facts, print_json, print_table, size
+from emp.cli.session import Json, Session
+from emp.model.errors import BadInput
+
+if TYPE_CHECKING:
+    from emp.model.volume import Volume
+
+app = typer.Typer(help="Volumes that EVMs can be given.", no_args_is_help=True, add_completion=False)
+
+Id = Annotated[str, typer.Argument(metavar="ID", help="Id of the volume.")]
+
+
+@app.command()
+def create(
+    ctx: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="TYPE:SIZE", help="Such as io2:1GiB.")],
+    as_json: Json = False,
+) -> None:
+    """Make a volume; an EVM gets it by emp evm create --volume ID."""
+    session: Session = ctx.obj
+    kind, colon, amount = what.partition(":")
+    if not colon:
+        raise BadInput(f"{what[:40]!r} is not a type and a size", field="TYPE:SIZE", hint="like io2:1GiB")
+    with session.client() as client:
+        volume = client.volumes.create(amount, type=kind)
+    if as_json:
+        print_json(volume)
+    else:
+        print(f"volume {volume.id} is made: {volume.type}, {size(volume.size_bytes)}")
+
+
+@app.command(name="list")
+def list_(ctx: typer.Context, as_json: Json = False) -> None:
+    """Show every volume."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        volumes = client.volumes.list()
+    if as_json:
+        print_json(volumes)
+        return
+    rows = [(v.id, v.type.value, size(v.size_bytes), v.evm or "-", _nodes(v) or "-") for v in volumes.items]
+    print_table(("VOLUME", "TYPE", "SIZE", "EVM", "ATTACHED TO"), rows, empty="There is no volume.")
+
+
+@app.command()
+def show(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A002
+    """Show one volume, and where it is attached."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        volume = client.volumes.get(id)
+    if as_json:
+        print_json(volume)
+        return
+    print_facts(
+        [
+            ("volume", volume.id),
+            ("type", volume.type.value),
+            ("size", size(volume.size_bytes)),
+            ("serial", volume.serial),
+            ("evm", volume.evm or "none"),
+            ("attached", "\n".join(f"{a.node} (epoch {a.epoch})" for a in volume.attachments) or "to no node"),
+        ]
+    )
+
+
+@app.command()
+def delete(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A002
+    """Delete a volume that no EVM has, and what is on it."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        client.volumes.delete(id)
+    if as_json:
+        print_json({"deleted": id})
+    else:
+        print(f"volume {id} is deleted")
+
+
+def _nodes(volume: Volume) -> str:
+    return " ".join(attachment.node for attachment in volume.attachments)

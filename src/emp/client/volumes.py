@@ -1,0 +1,41 @@
+"""The pool's volumes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from emp.client.nouns import Noun, part
+
+if TYPE_CHECKING:
+    from emp.model.api import Listing
+    from emp.model.volume import Volume
+
+
+class Volumes(Noun):
+    def list(self) -> Listing[Volume]:
+        return self.ask(_listing, "GET", "/v1/volumes")
+
+    def get(self, id: str) -> Volume:  # noqa: A002
+        """Raises ``NotFound``."""
+        return self.ask(_volume, "GET", f"/v1/volumes/{part(id, field='volume')}")
+
+    def create(self, size: int | str, *, type: str = "io2") -> Volume:  # noqa: A002
+        """``size`` in bytes, or such as ``1GiB``. Raises ``BadInput``."""
+        return self.ask(_volume, "POST", "/v1/volumes", {"type": type, "size_bytes": size})
+
+    def delete(self, id: str) -> None:  # noqa: A002
+        """Raises ``NotFound``, or ``Conflict`` while an EVM has it."""
+        self.transport.send("DELETE", f"/v1/volumes/{part(id, field='volume')}").answer()
+
+
+def _volume() -> type[Volume]:
+    from emp.model.volume import Volume
+
+    return Volume
+
+
+def _listing() -> type[Listing[Volume]]:
+    from emp.model.api import Listing
+    from emp.model.volume import Volume
+
+    return Listing[Volume]
