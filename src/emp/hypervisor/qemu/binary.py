@@ -35,21 +35,21 @@ def find_binary(binary: Path | None = None) -> Path:
     return Path(found).resolve()
 
 
-def accelerator() -> str:
+def accelerator(cpuinfo: Path = Path("/proc/cpuinfo"), device: Path = Path("/dev/kvm")) -> str:
     """Return ``kvm`` where it is usable, else ``tcg``.
 
     Usable means: the CPU has VMX or SVM, and /dev/kvm opens. The device alone is not enough: under a paravirtual KVM
     on a CPU without either, an ordinary guest kernel hangs at boot.
     """
     flags: set[str] = set()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in cpuinfo.read_text().splitlines():
         if line.startswith("flags"):
             flags = set(line.partition(":")[2].split())
             break
     if not flags & {"vmx", "svm"}:
         return "tcg"
     try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except OSError:
         return "tcg"
     return "kvm"

@@ -29,8 +29,11 @@ FIRST_VOLUME_SLOT, MAX_VOLUMES = 8, 24
 MAX_QUEUES = 4
 MEBIBYTE = 1 << 20
 MINIMUM_MEMORY_BYTES = 64 * MEBIBYTE
-NBD_RECONNECT_DELAY_S = 30
-"""How long I/O waits for a volume server that went away before it fails (and, by ``werror=stop``, pauses the guest)."""
+NBD_RECONNECT_DELAY_S = 8
+"""How long I/O waits for a volume server that went away before it fails and, by ``werror=stop``, pauses the guest.
+
+QEMU tries again 1, 3, 7, 15 and 31 s after the break. It also bounds how long QEMU may be deaf: when the guest is
+stopped for the switchover with I/O on its way, QEMU first waits for that I/O, and no monitor answers until then."""
 _MACHINE = re.compile(r"pc-i440fx-\d+\.\d+")
 _CPU_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SERIAL = re.compile(r"[A-Za-z0-9_-]{1,20}")
@@ -71,6 +74,8 @@ def check_plan(plan: LaunchPlan) -> None:
         )
     if spec.memory_bytes % MEBIBYTE or spec.memory_bytes < MINIMUM_MEMORY_BYTES:
         raise BadInput(f"{spec.memory_bytes} bytes", field="memory_bytes", hint="whole MiB, and at least 64 MiB")
+    if "\0" in plan.kernel_command_line:
+        raise BadInput("has a NUL", field="kernel_command_line", hint="leave it out")
     if len(plan.tap_fds) != len(spec.nics):
         raise BadInput(f"{len(plan.tap_fds)} taps for {len(spec.nics)} NICs", field="tap_fds", hint="one per NIC")
     if len(spec.nics) > MAX_NICS:

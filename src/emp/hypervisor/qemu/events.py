@@ -70,6 +70,10 @@ class Broadcast:
         self._last: MachineEvent | None = None
         self._closed = False
 
+    @property
+    def listeners(self) -> int:
+        return len(self._subscriptions)
+
     def subscribe(self) -> Subscription:
         """Return a subscription from now on; after the end it gets the last event (``GONE``) alone."""
         subscription = Subscription()

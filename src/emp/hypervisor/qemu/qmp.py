@@ -176,8 +176,8 @@ class QmpSession:
         while True:
             try:
                 await self._one_connection()
-            except (OSError, EOFError, QMPError, TimeoutError, HypervisorError, OutcomeUnknown) as error:
-                self._failure = str(error) or "timed out: another client may hold this monitor"
+            except Exception as error:  # noqa: BLE001 - qemu.qmp also asserts, if the peer hangs up at a bad moment
+                self._failure = str(error) or self._failure
             await asyncio.sleep(RETRY_S)
 
     async def _one_connection(self) -> None:
@@ -185,14 +185,17 @@ class QmpSession:
         client = _Client(self._on_event)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.setblocking(False)
-            async with asyncio.timeout(self._timeout_s):
-                await asyncio.get_running_loop().sock_connect(connection, str(self.path))
-                await client.connect(connection)
-            self._client = client
+            self._failure = "nobody listens"
             try:
-                if self._on_connect is not None:
-                    async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._timeout_s):
+                    await asyncio.get_running_loop().sock_connect(connection, str(self.path))
+                    self._failure = "no greeting; another client may hold this monitor"
+                    await client.connect(connection)
+                    self._client = client
+                    if self._on_connect is not None:
+                        self._failure = "the first query was not answered"
                         await self._on_connect(self)
+                self._failure = "the connection has ended"
                 self.idle.clear()
                 self._changed.set()
                 while client.runstate is Runstate.RUNNING:
@@ -202,6 +205,6 @@ class QmpSession:
                 # EOF for the reader, so that qemu.qmp ends without waiting for QEMU to read what is unsent
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
-                with contextlib.suppress(Exception):  # why it ended is of no use; leaving it unread would be reported
+                with contextlib.suppress(Exception):  # why it ended is known; left unread, it would be reported
                     await client.disconnect()
                 self.idle.set()
