@@ -1,4 +1,4 @@
-"""The guest image's cache: what it is keyed by, that it is whole or not there, and what is said when it cannot be built."""
+"""The guest image's cache: what keys it, that it is whole or not there, and what is said when it cannot be built."""
 
 from __future__ import annotations
 

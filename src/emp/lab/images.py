@@ -29,6 +29,9 @@ from emp.model.errors import BadInput, MissingDependency
 RECIPE_VERSION = 1
 """Counts changes of this module that change the image and are not in the guest's own sources."""
 
+KERNEL_FORMAT = 1
+"""Counts changes of how a kernel package is unpacked into the cache."""
+
 KERNEL_COMMAND_LINE = (
     "console=ttyS0 quiet panic=0 reboot=t no_timer_check tsc=reliable "
     # Each of these saves 0.1 to 0.5 s of a boot under emulation.
@@ -46,7 +49,7 @@ BUSYBOX_PACKAGE = "busybox-static"
 # What the guest needs to answer its first packet is loaded first, the rest right after.
 EARLY_MODULES = ("virtio_pci", "qemu_fw_cfg", "bridge", "veth")
 NIC_MODULES = ("virtio_net",)
-LATE_MODULES = ("virtio_blk", "virtio_scsi", "sd_mod", "virtio-rng", "pvpanic-pci", "button", "evdev")
+LATE_MODULES = ("button", "evdev", "pvpanic-pci", "virtio_blk", "virtio-rng", "virtio_scsi", "sd_mod")
 
 SHELL_RC = "alias ll='ls -l'\n"
 
@@ -161,8 +164,9 @@ def _unpack_package(package: str, into: Path) -> str:
 
 
 def kernels_of(cache: Path) -> Path:
-    """Return where the kernels are that were unpacked by the present recipe, a directory for each version."""
-    return cache / "kernels" / hashlib.sha256(RECIPE.encode()).hexdigest()[:8]
+    """Return where the kernels are that were unpacked as they are now wanted, a directory for each version."""
+    wanted = repr((KERNEL_FORMAT, sorted((*EARLY_MODULES, *NIC_MODULES, *LATE_MODULES))))
+    return cache / "kernels" / hashlib.sha256(wanted.encode()).hexdigest()[:8]
 
 
 def _ensure_kernel(cache: Path, *, refresh: bool, notice: Notice) -> Path:

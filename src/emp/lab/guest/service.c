@@ -20,6 +20,7 @@
 #include <linux/input.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -99,7 +100,7 @@ __attribute__((format(printf, 2, 3))) static void put(struct buf *b, const char 
 
 /* ---- sockets ------------------------------------------------------------------------------------------------------ */
 
-enum kind { ECHO_LISTEN, CONTROL_LISTEN, ECHO_UDP, SINK_UDP, JOBS_DONE, KEYS, ECHO_CONN, CONTROL_CONN };
+enum kind { ECHO_LISTEN, CONTROL_LISTEN, ECHO_UDP, SINK_UDP, JOBS_DONE, ECHO_CONN, CONTROL_CONN };
 struct source { enum kind kind; int fd; };
 struct conn {
     struct source source; /* first: epoll hands it out */
@@ -386,27 +387,24 @@ static void jobs_ready(void)
 
 /* ---- start -------------------------------------------------------------------------------------------------------- */
 
-static void keys_ready(struct source *source) /* the power button, as pressed by the host */
-{
-    struct input_event key;
-    while (read(source->fd, &key, sizeof key) == sizeof key) {
-        if (key.type == EV_KEY && key.code == KEY_POWER && key.value)
-            power(RB_POWER_OFF);
-    }
-}
-
-static void watch_keys(void)
+static int power_button(void) /* waits until the host presses it; every input device may be the one */
 {
     char path[40];
+    struct input_event key;
+    struct pollfd devices[8];
     for (int i = 0; i < 8; i++) {
         snprintf(path, sizeof path, "/dev/input/event%d", i);
-        struct source *source = malloc(sizeof *source);
-        *source = (struct source){KEYS, open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC)};
-        if (source->fd >= 0)
-            watch(source, EPOLLIN);
-        else
-            free(source);
+        devices[i] = (struct pollfd){.fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), .events = POLLIN};
     }
+    while (poll(devices, 8, -1) > 0) {
+        for (int i = 0; i < 8; i++) {
+            while (devices[i].fd >= 0 && read(devices[i].fd, &key, sizeof key) == sizeof key) {
+                if (key.type == EV_KEY && key.code == KEY_POWER && key.value)
+                    power(RB_POWER_OFF);
+            }
+        }
+    }
+    return 1;
 }
 
 int main(int argc, char **argv)
@@ -418,8 +416,10 @@ int main(int argc, char **argv)
         execvp(argv[2], argv + 2);
         return 127;
     }
+    if (argc == 2 && !strcmp(argv[1], "power-button"))
+        return power_button();
     if (argc != 3 || (strcmp(argv[1], "evm") && strcmp(argv[1], "pod"))) {
-        fprintf(stderr, "usage: %s evm|pod NAME | realtime COMMAND...\n", argv[0]);
+        fprintf(stderr, "usage: %s evm|pod NAME | power-button | realtime COMMAND...\n", argv[0]);
         return 2;
     }
     snprintf(role, sizeof role, "%s", argv[1]);
@@ -444,8 +444,6 @@ int main(int argc, char **argv)
     open_port(ECHO_LISTEN, SOCK_STREAM, ECHO_PORT);
     open_port(SINK_UDP, SOCK_DGRAM, SINK_PORT);
     open_port(CONTROL_LISTEN, SOCK_STREAM, CONTROL_PORT);
-    if (!strcmp(role, "evm"))
-        watch_keys();
     if (pthread_create(&thread, NULL, rewriter, NULL))
         return 1;
     for (;;) {
@@ -457,7 +455,6 @@ int main(int argc, char **argv)
             case ECHO_LISTEN: case CONTROL_LISTEN: accept_ready(source); break;
             case ECHO_UDP: case SINK_UDP: udp_ready(source); break;
             case JOBS_DONE: jobs_ready(); break;
-            case KEYS: keys_ready(source); break;
             case ECHO_CONN: case CONTROL_CONN:
                 if (!((struct conn *)source)->gone)
                     conn_ready((struct conn *)source, events[i].events);
