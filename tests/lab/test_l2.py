@@ -16,6 +16,7 @@ import pytest
 
 from emp.host.processes import Process, spawn, take_descriptor
 from emp.host.tap import find_taps
+from emp.model.errors import HostError
 from emp.model.evm import EvmSpec, Nic
 from emp.network.l2 import L2Driver
 from tests.segment import Segment
@@ -187,3 +188,44 @@ async def test_nothing_is_left_when_agent_and_machine_are_both_gone(
     assert await driver.leftovers() == {"web"}
     await machine.stop()
     assert await driver.leftovers() == frozenset()
+
+
+async def test_start_keeps_a_bridge_that_carries_the_nodes_address(segment: Segment) -> None:
+    segment.ip(
+        "left",
+        "link add emp0 type bridge",
+        "link set eth0 master emp0",
+        "address add 10.77.0.1/16 dev emp0",
+        "link set emp0 up",
+    )
+    driver = L2Driver(bridge="emp0", uplink="eth0")
+    for _ in range(2):
+        await driver.start()
+    (bridge,) = json.loads(segment.command("left", "ip", "-j", "-d", "address", "show", "emp0"))
+    settings = bridge["linkinfo"]["info_data"]
+    assert (settings["forward_delay"], settings["stp_state"], settings["mcast_snooping"]) == (0, 0, 0)
+    assert "10.77.0.1" in [address.get("local") for address in bridge["addr_info"]]
+    mac = bridge["address"]
+    (port,) = await driver.plug(SPEC)
+    assert json.loads(segment.command("left", "ip", "-j", "link", "show", "emp0"))[0]["address"] == mac
+    await port.remove()
+    await driver.close()
+
+
+async def test_start_says_what_is_missing(segment: Segment) -> None:
+    driver = L2Driver(bridge="emp0", uplink="eth7")
+    with pytest.raises(HostError, match="eth7"):
+        await driver.start()
+    await driver.close()
+
+    driver = L2Driver(bridge="lo", uplink="eth0")
+    with pytest.raises(HostError, match="lo is not a bridge"):
+        await driver.start()
+    await driver.close()
+
+    segment.ip("left", "address add 10.77.0.1/16 dev eth0")
+    driver = L2Driver(bridge="emp0", uplink="eth0")
+    with pytest.raises(HostError, match=r"10\.77\.0\.1") as caught:
+        await driver.start()
+    assert "move the address" in str(caught.value)
+    await driver.close()

@@ -1,0 +1,55 @@
+"""The controller's driver for the pool's own volume service (``emp.volumes.server``)."""
+
+from __future__ import annotations
+
+from emp.model.errors import Unavailable
+from emp.model.names import check_name
+from emp.model.volume import Attachment, Volume, VolumeType
+from emp.volumes.server.protocol import PREFIX, CreateVolume, Fence, check_volume_id, new_volume_id
+from emp.wire.http import WireClient
+
+
+class NbdVolumeDriver:
+    """See ``emp.volumes.base.VolumeDriver``. ``client`` speaks as the controller to the daemon of role ``volumes``.
+
+    Besides the errors named there: ``Unreachable`` and ``Unavailable``, after which the same order may be given again.
+    """
+
+    def __init__(self, client: WireClient) -> None:
+        self._client = client
+
+    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
+        path = _path(new_volume_id())
+        order = CreateVolume(type=type, size_bytes=size_bytes)
+        try:
+            return await self._client.request("PUT", path, order, response_model=Volume, idempotent=True)
+        except Unavailable:
+            # The answer may be lost and the volume made. Only now is its id known, so ask again at once.
+            return await self._client.request("PUT", path, order, response_model=Volume, idempotent=True)
+
+    async def describe(self, volume: str) -> Volume:
+        return await self._client.request("GET", _path(volume), response_model=Volume)
+
+    async def list(self) -> tuple[Volume, ...]:
+        return await self._client.request("GET", PREFIX, response_model=tuple[Volume, ...])
+
+    async def delete(self, volume: str) -> None:
+        await self._client.request("DELETE", _path(volume), idempotent=True)
+
+    async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
+        path = _attachment_path(volume, node, epoch)
+        return await self._client.request("PUT", path, response_model=Attachment, idempotent=True)
+
+    async def detach(self, volume: str, *, node: str, epoch: int) -> None:
+        await self._client.request("DELETE", _attachment_path(volume, node, epoch), idempotent=True)
+
+    async def fence(self, volume: str, *, epoch: int) -> None:
+        await self._client.request("PUT", f"{_path(volume)}/fence", Fence(epoch=epoch), idempotent=True)
+
+
+def _path(volume: str) -> str:
+    return f"{PREFIX}/{check_volume_id(volume)}"
+
+
+def _attachment_path(volume: str, node: str, epoch: int) -> str:
+    return f"{_path(volume)}/attachments/{check_name(node, field='node')}/{epoch:d}"

@@ -1,0 +1,244 @@
+"""What every volume driver must do, and what a node sees of it."""
+
+# ruff: noqa: ASYNC220, ASYNC221 - the clients are qemu-io processes, and this loop has nothing else to do
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from emp.model.errors import AlreadyExists, BadInput, Conflict, Forbidden, NotFound, StaleEpoch
+from emp.model.volume import Attachment, Volume, VolumeType
+from emp.volumes.base import VolumeDriver
+from emp.volumes.nbd import NbdVolumeDriver
+from emp.volumes.server.app import make_app
+from emp.volumes.server.protocol import CreateVolume, new_volume_id
+from emp.volumes.server.service import VolumeService
+from emp.wire.pki import CertificateAuthority, Credentials, Identity, Role
+from emp.wire.serve import Listener, Server
+from emp.wire.sockets import listen
+from emp.wire.tls import mutual_server
+from tests.nbd_pool import POOL, SERVER, NbdPool
+
+CONTROLLER = Identity(Role.CONTROLLER, "main")
+SIZE_BYTES = 64 << 20
+Connect = Callable[[Identity], VolumeDriver]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> NbdPool:
+    return NbdPool(tmp_path / "credentials")
+
+
+@pytest.fixture(params=["nbd"])
+async def connect(pool: NbdPool, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
+    """Give a driver that speaks to one and the same service, in the name of whom one likes."""
+    with listen("127.0.0.1", 0) as socket:
+        port = socket.getsockname()[1]
+        service = VolumeService(
+            pool.config(tmp_path / "state", port, (20000, 20063)), Credentials.load(pool.credentials(SERVER))
+        )
+        listener = Listener(socket, mutual_server(pool.credentials(SERVER)))
+        clients = []
+
+        def make(identity: Identity) -> VolumeDriver:
+            clients.append(pool.client(port, identity))
+            return NbdVolumeDriver(clients[-1])
+
+        async with Server(make_app(service), [listener], pool=POOL):
+            yield make
+            for client in clients:
+                await client.aclose()
+
+
+@pytest.fixture
+def driver(connect: Connect) -> VolumeDriver:
+    return connect(CONTROLLER)
+
+
+@pytest.fixture
+async def volume(driver: VolumeDriver) -> Volume:
+    return await driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)
+
+
+async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: VolumeDriver) -> None:
+    assert await driver.list() == ()
+    made = await driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)
+    other = await driver.create(type=VolumeType.IO2, size_bytes=2 * SIZE_BYTES)
+    assert (made.type, made.size_bytes, made.attachments) == (VolumeType.IO2, SIZE_BYTES, ())
+    assert made.id != other.id
+    assert made.serial != other.serial
+    assert len(made.serial) <= 20, "virtio-blk has room for no more"
+    assert await driver.describe(made.id) == made
+    assert set(await driver.list()) == {made, other}
+
+    await driver.delete(made.id)
+    await driver.delete(made.id)
+    assert await driver.list() == (other,)
+    for order in (
+        driver.describe(made.id),
+        driver.attach(made.id, node="n1", epoch=1),
+        driver.fence(made.id, epoch=1),
+    ):
+        with pytest.raises(NotFound, match=made.id):
+            await order
+    await driver.detach(made.id, node="n1", epoch=1)
+
+
+async def test_bad_input_names_the_field(driver: VolumeDriver, volume: Volume) -> None:
+    for wrong in ("../x", "vol-1", "vol-" + "0" * 300, "a,b=c", ""):
+        with pytest.raises(BadInput) as caught:
+            await driver.describe(wrong)
+        assert caught.value.field == "volume"
+    for node in ("../x", "a,b=c", "N1", "n" * 300):
+        with pytest.raises(BadInput) as caught:
+            await driver.attach(volume.id, node=node, epoch=1)
+        assert caught.value.field == "node"
+    with pytest.raises(BadInput) as caught:
+        await driver.attach(volume.id, node="n1", epoch=0)
+    assert caught.value.field == "epoch"
+
+
+async def test_an_attached_volume_is_usable_by_its_node(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+    attachment = await driver.attach(volume.id, node="n1", epoch=7)
+    assert (attachment.volume, attachment.node, attachment.epoch) == (volume.id, "n1", 7)
+    assert await driver.attach(volume.id, node="n1", epoch=7) == attachment
+    assert (await driver.describe(volume.id)).attachments == (attachment,)
+    assert pool.io(attachment, f"read -P 0 {SIZE_BYTES - 4096} 4k"), "all of it is there, and zero"
+    assert not pool.io(attachment, f"read {SIZE_BYTES} 4k"), "and no more than that"
+
+
+async def test_what_one_node_writes_the_other_reads(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+    first = await driver.attach(volume.id, node="n1", epoch=1)
+    second = await driver.attach(volume.id, node="n2", epoch=2)
+    assert (await driver.describe(volume.id)).attachments == (first, second)
+    assert pool.io(first, "write -P 17 0 64k", "flush")
+    assert pool.io(second, "read -P 17 0 64k", "write -P 18 4k 4k", "flush")
+    assert pool.io(first, "read -P 17 0 4k", "read -P 18 4k 4k")
+
+
+async def test_only_the_nodes_own_certificate_opens_it(
+    driver: VolumeDriver, pool: NbdPool, volume: Volume, tmp_path: Path
+) -> None:
+    attachment = await driver.attach(volume.id, node="n1", epoch=1)
+    assert pool.is_open(attachment, Identity(Role.QEMU, "n1"))
+    assert pool.is_open(attachment, Identity(Role.AGENT, "n1"))
+    for other in (Identity(Role.QEMU, "n2"), Identity(Role.AGENT, "n2"), Identity(Role.QEMU, "n10"), CONTROLLER):
+        assert not pool.is_open(attachment, other), other
+
+    stranger = NbdPool(tmp_path / "stranger")
+    assert not stranger.is_open(attachment, Identity(Role.QEMU, "n1"))
+    endpoint = attachment.endpoint
+    plain = f"driver=nbd,host={endpoint.host},port={endpoint.port},export={endpoint.export}"
+    done = subprocess.run(
+        ["qemu-io", "--image-opts", plain, "-c", "read 0 4k"], capture_output=True, timeout=20, check=False
+    )
+    assert done.returncode != 0
+
+
+async def test_detaching_closes_it_to_who_still_has_it_open(
+    driver: VolumeDriver, pool: NbdPool, volume: Volume
+) -> None:
+    attachment = await driver.attach(volume.id, node="n1", epoch=1)
+    kept = await driver.attach(volume.id, node="n2", epoch=1)
+    argv = pool.qemu_io(attachment, Identity(Role.QEMU, "n1"))
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as holder:
+        assert holder.stdin and holder.stdout
+        holder.stdin.write(b"write -P 1 0 4k\n")
+        holder.stdin.flush()
+        while b"wrote 4096" not in holder.stdout.readline():
+            pass
+        await driver.detach(volume.id, node="n1", epoch=1)
+        said, _ = holder.communicate(b"write -P 2 0 4k\nquit\n", timeout=20)
+    assert b"failed" in said
+    assert not pool.is_open(attachment)
+    assert pool.io(kept, "read -P 1 0 4k"), "the late write changed nothing"
+    assert (await driver.describe(volume.id)).attachments == (kept,)
+
+
+async def test_detaching_is_idempotent_and_exact(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+    attachment = await driver.attach(volume.id, node="n1", epoch=5)
+    for node, epoch in (("n1", 4), ("n1", 6), ("n2", 5)):
+        await driver.detach(volume.id, node=node, epoch=epoch)
+    assert pool.is_open(attachment)
+    for _ in range(2):
+        await driver.detach(volume.id, node="n1", epoch=5)
+    assert not pool.is_open(attachment)
+    again = await driver.attach(volume.id, node="n1", epoch=5)
+    assert pool.is_open(again)
+
+
+async def test_a_fence_closes_what_is_older_and_refuses_it_for_good(
+    driver: VolumeDriver, pool: NbdPool, volume: Volume
+) -> None:
+    old = await driver.attach(volume.id, node="n1", epoch=3)
+    current = await driver.attach(volume.id, node="n2", epoch=4)
+    await driver.fence(volume.id, epoch=4)
+    await driver.fence(volume.id, epoch=2)
+    assert not pool.is_open(old)
+    assert pool.is_open(current)
+    assert (await driver.describe(volume.id)).attachments == (current,)
+    for epoch in (1, 3):
+        with pytest.raises(StaleEpoch):
+            await driver.attach(volume.id, node="n1", epoch=epoch)
+    assert pool.is_open(await driver.attach(volume.id, node="n1", epoch=4))
+
+
+async def test_an_attached_volume_is_not_deleted(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+    attachment = await driver.attach(volume.id, node="n1", epoch=1)
+    with pytest.raises(Conflict, match="n1"):
+        await driver.delete(volume.id)
+    assert pool.is_open(attachment)
+    await driver.detach(volume.id, node="n1", epoch=1)
+    await driver.delete(volume.id)
+
+
+async def test_no_more_than_sixteen_nodes_at_once(driver: VolumeDriver, volume: Volume) -> None:
+    for number in range(16):
+        await driver.attach(volume.id, node=f"n{number}", epoch=1)
+    await driver.attach(volume.id, node="n3", epoch=2)
+    with pytest.raises(Conflict, match="16"):
+        await driver.attach(volume.id, node="n16", epoch=1)
+
+
+async def test_only_the_controller_may_call(connect: Connect, volume: Volume) -> None:
+    for identity in (Identity(Role.AGENT, "n1"), Identity(Role.QEMU, "n1"), SERVER):
+        other = connect(identity)
+        with pytest.raises(Forbidden):
+            await other.attach(volume.id, node="n1", epoch=1)
+        with pytest.raises(Forbidden):
+            await other.list()
+
+
+async def test_attaching_is_quick_enough_to_wait_for(driver: VolumeDriver, volume: Volume) -> None:
+    took_ms = []
+    attachments: list[Attachment] = []
+    for epoch in range(1, 11):
+        began_s = time.perf_counter()
+        attachments.append(await driver.attach(volume.id, node="n1", epoch=epoch))
+        took_ms.append((time.perf_counter() - began_s) * 1e3)
+    print(f"attach: median {statistics.median(took_ms):.0f} ms, worst {max(took_ms):.0f} ms")
+    assert len({(a.endpoint.host, a.endpoint.port) for a in attachments}) == 10
+    assert statistics.median(took_ms) < 100
+
+
+async def test_creating_twice_is_once_and_another_under_that_id_is_refused(pool: NbdPool, tmp_path: Path) -> None:
+    """``nbd``: the caller names the volume, so that a lost answer can be asked for again."""
+    authority = CertificateAuthority.create(tmp_path / "other-ca", POOL)
+    service = VolumeService(
+        pool.config(tmp_path / "other", 1, (20064, 20070)), authority.issue(SERVER.role, SERVER.name)
+    )
+    await service.start()
+    try:
+        volume, order = new_volume_id(), CreateVolume(type=VolumeType.IO2, size_bytes=SIZE_BYTES)
+        assert await service.create(volume, order) == await service.create(volume, order)
+        with pytest.raises(AlreadyExists):
+            await service.create(volume, order.model_copy(update={"size_bytes": 2 * SIZE_BYTES}))
+        assert len(service.list()) == 1
+    finally:
+        await service.stop()
