@@ -81,6 +81,7 @@ async def test_an_evm_moves_with_its_volume_and_leaves_a_report(pool: Pool) -> N
     )
     assert pool.volumes.holders(volume) == {"n2": begun["epoch_target"]}
     assert pool.volumes.fences[volume] == begun["epoch_target"]
+    assert [a["node"] for a in (await pool.get(f"/v1/volumes/{volume}"))["attachments"]] == ["n2"]
     assert evm["spec"] == made["spec"]
 
 

@@ -132,11 +132,16 @@ class Volumes:
     async def fence(self, volumes: Sequence[str], *, epoch: int) -> None:
         """Have the service refuse every attachment older than ``epoch``, whoever holds it. What is gone needs none."""
 
-        async def fence(volume: str) -> None:
-            with contextlib.suppress(NotFound):
-                await self._driver.fence(volume, epoch=epoch)
+        await all_of(self._fence(volume, epoch) for volume in volumes)
 
-        await all_of(fence(volume) for volume in volumes)
+    async def _fence(self, volume: str, epoch: int) -> None:
+        def shut_out(old: Volume) -> Volume:
+            left = tuple(attachment for attachment in old.attachments if attachment.epoch >= epoch)
+            return old.model_copy(update={"attachments": left})
+
+        with contextlib.suppress(NotFound):
+            await self._driver.fence(volume, epoch=epoch)
+            await self._book.update(self._book.volumes, volume, shut_out)
 
     async def disown(self, volumes: Sequence[str], own: Sequence[str]) -> None:
         """Detach an EVM's volumes from everywhere, delete those made with it, and let go of the others."""
