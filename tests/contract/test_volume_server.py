@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import fcntl
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -195,10 +194,13 @@ async def test_a_pid_file_that_names_somebody_else_harms_nobody(daemon: Daemon) 
     daemon.kill()
     export.send(signal.SIGKILL)
     await export.ended()
-    (daemon.state_dir / "run" / f"{first.endpoint.export}.pid").write_text(f"{os.getpid()}\n")
-    (daemon.state_dir / "run" / "stray.pid").write_text(f"{os.getpid()}\n")
-    await daemon.start()
-    await daemon.until_open(first)
+    with subprocess.Popen(["sleep", "60"]) as somebody:
+        for name in (first.endpoint.export, "stray"):
+            (daemon.state_dir / "run" / f"{name}.pid").write_text(f"{somebody.pid}\n")
+        await daemon.start()
+        await daemon.until_open(first)
+        assert somebody.poll() is None
+        somebody.kill()
 
 
 @pytest.mark.parametrize(
