@@ -45,7 +45,6 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
     topology = Topology(options.name, options.nodes)
     preflight.check_programs()
     qemu, version = preflight.check_qemu()
-    image = _image(say)
     files = LabFiles(options.name)
     with files.locked(create=True) as lock:
         _refuse_whole(files, say)
@@ -53,6 +52,7 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
             clear(files)  # what a command that was killed has left
             places.check_free(topology)
             _check_context(options.name)
+            image = _image(say)
             with daemons.people_socket(options.port) as people:
                 state = LabState(
                     name=options.name,
