@@ -12,8 +12,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 
 from emp.model.errors import Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.evm import EvmState
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     from tests.fakes.pool import Pool
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+_check = require_role(WireRole.CONTROLLER)
 
 
 class Part:
@@ -193,52 +197,49 @@ class FakeAgent:
         return answer
 
     def app(self) -> FastAPI:
-        app = FastAPI(dependencies=[Depends(require_role(WireRole.CONTROLLER))])
+        """Plain routes: making a FastAPI route with its models takes longer than most tests."""
+        app = FastAPI(openapi_url=None)
         install_error_handlers(app)
 
-        @app.get("/v1/node")
-        async def node() -> NodeReport:
-            return self.report()
+        def orders(path: str, verb: str, model: type[M], work: Callable[[str, M], Awaitable[BaseModel]]) -> None:
+            async def endpoint(request: Request) -> Response:
+                _check(request)
+                order = model.model_validate_json(await request.body())
+                name = request.path_params["name"]
+                answer = await self._do(verb, order, lambda: work(name, order))
+                return Response(answer.model_dump_json(), media_type="application/json")
 
-        @app.post("/v1/evms/{name}/start")
-        async def start(name: str, order: StartOrder) -> EvmReport:
-            return await self._do("start", order, lambda: self._start(order))
+            app.add_route(path, endpoint, methods=["POST"])
 
-        @app.post("/v1/evms/{name}/stop")
-        async def stop(name: str, order: StopOrder) -> EvmReport:
-            return await self._do("stop", order, lambda: self._stop(name, order))
+        orders("/v1/evms/{name}/start", "start", StartOrder, self._start)
+        orders("/v1/evms/{name}/stop", "stop", StopOrder, self._stop)
+        orders("/v1/evms/{name}/retire", "retire", RetireOrder, self._retire)
+        orders("/v1/migrations/{name}/prepare", "prepare", PrepareOrder, self._prepare)
+        orders("/v1/migrations/{name}/handover", "handover", HandoverOrder, self._hand_over)
+        orders("/v1/migrations/{name}/abort", "abort", AbortOrder, self._abort)
 
-        @app.post("/v1/evms/{name}/retire")
-        async def retire(name: str, order: RetireOrder) -> EvmReport:
-            return await self._do("retire", order, lambda: self._retire(name, order))
+        async def node(request: Request) -> Response:
+            _check(request)
+            return Response(self.report().model_dump_json(), media_type="application/json")
 
-        @app.post("/v1/migrations/{id}/prepare")
-        async def prepare(id: str, order: PrepareOrder) -> Prepared:  # noqa: A002
-            return await self._do("prepare", order, lambda: self._prepare(order))
+        async def watch(request: Request) -> StreamingResponse:
+            _check(request)
+            part = self._part(request.path_params["name"])
+            return StreamingResponse(part.watch(), media_type="text/event-stream")
 
-        @app.post("/v1/migrations/{id}/handover")
-        async def handover(id: str, order: HandoverOrder) -> RoleStatus:  # noqa: A002
-            return await self._do("handover", order, lambda: self._hand_over(order))
-
-        @app.post("/v1/migrations/{id}/abort")
-        async def abort(id: str, order: AbortOrder) -> RoleStatus:  # noqa: A002
-            return await self._do("abort", order, lambda: self._abort(id, order))
-
-        @app.get("/v1/migrations/{id}/watch")
-        async def watch(id: str) -> StreamingResponse:  # noqa: A002
-            return StreamingResponse(self._part(id).watch(), media_type="text/event-stream")
-
-        @app.get("/v1/evms/{name}/console")
-        async def console(name: str) -> StreamingResponse:
+        async def console(request: Request) -> Response:
+            _check(request)
+            name = request.path_params["name"]
             if name not in self.consoles:
                 raise NotFound(f"EVM {name} is not on this node")
+            if request.method == "POST":
+                self.typed.append(await request.body())
+                return Response(status_code=204)
             return StreamingResponse(self._output(name), media_type="application/octet-stream")
 
-        @app.post("/v1/evms/{name}/console")
-        async def type_(name: str, request: Request) -> Response:
-            self.typed.append(await request.body())
-            return Response(status_code=204)
-
+        app.add_route("/v1/node", node, methods=["GET"])
+        app.add_route("/v1/migrations/{name}/watch", watch, methods=["GET"])
+        app.add_route("/v1/evms/{name}/console", console, methods=["GET", "POST"])
         return app
 
     # ---------------------------------------------------------- EVMs
@@ -248,8 +249,7 @@ class FakeAgent:
             raise StaleEpoch(f"{epoch} is not newer than {self.epochs[name]}")
         self.epochs[name] = epoch
 
-    async def _start(self, order: StartOrder) -> EvmReport:
-        name = order.spec.name
+    async def _start(self, name: str, order: StartOrder) -> EvmReport:
         if name in self.evms and self.epochs[name] == order.epoch:
             return self.evms[name]
         if name in self.evms and self.evms[name].state is EvmState.RUNNING:
@@ -294,7 +294,7 @@ class FakeAgent:
             raise NotFound(f"nothing is known of {migration}")
         return self.parts[migration]
 
-    async def _prepare(self, order: PrepareOrder) -> Prepared:
+    async def _prepare(self, migration: str, order: PrepareOrder) -> Prepared:
         status = RoleStatus(
             migration=order.migration,
             evm=order.spec.name,
@@ -307,7 +307,7 @@ class FakeAgent:
         part.order = order
         return Prepared(migration=order.migration, nonce="p1", stream_host=HOST, stream_port=4444)
 
-    async def _hand_over(self, order: HandoverOrder) -> RoleStatus:
+    async def _hand_over(self, migration: str, order: HandoverOrder) -> RoleStatus:
         if order.migration not in self.parts:
             status = RoleStatus(
                 migration=order.migration,

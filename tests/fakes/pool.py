@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import functools
+import shutil
+import tempfile
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
@@ -24,19 +28,30 @@ from tests.fakes.volumes import HOST, FakeVolumes
 POOL = "testpool"
 
 
+@functools.cache
+def _credentials() -> Path:
+    """Return a directory with a controller's and some agents' credentials; made once for all tests of a process."""
+    directory = Path(tempfile.mkdtemp(prefix="emp-test-pki-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    authority = CertificateAuthority.create(directory / "ca", POOL)
+    authority.issue(WireRole.CONTROLLER, "main", [HOST]).write(directory / "controller")
+    for name in ("n1", "n2", "n3"):
+        authority.issue(WireRole.AGENT, name, [HOST]).write(directory / name)
+    return directory
+
+
 class Pool:
     """Certificates, fake agents and a controller that can be stopped and started again over the same store."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.heartbeat_s = 0.05
-        self.node_down_s = 0.4
+        self.node_down_s = 10.0  # ``lose`` does not wait for it
         self.volumes = FakeVolumes()
         self.agents: dict[str, FakeAgent] = {}
         self.token = Secret.new()
         self.subnet = {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"}
-        self._authority = CertificateAuthority.create(directory / "ca", POOL)
-        self._authority.issue(WireRole.CONTROLLER, "main", [HOST]).write(directory / "controller")
+        self.credentials = _credentials()
         self.token.write(directory / "token")
         self._servers = contextlib.AsyncExitStack()
         self._controller = contextlib.AsyncExitStack()
@@ -46,10 +61,9 @@ class Pool:
     # ---------------------------------------------------------- making
 
     async def add_agent(self, name: str, *, memory_bytes: int = 4 * GIB, **changes: Any) -> FakeAgent:
-        self._authority.issue(WireRole.AGENT, name, [HOST]).write(self.directory / name)
         agent = FakeAgent(name, self, memory_bytes=memory_bytes, versions=versions(**changes))
         self.agents[name] = agent
-        listener = Listener(agent.sock, mutual_server(self.directory / name))
+        listener = Listener(agent.sock, mutual_server(self.credentials / name))
         await self._servers.enter_async_context(Server(agent.app(), [listener], pool=POOL))
         if self.controller is not None:
             await agent.beat()
@@ -63,7 +77,7 @@ class Pool:
                 "address": HOST,
                 "port": 0,
                 "people": {"host": HOST, "port": 0},
-                "credentials": self.directory / "controller",
+                "credentials": self.credentials / "controller",
                 "state_dir": self.directory / "state",
                 "token_file": self.directory / "token",
                 "network": self.subnet,
@@ -99,11 +113,18 @@ class Pool:
             await agent.close()
         await self._servers.aclose()
 
+    async def lose(self, name: str) -> None:
+        """The node falls silent, and its time is up."""
+        assert self.controller is not None
+        await self.agents[name].stop_beating()
+        self.controller.services.nodes.overdue(name)
+        await self.controller.services.nodes.check()
+
     # ---------------------------------------------------------- clients
 
     def person(self, token: Secret | None) -> WireClient:
         assert self.controller is not None
-        tls = public_client(self.directory / "controller" / "ca-cert.pem")
+        tls = public_client(self.credentials / "controller" / "ca-cert.pem")
         url = f"https://{HOST}:{self.controller.people_port}"
         return WireClient(url, tls=tls, server=Identity(WireRole.CONTROLLER, "main"), token=token)
 
@@ -111,7 +132,7 @@ class Pool:
         """A client of the agents' listener, with the certificate in that directory."""
         assert self.controller is not None
         url = f"https://{HOST}:{self.controller.agents_port}"
-        tls = mutual_client(self.directory / credentials)
+        tls = mutual_client(self.credentials / credentials)
         return WireClient(url, tls=tls, server=Identity(WireRole.CONTROLLER, "main"))
 
     async def get(self, path: str) -> Any:
@@ -139,9 +160,10 @@ class Pool:
 
 
 @contextlib.asynccontextmanager
-async def a_pool(directory: Path, *nodes: str, **agent: Any) -> AsyncGenerator[Pool]:
+async def a_pool(directory: Path, *nodes: str, node_down_s: float | None = None, **agent: Any) -> AsyncGenerator[Pool]:
     """A controller with agents of these names that report; gone at the end."""
     pool = Pool(directory)
+    pool.node_down_s = node_down_s or pool.node_down_s
     try:
         for name in nodes:
             await pool.add_agent(name, **agent)

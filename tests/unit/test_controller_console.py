@@ -124,7 +124,7 @@ async def test_a_console_that_is_not_there_says_why(pool: Pool) -> None:
     with pytest.raises(Conflict, match="it has no console"):
         await pool.get("/v1/evms/web/console")
     await pool.post("/v1/evms/web/start")
-    await pool.agents["n1"].stop_beating()
+    await pool.lose("n1")
     await pool.until("/v1/evms/web", lambda evm: evm["state"] == "unknown")
     with pytest.raises(NodeDown, match="since"):
         await pool.get("/v1/evms/web/console")

@@ -278,7 +278,7 @@ async def test_an_unknown_evm(pool: Pool, verb: str) -> None:
 async def test_a_node_that_is_down_may_still_hold_the_evm(pool: Pool) -> None:
     """Neither stop, delete nor a start elsewhere goes round the one node that could be running it (rule R8)."""
     await pool.create("web", node="n1")
-    await pool.agents["n1"].stop_beating()
+    await pool.lose("n1")
     down = await pool.until("/v1/evms/web", lambda evm: evm["state"] == "unknown")
     assert "node n1 is down: its agent has not answered since" in down["reason"]
     for call in (pool.post("/v1/evms/web/stop"), pool.delete("/v1/evms/web")):
@@ -298,7 +298,7 @@ async def test_a_crashed_evm_of_a_lost_node_is_not_started_elsewhere(pool: Pool)
     await pool.create("web", node="n1", restart="never")
     pool.agents["n1"].set_state("web", EvmState.CRASHED, "its QEMU process ended")
     await pool.until("/v1/evms/web", lambda evm: evm["state"] == "crashed")
-    await pool.agents["n1"].stop_beating()
+    await pool.lose("n1")
     await pool.until("/v1/nodes/n1", lambda node: not node["ready"])
     with pytest.raises((NodeDown, Conflict)):
         await pool.post("/v1/evms/web/start", {"node": "n2"})

@@ -214,7 +214,7 @@ async def test_a_request_that_cannot_be_carried_out_says_why(pool: Pool) -> None
 
 async def test_a_target_that_is_down_says_since_when(pool: Pool) -> None:
     await pool.create("web", node="n1")
-    await pool.agents["n2"].stop_beating()
+    await pool.lose("n2")
     await pool.until("/v1/nodes/n2", lambda node: not node["ready"])
     with pytest.raises(NodeDown, match="node n2 is down: its agent has not answered since 20") as caught:
         await migrate(pool, target="n2")
@@ -225,7 +225,7 @@ async def test_a_target_that_is_down_says_since_when(pool: Pool) -> None:
 
 async def test_a_source_that_is_down_says_since_when(pool: Pool) -> None:
     await pool.create("web", node="n1")
-    await pool.agents["n1"].stop_beating()
+    await pool.lose("n1")
     await pool.until("/v1/evms/web", lambda evm: evm["state"] == "unknown")
     with pytest.raises(NodeDown, match="node n1 is down") as caught:
         await migrate(pool, target="n2")
@@ -364,7 +364,7 @@ async def test_a_target_that_dies_while_it_settles_does_not_hold_the_end_up(pool
     await pool.until(f"/v1/migrations/{begun['id']}", lambda m: m["stage"] == "source-brownout")
     pool.agents["n2"].refuse["abort"] = Unreachable("no route")
     pool.agents["n2"].refuse_always.add("abort")
-    await pool.agents["n2"].stop_beating()
+    await pool.lose("n2")
     await pool.post(f"/v1/migrations/{begun['id']}/abort")
     assert (await closed(pool, begun))["outcome"] == "aborted"
 

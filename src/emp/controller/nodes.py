@@ -97,9 +97,17 @@ class Nodes:
         """For ever: declare nodes down whose heartbeats have stopped."""
         while True:
             await asyncio.sleep(max(0.05, self._next_check_s()))
-            for node in self.ready():
-                if self._clock() - self._beat_at[node.name] >= self._down_after_s:
-                    await self._declare_down(node)
+            await self.check()
+
+    async def check(self) -> None:
+        """Declare those nodes down that have been silent for too long."""
+        for node in self.ready():
+            if self._clock() - self._beat_at[node.name] >= self._down_after_s:
+                await self._declare_down(node)
+
+    def overdue(self, name: str) -> None:
+        """Count the node's last heartbeat as long past: the next ``check`` finds it down."""
+        self._beat_at[name] = self._clock() - self._down_after_s
 
     def _next_check_s(self) -> float:
         beats = [self._beat_at[node.name] for node in self.ready()]

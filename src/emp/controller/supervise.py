@@ -28,6 +28,7 @@ REWATCH_S = 0.5
 """pause before an end that gave no final word is watched again"""
 
 
+LINGER_S = 1.0
 AGAIN_S = 2.0
 """pause before a refused clearing-up is tried again"""
 
@@ -79,6 +80,7 @@ class Supervision:
                 except Exception:
                     log.exception("migration %s: looking at both ends anew", self.id)
                     await self._start_anew()
+            await self._linger()
         finally:
             await self._end_tasks()
 
@@ -218,6 +220,11 @@ class Supervision:
         await asyncio.sleep(REWATCH_S)
         self._state = Supervisor()
         self._feed(supervisor.Resumed(self.live.nonce is not None))
+
+    async def _linger(self) -> None:
+        """Let the watches hear their ends out: one broken off in its TLS handshake would leave a socket open."""
+        if left := [task for task in self._tasks.values() if not task.done()]:
+            await asyncio.wait(left, timeout=LINGER_S)
 
     async def _end_tasks(self) -> None:
         tasks = [task for task in self._tasks.values() if not task.done()]

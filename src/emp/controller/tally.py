@@ -30,7 +30,9 @@ class Tally:
         self._set(nonce=answer.nonce)
 
     def heard(self, status: RoleStatus) -> None:
-        """Take a snapshot of one end."""
+        """Take a snapshot of one end. After the end nothing changes any more."""
+        if self.migration.stage is Stage.CLOSED:
+            return
         self._said[status.role] = status
         if status.role is Role.SOURCE and status.progress.memory_bytes:
             self._set(progress=status.progress)
