@@ -18,7 +18,6 @@ none          **quarantine**: a machine without a record is not touched, and rep
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from emp.agent.assembly import Assembly
 from emp.agent.journal import Journal
@@ -26,9 +25,8 @@ from emp.agent.migrations import Migrations
 from emp.agent.residents import Residents
 from emp.agent.shelf import Entry
 from emp.hypervisor.base import ProcessId, RunState, StreamStatus
-from emp.migration import events
 from emp.migration.records import Record, RecordKind
-from emp.migration.states import Source, SourcePhase, Target, TargetPhase
+from emp.migration.recovery import resume_source, resume_target
 from emp.model.errors import EmpError, HostError
 from emp.model.evm import EvmState
 
@@ -107,48 +105,20 @@ class Adoption:
                 resident.state, resident.reason = EvmState.PAUSED, f"the machine is {state}"
 
     async def _leaving(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
-        assert last.migration and last.peer and last.nonce and entry.peer
-        state = Source(
-            last.evm,
-            last.migration,
-            last.peer,
-            last.nonce,
-            last.epoch,
-            last.epoch_target or 0,
-            last.epoch_back or 0,
-            machine_gone=assembly is None,
-        )
+        if entry.peer is None:
+            raise HostError(f"the shelf does not know where {last.peer} is")
+        completed = False
         if assembly is None:
             self._residents.note(entry, EvmState.PAUSED, "in a migration")
         else:
             self._residents.settle(entry, assembly, EvmState.MIGRATING)
-        if last.kind is RecordKind.GIVEN:
-            given = replace(state, phase=SourcePhase.GIVEN, completed=True, loaded=True)
-            self._migrations.resume_source(given, entry.peer, events.TimerFired(events.Timer.REPEAT))
-        elif assembly is None:
-            self._migrations.resume_source(replace(state, phase=SourcePhase.PRECOPY), entry.peer, events.MachineGone())
-        else:
             completed = (await assembly.machine.stream_info()).status is StreamStatus.COMPLETED
-            copying = replace(state, phase=SourcePhase.PRECOPY, completed=completed)
-            restarted = events.AbortAsked("the source's agent was restarted before the commit")
-            self._migrations.resume_source(copying, entry.peer, restarted)
+        state, event = resume_source(last, alive=assembly is not None, completed=completed)
+        self._migrations.resume_source(state, entry.peer, event)
 
     async def _arriving(self, last: Record, entry: Entry, assembly: Assembly | None, process: ProcessId | None) -> None:
-        assert last.migration and last.peer and last.nonce
         same = process is not None and (process.pid, process.start_ticks) == (last.pid, last.start_ticks)
-        state = Target(
-            last.evm,
-            last.migration,
-            last.peer,
-            last.nonce,
-            last.epoch,
-            TargetPhase.PREPARED,
-            last.pid,
-            last.start_ticks,
-        )
-        if assembly is None or not same:
-            self._migrations.resume_target(state, entry, assembly, events.AbortAsked("its machine is gone"))
-            return
-        loaded = await assembly.machine.run_state() is RunState.PAUSED
-        event = events.StreamMoved(events.Stream.COMPLETED) if loaded else events.LinkLost()
+        alive = assembly is not None and same
+        loaded = alive and assembly is not None and await assembly.machine.run_state() is RunState.PAUSED
+        state, event = resume_target(last, alive=alive, loaded=loaded)
         self._migrations.resume_target(state, entry, assembly, event)

@@ -7,7 +7,8 @@
 5. ``target_brownout`` stage 3: the EVM runs on the target; the source is cleared
 6. ``way_back``        every way back to the source, and why each is safe
 7. ``source``, ``target``, ``supervisor``   the three roles: ``step(state, event) -> (state, actions)``
-8. ``convergence``     when pre-copy will be done;  ``preflight`` may it begin;  ``report`` what it cost
+8. ``recovery``        where a role stands after its agent was killed
+9. ``convergence``     when pre-copy will be done;  ``preflight`` may it begin;  ``report`` what it cost
 
 The daemons feed ``step`` with events (QMP, the link between the agents, HTTP, timers, a journal replayed) and carry out
 the actions. The protocol is told in ``docs/migration.md``.

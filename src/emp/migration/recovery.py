@@ -1,0 +1,57 @@
+"""Where a role stands after a restart of its agent: made from the journal's last record and from what is alive.
+
+What the agent knew beside that is gone, and must not matter: the search in ``tests/unit/test_migration_search.py`` kills
+agents between any two steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from emp.migration.events import AbortAsked, Event, LinkLost, MachineGone, Stream, StreamMoved, Timer, TimerFired
+from emp.migration.records import Record, RecordKind
+from emp.migration.states import Source, SourcePhase, Target, TargetPhase
+
+RESTARTED = "the source's agent was restarted before the commit"
+
+
+def resume_source(record: Record, *, alive: bool, completed: bool) -> tuple[Source, Event]:
+    """``record`` is HANDOVER or GIVEN. Return the state to go on from and the event that makes it go on.
+
+    ``alive``: its machine runs or is paused. ``completed``: the stream had come to its end, so that the hypervisor
+    will not resume the guest by itself.
+    """
+    assert record.migration and record.peer and record.nonce and record.epoch_target and record.epoch_back
+    state = Source(
+        record.evm,
+        record.migration,
+        record.peer,
+        record.nonce,
+        record.epoch,
+        record.epoch_target,
+        record.epoch_back,
+        machine_gone=not alive,
+    )
+    if record.kind is RecordKind.GIVEN:
+        given = replace(state, phase=SourcePhase.GIVEN, completed=True, loaded=True)
+        return given, TimerFired(Timer.REPEAT)
+    copying = replace(state, phase=SourcePhase.PRECOPY, completed=completed)
+    return copying, AbortAsked(RESTARTED) if alive else MachineGone()
+
+
+def resume_target(record: Record, *, alive: bool, loaded: bool) -> tuple[Target, Event]:
+    """``record`` is PREPARED. ``alive``: the very machine that it names is; ``loaded``: it has everything, paused."""
+    assert record.migration and record.peer and record.nonce
+    state = Target(
+        record.evm,
+        record.migration,
+        record.peer,
+        record.nonce,
+        record.epoch,
+        TargetPhase.PREPARED,
+        record.pid,
+        record.start_ticks,
+    )
+    if not alive:
+        return state, MachineGone()
+    return state, StreamMoved(Stream.COMPLETED) if loaded else LinkLost()
