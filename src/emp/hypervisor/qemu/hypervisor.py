@@ -7,8 +7,9 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from emp.host.processes import Process, spawn
 from emp.hypervisor.base import HypervisorFacts, LaunchPlan, ProcessId
@@ -23,6 +24,7 @@ from emp.model.evm import EvmSpec
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "EMP_TEST_ID")
 """All that QEMU sees of the agent's environment; by the last one a test knows what it has started."""
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class QemuHypervisor:
@@ -56,6 +58,7 @@ class QemuHypervisor:
         self._uid_count = uid_count
         self._timeout_s = timeout_s
         self._launching: set[str] = set()
+        self._starting = asyncio.Lock()  # from the choice of a uid until it is on record
 
     async def facts(self) -> HypervisorFacts:
         """Raises ``MissingDependency`` without QEMU 10.0 or newer."""
@@ -79,22 +82,31 @@ class QemuHypervisor:
         self._launching.add(plan.spec.name)
         process: Process | None = None
         try:
-            record, process = self._start(plan, directory, facts)
+            async with self._starting:
+                # Not on the event loop: another machine of this node may be in its blackout.
+                uid = await _to_the_end(asyncio.to_thread(self._prepare, plan.spec, directory))
+                record, process = self._start(plan, directory, facts, uid)
             return await self._opened(directory, record, process)
         except BaseException:
             if process is not None:
-                await asyncio.shield(end_process(process, plan.spec.name))
+                await _to_the_end(end_process(process, plan.spec.name))
             directory.remove()
             raise
         finally:
             self._launching.discard(plan.spec.name)
 
-    def _start(self, plan: LaunchPlan, directory: RunDirectory, facts: HypervisorFacts) -> tuple[Record, Process]:
+    def _prepare(self, spec: EvmSpec, directory: RunDirectory) -> int:
+        """Make the run directory with its files; return the uid that may read them."""
         uid = free_uid(self._run_dir, self._uid_base, self._uid_count)
         directory.make(uid)
         directory.make_log()
-        directory.write_config(guest_config(plan.spec), uid)
+        directory.write_config(guest_config(spec), uid)
         directory.copy_credentials(self._credentials_dir, uid)
+        return uid
+
+    def _start(
+        self, plan: LaunchPlan, directory: RunDirectory, facts: HypervisorFacts, uid: int
+    ) -> tuple[Record, Process]:
         with contextlib.ExitStack() as opened:
             sockets = {name: opened.enter_context(one) for name, one in directory.listen().items()}
             fds = Descriptors(
@@ -168,6 +180,19 @@ class QemuHypervisor:
         await end_process(stranger, name)
         if record is not None and is_its:
             directory.remove_launch(record.launch)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``, to its end also when cancelled meanwhile: nothing is made behind the back of who clears up."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # seen, and of less weight than the cancellation
+        raise
+    return task.result()
 
 
 def unprivileged(uid: int, accelerator: str) -> list[str]:

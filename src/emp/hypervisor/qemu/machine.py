@@ -232,7 +232,7 @@ class QemuMachine:
         for entry in await self._ask("qom-list", {"path": "/objects"}):
             if entry["name"].startswith(_STREAM_OBJECT):
                 await self._ask("object-del", {"id": entry["name"]})
-        self._directory.copy_credentials(self._credentials_dir, self._record.uid)
+        await asyncio.to_thread(self._directory.copy_credentials, self._credentials_dir, self._record.uid)
         creds = tls_credentials(_STREAM_OBJECT + secrets.token_hex(4), endpoint, self._record.directory_fd)
         await self._ask("object-add", creds)
         return str(creds["id"])

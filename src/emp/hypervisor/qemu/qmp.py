@@ -41,6 +41,11 @@ class _Client(QMPClient):
         self._on_event = on_event
         self._prefix = secrets.token_hex(8)
 
+    async def _establish_session(self) -> None:
+        await super()._establish_session()
+        if self._bh_tasks is not None:  # why it ended is seen from its state; unread, the error would be reported
+            self._bh_tasks.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
     def _get_exec_id(self) -> str:
         self._execute_id += 1
         return f"{self._prefix}-{self._execute_id}"
@@ -202,9 +207,19 @@ class QmpSession:
                     await client.runstate_changed()
             finally:
                 self._client = None
-                # EOF for the reader, so that qemu.qmp ends without waiting for QEMU to read what is unsent
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-                with contextlib.suppress(Exception):  # why it ended is known; left unread, it would be reported
-                    await client.disconnect()
-                self.idle.set()
+                ending = asyncio.create_task(_disconnect(client, connection), name=f"end of qmp {self.path}")
+                try:
+                    await asyncio.wait({ending})
+                except asyncio.CancelledError:
+                    await asyncio.wait({ending})  # or qemu.qmp would leave tasks behind
+                    raise
+                finally:
+                    self.idle.set()
+
+
+async def _disconnect(client: _Client, connection: socket.socket) -> None:
+    # EOF for the reader, so that qemu.qmp ends without waiting for QEMU to read what is unsent
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(Exception):  # says why it ended, which is no news
+        await client.disconnect()
