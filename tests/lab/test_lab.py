@@ -297,6 +297,12 @@ def test_an_agent_is_frozen_thawed_killed_and_started(pool: Pool) -> None:
     assert (twice.returncode, "runs on n3" in twice.stderr) == (4, True)
 
 
+def test_an_evms_qemu_is_found_by_name_and_killed(pool: Pool, new_evm: Callable[..., Evm]) -> None:
+    evm, other = new_evm("--node", "n1"), new_evm("--node", "n1")
+    run_lab("kill", "--name", pool.name, "n1", f"qemu:{evm.name}")
+    assert [place.evms for place in verbs.status(pool.files) if place.name == "n1"] == [(other.name,)]
+
+
 @pytest.mark.parametrize(
     ("verb", "where", "role", "status", "says"),
     [

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -48,8 +49,16 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yield a way to say what is being done: a moving line at a terminal, else a line each."""
+    if not sys.stderr.isatty():
+        yield lambda line: print(line, file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, highlight=False).status("making a lab") as moving:
+        yield moving.update
 
 
 def _lab(ctx: typer.Context, name: str | None) -> LabFiles:
@@ -68,7 +77,8 @@ def up(
 ) -> None:
     """Make a lab; when this returns, its pool can be used."""
     options = Options(name, nodes, port, parse_size(memory, field="memory"), vcpus)
-    state = make_lab(options, _say)
+    with _progress() as say:
+        state = make_lab(options, say)
     if as_json:
         print_json(_summary(name) | {"context": name, "places": _places(LabFiles(name))})
         return
@@ -125,7 +135,7 @@ def status(ctx: typer.Context, name: Name = None, as_json: Json = False) -> None
     places = verbs.status(files)
     summary = _summary(files.name)
     if as_json:
-        print_json(summary | {"places": [asdict(place) for place in places]})
+        print_json(summary | {"directory": str(files.directory), "places": [asdict(place) for place in places]})
         return
     print(f"lab {files.name}, {summary['url']}: {summary['state']}")
     rows = [
@@ -133,6 +143,7 @@ def status(ctx: typer.Context, name: Name = None, as_json: Json = False) -> None
         for place in places
     ]
     print_table(("PLACE", "ADDRESS", "DAEMON", "STATE", "PID", "EVMS"), rows, empty="It has no places.")
+    print(f"logs are in {files.directory / 'logs'}")
 
 
 @app.command(name="exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

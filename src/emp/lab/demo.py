@@ -84,7 +84,7 @@ def run(output: Path | None = None, *, name: str = NAME) -> bool:
         output.unlink(missing_ok=True)
     demo = Demo(Console(highlight=False, soft_wrap=True))
     residue = Residue.watch(Topology(name, 2))
-    demo.say("lab", "two bare-metal nodes, a volume server, a controller, a client")
+    demo.say("lab", "two nodes, a controller, a volume server and a client")
     began_at = time.time()
     try:
         with _lab(Options(name, 2), demo) as state:
@@ -143,9 +143,9 @@ def _there_and_back(state: LabState, demo: Demo) -> None:
         demo.checks |= {
             "same_addresses": before == after and len(before) == 4,
             "same_boot": all(_same_boot(report["targets"][name], boots[name]) for name in guests),
-            "memory_intact": _memory_intact(guests["evm"]),
+            "memory_intact": memory_intact(guests["evm"]),
             "tcp_alive": all(_tcp_alive(report["targets"][name]["tcp"]) for name in guests),
-            "volume_intact": _volume_intact(guests["evm"], LabFiles(state.name), volume),
+            "volume_intact": volume_intact(guests["evm"], LabFiles(state.name), volume),
         }
 
 
@@ -187,12 +187,12 @@ def _tcp_alive(tcp: dict[str, Any]) -> bool:
     return bool(tcp["connected"] and not tcp["resets"] and not tcp["reconnects"] and tcp["total"]["received"])
 
 
-def _memory_intact(guest: Guest) -> bool:
+def memory_intact(guest: Guest) -> bool:
     verified = guest.ask("verify")
     return bool(verified["mismatches"] == 0 and verified["pages"] * PAGE_BYTES == REWRITTEN_BYTES)
 
 
-def _volume_intact(guest: Guest, files: LabFiles, volume: Volume) -> bool:
+def volume_intact(guest: Guest, files: LabFiles, volume: Volume) -> bool:
     """Whether the volume server's own file holds every record that the guest was told is safe, and all of one boot."""
     journal = guest.ask(f"journal stop {volume.serial}")[0]
     found = check_journal(volume_file(files, volume))

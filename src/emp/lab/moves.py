@@ -47,7 +47,21 @@ def move(client: Client, probing: Probing, evm: str, target: str, *, quiet: bool
 
     Its live progress goes to our standard output unless ``quiet``.
     """
-    argv = [sys.executable, "-m", "emp.cli.main", "--context", client.context.name, "migrate", evm, "--to", target]
+    # The command is to end with us: it would wait for a controller that has gone.
+    argv = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        sys.executable,
+        "-m",
+        "emp.cli.main",
+        "--context",
+        client.context.name,
+        "migrate",
+        evm,
+        "--to",
+        target,
+    ]
     name = f"to-{target}-{time.monotonic_ns()}"
     probing.mark(name)
     began_s = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from emp.host.processes import Process
 from emp.host.run import run_sync
 from emp.lab import init, scan
 from emp.lab.kernel import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, unmount, unshare
+from emp.lab.preflight import QEMU
 from emp.lab.state import LabFiles
 from emp.lab.topology import FABRIC, Place, Topology, place_commands
 from emp.model.errors import Conflict, HostError
@@ -83,14 +85,15 @@ def furnish(files: LabFiles, places: Iterable[Place], *, hide: Sequence[str], lo
     The new processes inherit ``lock`` while they are in the making, so that a ``down`` after our death waits for them.
     """
     starting = []
-    topology = files.load().topology
+    state = files.load()
+    readable = readable_directories(state.qemu)
     for place in places:
         files.data(place.name).mkdir(exist_ok=True)
         spec: init.Spec = {
             "place": place.name,
-            "network": str(NAMESPACES / topology.namespace(place.name)),
+            "network": str(NAMESPACES / state.topology.namespace(place.name)),
             "data": str(files.data(place.name)),
-            "keep": readable_directories(),
+            "keep": readable,
             "hide": [str(files.base), *hide],
         }
         files.spec(place.name).write_text(json.dumps(spec))
@@ -117,16 +120,16 @@ def source_directory() -> Path:
     return Path(emp.__file__).resolve().parents[1]
 
 
-def readable_directories() -> list[str]:
+def readable_directories(qemu: str | None) -> list[str]:
     """Return what must stay readable in a place though it lies in a directory that each place has of its own.
 
-    The checkout, the Python that runs us and a QEMU named by ``EMP_QEMU``; usually none of them lies there.
+    The checkout, the Python that runs us and the QEMU; usually none of them lies there.
     """
     source = source_directory()
     checkout = source.parent if (source.parent / "pyproject.toml").exists() else source
     needed = [checkout, Path(sys.prefix), Path(sys.base_prefix), Path(os.path.realpath(sys.executable)).parent.parent]
-    if qemu := os.environ.get("EMP_QEMU"):
-        home = Path(qemu).resolve().parent
+    if binary := qemu or shutil.which(QEMU):
+        home = Path(binary).resolve().parent
         needed.append(home.parent if home.name == "bin" else home)
     paths = {str(path.absolute()) for path in needed}
     inner = [path for path in paths if any(init.below(path, private) and path != private for private in init.PRIVATE)]

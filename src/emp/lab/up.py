@@ -65,13 +65,14 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                     created_at=time.time(),
                 )
                 files.save(state)
-                say(f"making {options.nodes} nodes, a controller and a volume server (QEMU {version})")
+                say(f"making {options.nodes} nodes, a controller, a volume server (QEMU {version})")
                 context = _make(files, state, image, people, lock)
             say("waiting for the agents to report")
             wait_ready(files, state, context)
             state = replace(state, complete=True)
             files.save(state)
         except BaseException:
+            say("clearing what was made of it")
             clear(files)
             raise
     return state
