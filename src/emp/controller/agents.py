@@ -6,14 +6,16 @@ Raises what ``emp.wire.http`` raises: ``Unreachable`` (never sent), ``OutcomeUnk
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
 
 import httpx2
 from pydantic import ValidationError
 
-from emp.model.errors import Internal
+from emp.model.errors import EmpError, Internal
 from emp.model.node import EvmReport, Node, NodeReport
 from emp.model.orders import (
     AbortOrder,
@@ -31,6 +33,8 @@ from emp.wire.identity import Identity, Role
 
 START_S = 60.0
 """how long a node may take to make a machine"""
+WARM_S = 20.0
+"""less than the time after which an idle connection is closed (30 s)"""
 MARGIN_S = 15.0
 """beyond the grace that a guest gets to shut down"""
 
@@ -136,6 +140,20 @@ class Agents:
                 self._outdated.append(client)  # an order may still be on it
             client = self._clients[node.name] = AgentClient(node.name, url, self._tls)
         return client
+
+    async def keep_warm(self, ready: Callable[[], Iterable[Node]]) -> None:
+        """For ever: keep a connection to each ready node's agent open, so that no order waits for a TLS handshake."""
+        asked_at: dict[AgentClient, float] = {}
+        while True:
+            clients = [self.of(node) for node in ready()]
+            now = time.monotonic()
+            asked_at = {client: asked_at.get(client, -WARM_S) for client in clients}
+            for client in clients:
+                if now - asked_at[client] >= WARM_S:
+                    asked_at[client] = now
+                    with contextlib.suppress(EmpError):  # heartbeats tell whether it is there
+                        await client.report()
+            await asyncio.sleep(1.0)  # until a node may have come
 
     async def aclose(self) -> None:
         for client in (*self._clients.values(), *self._outdated):

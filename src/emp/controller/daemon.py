@@ -15,7 +15,7 @@ from emp.controller.app import agents_app, people_app
 from emp.controller.config import Config
 from emp.controller.restart import Restarts
 from emp.controller.services import Services
-from emp.controller.wiring import open_store, wire
+from emp.controller.wiring import Controller, open_store, wire
 from emp.model.errors import EmpError
 from emp.volumes.base import VolumeDriver
 from emp.wire.serve import Listener, Server
@@ -71,7 +71,7 @@ async def running(config: Config, *, driver: VolumeDriver | None = None) -> Asyn
         # before the server stops, which would wait for them
         stack.push_async_callback(services.evms.close)
         stack.callback(services.consoles.close)
-        await stack.enter_async_context(_background(config, services))
+        await stack.enter_async_context(_background(config, controller))
         yield Running(services, controller.restarts, people.port, agents.port)
 
 
@@ -83,8 +83,10 @@ def _people_socket(config: Config) -> socket.socket:
 
 
 @asynccontextmanager
-async def _background(config: Config, services: Services) -> AsyncGenerator[None]:
+async def _background(config: Config, controller: Controller) -> AsyncGenerator[None]:
+    services = controller.services
     tasks = [
+        asyncio.create_task(controller.agents.keep_warm(services.nodes.ready), name="warm connections"),
         asyncio.create_task(services.nodes.watch_over(), name="node watch"),
         asyncio.create_task(_housekeeping(config, services), name="housekeeping"),
     ]

@@ -158,7 +158,8 @@ class Supervision:
 
     async def _watch(self, role: Role) -> None:
         """Follow one end until its last word, over every break of the connection."""
-        await self._answered("prepare" if role is Role.TARGET else "hand over")
+        await self._answered("prepare")
+        await self._answered("hand over")  # on whose way nothing else stands
         while True:
             try:
                 async with contextlib.aclosing(self._steps.agent(role).watch(self.id)) as statuses:
