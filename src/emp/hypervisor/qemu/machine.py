@@ -24,6 +24,7 @@ from emp.hypervisor.base import (
 )
 from emp.hypervisor.qemu import stream
 from emp.hypervisor.qemu.command_line import tls_credentials
+from emp.hypervisor.qemu.ending import ending
 from emp.hypervisor.qemu.events import Broadcast, Watcher, run_state
 from emp.hypervisor.qemu.qmp import QmpSession
 from emp.hypervisor.qemu.run_directory import Record, RunDirectory
@@ -58,6 +59,7 @@ class QemuMachine:
         )
         self._cancel = QmpSession(directory.socket_path("cancel"), timeout_s=timeout_s)
         self._ended = asyncio.Event()
+        self._how_it_ended: str | None = None
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -105,7 +107,7 @@ class QemuMachine:
         self._watcher.on_state_read(run_state(status["status"]), stream.status(migration.get("status")))
 
     async def _await_end(self) -> None:
-        await self._process.ended()
+        self._how_it_ended = await ending(self._process)
         self._ended.set()
         # What QEMU had sent before its end comes first.
         try:
@@ -143,8 +145,11 @@ class QemuMachine:
     async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 2) -> int:
         """See ``Machine``. ``multifd_channels`` must be what the source's ``StreamLimits`` say.
 
-        A stream that is refused leaves the machine alive, with the reason in ``stream_info().error``.
+        A stream that is refused leaves the machine alive, with the reason in ``stream_info().error``. While somebody
+        is connected to the port without saying anything, QEMU 10.0 is deaf: open it to the source's address alone.
         """
+        # QEMU's own announcements stay as they are: it queues them until `cont`. With `announce-rounds` 0 it (10.0)
+        # frees a timer that virtio-net's reset then uses: the guest's next reboot would be a segmentation fault.
         creds = await self._renew_credentials("server")
         authz = _STREAM_OBJECT + secrets.token_hex(4)
         await self._ask("object-add", {"qom-type": "authz-simple", "id": authz, "identity": f"CN={source}"})
@@ -155,7 +160,6 @@ class QemuMachine:
                 "tls-creds": creds,
                 "tls-authz": authz,
                 "multifd-channels": multifd_channels,
-                "announce-rounds": 0,  # or QEMU announces the guest's MAC from here before anybody said `cont`
             },
         )
         await self._ask("migrate-incoming", {**stream.channel(host, 0), "exit-on-error": False})
@@ -269,7 +273,8 @@ class QemuMachine:
         return MachineGone(f"the machine {self.name} has ended: {self._last_words()}")
 
     def _last_words(self) -> str:
-        return self._directory.log_tail() or "it left no word in its log"
+        words = self._directory.log_tail() or "no word in its log"
+        return f"{self._how_it_ended}; {words}" if self._how_it_ended else words
 
 
 async def end_process(process: Process, name: str) -> None:
