@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from emp.client import context
 from emp.client.context import Context, list_contexts, load_context, remove_context, save_context
 from emp.model.errors import AlreadyExists, BadInput, NotFound
 from emp.wire.secret import Secret
@@ -92,6 +93,16 @@ def test_removing_leaves_no_directory_and_may_be_repeated(directory: Path) -> No
     remove_context(path)
     assert not directory.parent.exists()
     assert directory.parent.parent.exists()
+
+
+def test_directories_that_were_made_for_it_go_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EMP_CONTEXT_DIR")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home" / "config"))
+    made = context.missing_directories()
+    assert made[0] == tmp_path / "home"
+    remove_context(save_context(HERE), made=made)
+    assert not made[0].exists()
+    assert tmp_path.exists()
 
 
 def test_removing_one_leaves_the_others() -> None:

@@ -24,7 +24,7 @@ def make(name: str) -> LabFiles:
     with files.locked(create=True):
         files.save(
             LabState(
-                name=name, nodes=2, port=7440, memory_bytes=1, vcpus=1, qemu=None, context="/nowhere", created_at=0.0
+                name=name, nodes=2, port=7440, memory_bytes=1, vcpus=1, qemu=None, context="/x", made=[], created_at=0.0
             )
         )
     return files

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import pwd
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,12 +106,10 @@ def _only_one() -> str:
 def save_context(context: Context) -> Path:
     """Write a new context, mode 0600, for the invoking user; ``AlreadyExists`` when the name is taken."""
     path = file_of(context.name)
-    user = invoking_user()
-    owner = (user.pw_uid, user.pw_gid) if user.pw_uid != os.geteuid() else None
-    _make_directories(path.parent, owner)
+    make_directory()
     content = dict(zip(FIELDS, (context.url, context.server_name, context.ca_pem, context.token.reveal()), strict=True))
     try:
-        write_private(path, json.dumps(content, indent=1).encode() + b"\n", owner=owner, new=True)
+        write_private(path, json.dumps(content, indent=1).encode() + b"\n", owner=_owner(), new=True)
     except AlreadyExists:
         raise AlreadyExists(
             f"there is a context {context.name!r} already", field="context", hint=f"it is {path}"
@@ -117,23 +117,32 @@ def save_context(context: Context) -> Path:
     return path
 
 
-def _make_directories(path: Path, owner: Owner | None) -> None:
-    """Make the missing directories, private and the user's own; what is there stays as it is."""
-    if not path.exists():
-        _make_directories(path.parent, owner)
-        path.mkdir(mode=0o700)
+def _owner() -> Owner | None:
+    """Return to whom what we make belongs, if that is not us."""
+    user = invoking_user()
+    return (user.pw_uid, user.pw_gid) if user.pw_uid != os.geteuid() else None
+
+
+def missing_directories() -> list[Path]:
+    """Return what ``make_directory`` would make, outermost first."""
+    return [path for path in reversed([directory(), *directory().parents]) if not path.exists()]
+
+
+def make_directory() -> None:
+    """Make the directory of contexts if it is missing: private, and the invoking user's own."""
+    owner = _owner()
+    for path in missing_directories():
+        path.mkdir(mode=0o700, exist_ok=True)
         if owner is not None:
             os.chown(path, *owner)
 
 
-def remove_context(path: Path) -> None:
-    """Remove a context's file, and the directories that were made for it once they are empty. Idempotent."""
+def remove_context(path: Path, *, made: Sequence[Path] = ()) -> None:
+    """Remove a context's file, and what is then empty of its directories and of those ``made`` for it. Idempotent."""
     path.unlink(missing_ok=True)
     for leftover in path.parent.glob(f".{path.name}.*"):
         leftover.unlink(missing_ok=True)  # of a write that was killed
-    for parent in (path.parent, path.parent.parent):
-        if parent.name in ("contexts", "emp"):
-            try:
-                parent.rmdir()
-            except OSError:
-                return
+    ours = [parent for parent in (path.parent, path.parent.parent) if parent.name in ("contexts", "emp")]
+    for parent in sorted({*ours, *made}, key=lambda parent: len(parent.parts), reverse=True):
+        with suppress(OSError):  # not empty, or not there
+            parent.rmdir()

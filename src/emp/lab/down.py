@@ -37,7 +37,7 @@ def clear(files: LabFiles) -> None:
         else:
             _kill(files, state)
             places.unwire(state.topology)
-            remove_context(Path(state.context))
+            remove_context(Path(state.context), made=[Path(path) for path in state.made])
         files.empty()
 
 

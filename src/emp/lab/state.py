@@ -51,6 +51,8 @@ class LabState:
     qemu: str | None
     context: str
     """file of the context that this lab writes"""
+    made: list[str]
+    """directories that are made for it"""
     created_at: float
     """seconds since the Unix epoch, for people only"""
     complete: bool = False

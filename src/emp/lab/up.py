@@ -62,10 +62,11 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                     vcpus=options.vcpus,
                     qemu=qemu,
                     context=str(contexts.file_of(options.name)),
+                    made=[str(path) for path in contexts.missing_directories()],
                     created_at=time.time(),
                 )
                 files.save(state)
-                say(f"making {options.nodes} nodes, a controller, a volume server (QEMU {version})")
+                say(f"making {counted(options.nodes, 'node')}, a controller, a volume server (QEMU {version})")
                 context = _make(files, state, image, people, lock)
             say("waiting for the agents to report")
             wait_ready(files, state, context)
@@ -76,6 +77,10 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
             clear(files)
             raise
     return state
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _image(say: Say) -> Image:
@@ -127,6 +132,7 @@ def _make(files: LabFiles, state: LabState, image: Image, people: socket.socket,
     with ThreadPoolExecutor(4) as pool:
         credentials = pool.submit(daemons.prepare, files, state, image)
         compiled = pool.submit(bytecode.ensure)
+        contexts.make_directory()  # so that the places can hide it
         places.wire(state.topology)
         places.furnish(files, state.topology.places, hide=[str(contexts.directory())], lock=lock)
         ca_pem = credentials.result()
