@@ -314,6 +314,18 @@ class TestMigration:
             machine, here, there = waiting, there, here
         await machine.kill()
 
+    async def test_with_as_many_channels_as_agreed(self, nodes: Bench) -> None:
+        source, target = await pair(nodes)
+        sent, loaded = source.events(), target.events()
+        port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity, multifd_channels=4)
+        limits = StreamLimits(multifd_channels=4)
+        await source.send_stream(host=LOOPBACK, port=port, target=nodes.right.identity, limits=limits)
+        await until(sent, is_stream(StreamStatus.PRE_SWITCHOVER))
+        await source.continue_stream()
+        await until(loaded, is_stream(StreamStatus.COMPLETED))
+        await source.kill()
+        await target.kill()
+
     async def test_a_waiting_target_cannot_be_started(self, nodes: Bench) -> None:
         source, target = await pair(nodes)
         with pytest.raises(HypervisorError):

@@ -133,6 +133,7 @@ class MachineEventKind(StrEnum):
     GUEST_RESET = "guest-reset"
     GUEST_PANICKED = "guest-panicked"
     IO_ERROR = "io-error"
+    """a volume failed and the guest is being paused (STOPPED follows); ``cont`` tries the same I/O again"""
     GONE = "gone"
     """the process has ended; always the last event"""
 
@@ -185,8 +186,13 @@ class Machine(Protocol):
         """SIGKILL and wait until the process is gone and its run-time files are removed. Idempotent."""
         ...
 
-    async def listen_for_stream(self, *, host: str, source: str) -> int:
-        """Target: listen for a migration from the peer certificate ``CN=<source>`` only; return the TCP port."""
+    async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 2) -> int:
+        """Target: listen for a migration from the peer certificate ``CN=<source>`` only; return the TCP port.
+
+        ``multifd_channels`` must be the source's (``StreamLimits``): with another number QEMU waits for ever, the
+        source perhaps in its blackout. Whoever connects to the port and says nothing makes QEMU deaf: let only the
+        source's address reach it.
+        """
         ...
 
     async def send_stream(self, *, host: str, port: int, target: str, limits: StreamLimits) -> None:
