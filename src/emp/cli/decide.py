@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emp.cli.follow import Ending, left_early, make_view, verdict
+from emp.cli.follow import Ending, events_of, left_early, make_view, verdict
 from emp.cli.output import milliseconds, print_json
 from emp.model.errors import Conflict, Unavailable
 from emp.model.migration import Outcome
@@ -21,7 +21,7 @@ def follow_abort(session: Session, client: Client, migration: Migration, *, as_j
     view = make_view(migration, as_json=as_json)
     watch = session.command(f"migration watch {migration.id}")
     try:
-        for snapshot in client.migrations.events(migration.id, on_break=view.on_break):
+        for snapshot in events_of(client, migration, view):
             ending.take(snapshot)
             view.show(snapshot)
             if snapshot.committed:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import typer
 
 from emp.cli.failure import INTERRUPTED
 from emp.cli.output import print_json, seconds
-from emp.cli.report import report_lines
+from emp.cli.report import print_report
 from emp.client.events import PATIENCE_S
 from emp.model.errors import EmpError, HostError, MigrationAborted, Unavailable
 from emp.model.migration import Outcome, Stage
@@ -100,7 +101,7 @@ def follow(session: Session, client: Client, migration: Migration, *, as_json: b
         if migration.stage is Stage.CLOSED:
             view.show(migration)
         else:
-            for snapshot in client.migrations.events(migration.id, on_break=view.on_break):
+            for snapshot in events_of(client, migration, view):
                 ending.take(snapshot)
                 view.show(snapshot)
     except KeyboardInterrupt:
@@ -114,6 +115,11 @@ def follow(session: Session, client: Client, migration: Migration, *, as_json: b
     conclude(ending, as_json=as_json and not each, quiet=as_json)
 
 
+def events_of(client: Client, migration: Migration, view: View) -> Iterator[Migration]:
+    """Return what comes of a migration, over breaks that ``view`` tells of."""
+    return client.migrations.events(migration.id, patience_s=PATIENCE_S, on_break=view.on_break)
+
+
 def conclude(ending: Ending, *, as_json: bool, quiet: bool) -> None:
     """Print what the migration was. Raises what its outcome means, unless it is completed."""
     migration = ending.migration
@@ -125,7 +131,7 @@ def conclude(ending: Ending, *, as_json: bool, quiet: bool) -> None:
             took_s = (migration.ended_at or migration.created_at) - migration.created_at
             print(f"{migration.id}: {migration.evm} runs on {migration.target}, completed in {seconds(took_s)}")
         if error is None or migration.report.sent_bytes:
-            print("\n".join(report_lines(migration)), flush=True)
+            print_report(migration)
     if error is not None:
         raise error
 

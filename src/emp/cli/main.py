@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from types import FrameType
+from typing import Annotated, Any, NamedTuple, NoReturn
 
 import typer
 import typer.core
@@ -14,6 +16,7 @@ import typer.main
 
 from emp.cli.failure import BROKEN_PIPE, INTERRUPTED, show_error, usage_error
 from emp.cli.session import Session
+from emp.cli.words import spare_text
 from emp.model.errors import EmpError
 
 
@@ -77,6 +80,7 @@ def root(
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; an error is on stderr."""
     as_json = _wants_json(arguments)
+    spare_text()
     try:
         command = typer.main.get_command(app)
         if "_EMP_COMPLETE" in os.environ:
@@ -115,7 +119,13 @@ def _silence() -> None:
 
 def main() -> None:
     """``emp`` and ``python -m emp.cli.main``."""
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(run(sys.argv[1:]))
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwind as for Ctrl-C, so that a terminal is left as it was."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

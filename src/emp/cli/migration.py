@@ -54,7 +54,7 @@ def list_(
 @app.command()
 def show(ctx: typer.Context, which: Which, as_json: Json = False) -> None:
     """Show a migration, or the newest one of an EVM."""
-    from emp.cli.report import report_lines
+    from emp.cli.report import print_report
 
     session: Session = ctx.obj
     with session.client() as client:
@@ -81,7 +81,7 @@ def show(ctx: typer.Context, which: Which, as_json: Json = False) -> None:
             ("took", None if took_s is None else seconds(took_s)),
         ]
     )
-    print("\n".join(["", *report_lines(migration)]))
+    print_report(migration)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from emp.cli.output import milliseconds, rate, seconds, size
@@ -10,8 +11,16 @@ if TYPE_CHECKING:
     from emp.model.migration import Migration
 
 
+def print_report(migration: Migration) -> None:
+    """Print the table; at a terminal apart from what is above, its names in bold."""
+    lines = report_lines(migration)
+    if sys.stdout.isatty():
+        lines = ["", *(f"\033[1m{line}\033[0m" if index in (0, 2) else line for index, line in enumerate(lines))]
+    print("\n".join(lines), flush=True)
+
+
 def report_lines(migration: Migration) -> list[str]:
-    """Return the table: two rows of five figures, each under its name; ``-`` where a stage was not reached."""
+    """Return two rows of five figures, each under its name; ``-`` where a stage was not reached."""
     report, stages = migration.report, migration.report.stages
     passes = "-" if report.passes is None else str(report.passes)
     columns = (

@@ -31,7 +31,7 @@ class Screen:
     def __init__(self, migration: Migration) -> None:
         self._migration = migration
         self._loss: EmpError | None = None
-        self._began_at: dict[Stage, float] = {}
+        self._began_at: dict[Stage, float] = {migration.stage: time.monotonic()}
         self._reached = Stage.PREPARATION
         console = Console(highlight=False)
         self._marks = ("✓", "▸", "✗") if console.encoding.startswith("utf") else ("+", ">", "x")
@@ -64,7 +64,7 @@ class Screen:
         route = f"{migration.evm}: {migration.source} -> {migration.target}"
         parts: list[RenderableType] = [
             Text.assemble((route, "bold"), f"  {migration.id}"),
-            Text(f"  {migration.placement}", style="dim"),
+            Text(f"  {migration.target}: {migration.placement}", style="dim"),
             grid,
         ]
         if migration.abort_asked and migration.stage is not Stage.CLOSED:
@@ -84,7 +84,7 @@ class Screen:
         if migration.stage is Stage.CLOSED:
             return Text(failed, style="red"), name, "", Text(str(migration.outcome), style="red")
         detail = self._progress() if stage is Stage.SOURCE_BROWNOUT else Text("")
-        elapsed_s = time.monotonic() - self._began_at.get(stage, time.monotonic())
+        elapsed_s = time.monotonic() - self._began_at[stage]
         return Text(active, style="cyan"), Text(name, style="bold"), Text(f"{elapsed_s:.1f} s", justify="right"), detail
 
     def _took(self, stage: Stage) -> str:

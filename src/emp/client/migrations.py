@@ -31,7 +31,9 @@ class Migrations(Noun):
         return self.ask(_migration, "POST", f"/v1/evms/{part(evm, field='evm')}/migrations", body)
 
     def list(self, *, evm: str | None = None) -> Listing[Migration]:
-        """The newest first."""
+        """The newest first. Raises ``NotFound`` for an EVM that is unknown."""
+        if evm is not None:
+            part(evm, field="evm")
         return self.ask(_listing, "GET", "/v1/migrations", query={"evm": evm})
 
     def get(self, id: str) -> Migration:  # noqa: A002

@@ -1,0 +1,347 @@
+"""``emp migrate``, ``emp migration watch`` and ``abort``: what is seen meanwhile, how it ends, how one leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emp.model.errors import Conflict, HostError, MigrationAborted, Unavailable
+from emp.model.migration import Outcome, Stage
+from tests.unit.test_cli_pool import (
+    ABORTED,
+    BLACKOUT,
+    COMPLETED,
+    COPYING,
+    ID,
+    POOL,
+    RUNS_THERE,
+    WHOLE_WAY,
+    Controller,
+    Emp,
+    at_terminal,
+    in_process,
+    serving,
+    start_emp,
+    wait_for,
+)
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
+    with serving(tmp_path, monkeypatch) as pool:
+        yield pool
+
+
+@pytest.fixture
+def emp(capsys: pytest.CaptureFixture[str]) -> Emp:
+    return in_process(capsys)
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+# ------------------------------------------------------------------ to the end
+
+
+def test_a_log_has_one_line_for_each_stage_and_then_the_figures(pool: Controller, emp: Emp) -> None:
+    pool.push(COPYING, COPYING, *WHOLE_WAY)
+    code, out, err = emp("migrate web --to n2")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        f"{ID}: web, n1 -> n2 (the only node that fits (3.5 GiB free))",
+        "source brownout: 128 MiB of 512 MiB left, dirty 12 MiB/s, 310 MiB/s sent, pass 2, ETA 1.5 s",
+        "blackout: the last pages and the CPU state",
+        "target brownout: web runs on n2",
+        f"{ID}: web runs on n2, completed in 4.2 s",
+        "source brownout  blackout  target brownout  vCPU pause  QEMU downtime",
+        "          3.1 s   18.2 ms           0.25 s     14.1 ms          12 ms",
+        "         memory      sent           passes  dirty rate      bandwidth",
+        "        512 MiB   540 MiB                3    12 MiB/s      310 MiB/s",
+        "blackout and vCPU pause span two hosts' clocks: +-0.2 ms",
+    ]
+    assert pool.told[0] == ("POST /v1/evms/web/migrations", {"target": "n2"})
+
+
+def test_json_is_the_closed_migration_alone(pool: Controller, emp: Emp) -> None:
+    pool.push(*WHOLE_WAY)
+    code, out, err = emp("migrate web --json")
+    assert (code, json.loads(out), err) == (0, COMPLETED.model_dump(mode="json"), "")
+
+
+def test_watch_with_json_prints_a_line_for_each_change(pool: Controller, emp: Emp) -> None:
+    pool.migrations[ID] = COPYING
+    pool.push(*WHOLE_WAY)
+    lines = emp(f"migration watch {ID} --json")[1].splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == [m.stage for m in WHOLE_WAY]
+
+
+def test_watching_what_is_over_shows_its_figures(pool: Controller, emp: Emp) -> None:
+    code, out, _ = emp("migration watch web")
+    assert code == 0 and "18.2 ms" in out and pool.resumed == []
+
+
+def test_an_abort_is_an_error_with_cause_stage_and_hint(pool: Controller, emp: Emp) -> None:
+    pool.push(COPYING, BLACKOUT, ABORTED)
+    code, out, err = emp("migrate web")
+    assert code == MigrationAborted.exit_code == 9
+    assert f"error: migration {ID} was aborted in the blackout: the link to n2 broke" in err
+    assert "hint:  web runs on n1, as before" in err
+    assert "stood still for 8 ms" in out
+
+
+def test_an_abort_is_json_on_both_streams(pool: Controller, emp: Emp) -> None:
+    pool.push(COPYING, ABORTED.model_copy(update={"report": ABORTED.report.model_copy(update={"sent_bytes": None})}))
+    code, out, err = emp("migrate web --json")
+    assert (code, json.loads(out)["outcome"]) == (9, "aborted")
+    error = json.loads(err)
+    assert error["code"] == "migration_aborted"
+    assert error["details"] == {"migration": ID, "stage": "source-brownout", "cause": "the link to n2 broke"}
+
+
+def test_the_stage_of_an_abort_that_nobody_saw_is_read_off_the_figures(pool: Controller, emp: Emp) -> None:
+    pool.migrations[ID] = ABORTED
+    assert "aborted in the blackout" in emp(f"migration watch {ID}")[2]
+    nothing = ABORTED.report.model_copy(update={"abort_pause_ms": None})
+    pool.migrations[ID] = ABORTED.model_copy(update={"report": nothing})
+    assert "aborted in the source brownout" in emp(f"migration watch {ID}")[2]
+    nothing = nothing.model_copy(update={"sent_bytes": None})
+    pool.migrations[ID] = ABORTED.model_copy(update={"report": nothing})
+    assert "aborted in the preparation" in emp(f"migration watch {ID}")[2]
+
+
+def test_a_lost_evm_is_an_error_of_the_host(pool: Controller, emp: Emp) -> None:
+    pool.push(RUNS_THERE, COMPLETED.model_copy(update={"outcome": Outcome.LOST, "cause": "both nodes died"}))
+    code, _, err = emp("migrate web")
+    assert code == HostError.exit_code and "both nodes died" in err and "emp evm show web" in err
+
+
+def test_it_ends_as_soon_as_the_migration_is_closed(pool: Controller) -> None:
+    process = start_emp("migrate", "web")
+    wait_for(lambda: pool.resumed, "the stream of events")
+    pool.push(*WHOLE_WAY[:-1])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("target brownout"):
+            break
+    began_s = time.monotonic()
+    pool.push(COMPLETED)
+    code, out, err = ended(process)
+    assert (code, err) == (0, "") and "completed in 4.2 s" in out
+    assert time.monotonic() - began_s < 1
+
+
+def test_nothing_dear_is_imported_before_the_request_is_out(pool: Controller) -> None:
+    """The start of ``emp migrate`` is measured: pydantic alone would double it."""
+    code = (
+        "import sys, http.client\n"
+        "from emp.cli.main import run\n"
+        "send = http.client.HTTPConnection.request\n"
+        "def request(*given, **named):\n"
+        "    send(*given, **named)\n"
+        "    dear = {'pydantic', 'rich', 'httpx2', 'asyncio', 'cryptography', 'fastapi'} & set(sys.modules)\n"
+        "    print(sorted(dear), file=sys.stderr)\n"
+        "http.client.HTTPConnection.request = request\n"
+        "run(['migrate', 'web', '--to', 'n2', '--detach'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[0] == "[]"
+    assert done.stdout == f"{ID}\n"
+
+
+# ------------------------------------------------------------------ at a terminal
+
+
+def test_a_terminal_sees_the_stages_pass_and_the_bar(pool: Controller) -> None:
+    with at_terminal("migrate", "web") as terminal:
+        terminal.wait_for("preparation")
+        pool.push(COPYING)
+        terminal.wait_for("128 MiB left of 512 MiB")
+        terminal.wait_for("dirty 12 MiB/s, 310 MiB/s sent, pass 2, ETA 1.5 s")
+        pool.push(*WHOLE_WAY[1:])
+        assert terminal.end() == 0
+    shown = terminal.text
+    assert "web: n1 -> n2" in shown and "the only node that fits" in shown
+    last = shown[shown.rindex("preparation") :]
+    for stage, took in (("source brownout", "3.1 s"), ("blackout", "18.2 ms"), ("target brownout", "0.25 s")):
+        assert re.search(rf"{stage} +{took}", last)
+    assert "vCPU pause" in last
+    assert terminal.raw.rindex(b"\033[?25h") > terminal.raw.rindex(b"\033[?25l"), "the cursor is shown again"
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_terminal_is_left_as_it_was_after_ctrl_c(pool: Controller) -> None:
+    with at_terminal("migrate", "web") as terminal:
+        pool.push(COPYING)
+        terminal.wait_for("left of")
+        terminal.type(b"\x03")
+        assert terminal.end() == 130
+    assert "detached" in terminal.text
+    assert terminal.raw.rindex(b"\033[?25h") > terminal.raw.rindex(b"\033[?25l")
+
+
+def test_a_terminal_sees_that_the_controller_is_away_and_what_was_aborted(pool: Controller) -> None:
+    pool.migrations[ID] = COPYING
+    pool.push(COPYING)
+    with at_terminal("migration", "watch", "web") as terminal:
+        terminal.wait_for("left of")
+        pool.stop()
+        terminal.wait_for("trying again")
+        pool.start()
+        pool.push(ABORTED)
+        assert terminal.end() == 9
+    assert "aborted in the source brownout" in terminal.text
+
+
+# ------------------------------------------------------------------ leaving early
+
+
+def test_ctrl_c_detaches_and_says_how_to_come_back(pool: Controller) -> None:
+    process = start_emp("migrate", "web")
+    pool.push(COPYING)
+    assert process.stdout is not None
+    wait_for(lambda: pool.resumed, "the stream of events")
+    while not process.stdout.readline().startswith("source brownout"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, _, err = ended(process)
+    assert code == 130
+    assert f"detached: migration {ID} of web goes on" in err
+    assert f"emp --context {POOL} migration watch {ID}" in err
+    assert f"emp --context {POOL} migration abort {ID}" in err
+    assert "Traceback" not in err
+    assert [request for request, _ in pool.told if request.endswith("/abort")] == []
+
+
+def test_ctrl_c_with_json_is_json(pool: Controller) -> None:
+    process = start_emp("migrate", "web", "--json")
+    wait_for(lambda: pool.resumed, "the stream of events")
+    process.send_signal(signal.SIGINT)
+    code, out, err = ended(process)
+    assert (code, out) == (130, "")
+    assert json.loads(err)["details"] == {"evm": "web", "migration": ID}
+
+
+def test_nobody_reading_any_more_is_no_error(pool: Controller) -> None:
+    process = start_emp("migrate", "web")
+    pool.push(COPYING)
+    assert process.stdout is not None and process.stdout.readline()
+    process.stdout.close()
+    pool.push(*WHOLE_WAY[1:])
+    assert process.wait(20) == 141
+    assert process.stderr is not None and process.stderr.read() == ""
+    process.stderr.close()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+# ------------------------------------------------------------------ the controller goes away
+
+
+def test_a_controller_that_restarts_is_found_again_and_nothing_is_missed(pool: Controller) -> None:
+    process = start_emp("migrate", "web")
+    pool.push(COPYING)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("source brownout"):
+        assert process.poll() is None
+    pool.stop()
+    assert "the migration goes on, trying again" in process.stdout.readline()
+    pool.past += [BLACKOUT, RUNS_THERE]
+    pool.start()
+    assert "the controller is back" in process.stdout.readline()
+    pool.push(COMPLETED)
+    code, out, err = ended(process)
+    assert (code, err) == (0, "")
+    assert [line.partition(":")[0] for line in out.splitlines()[:3]] == ["blackout", "target brownout", ID]
+    assert pool.resumed == [None, "1"]
+
+
+def test_a_connection_that_breaks_is_made_again(pool: Controller) -> None:
+    process = start_emp("migrate", "web", "--json")
+    pool.push(COPYING)
+    wait_for(lambda: pool.resumed, "the stream of events")
+    pool.cut()
+    wait_for(lambda: len(pool.resumed) == 2, "the stream of events again")
+    pool.push(COMPLETED)
+    code, out, err = ended(process)
+    assert (code, json.loads(out)["outcome"], err) == (0, "completed", "")
+
+
+def test_a_controller_that_stays_away_is_given_up_with_a_way_back(
+    pool: Controller, emp: Emp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emp.cli.follow.PATIENCE_S", 0.3)
+    pool.push(COPYING)
+
+    def go_away() -> None:
+        wait_for(lambda: pool.resumed, "the stream of events")
+        pool.stop()
+
+    stopper = threading.Thread(target=go_away)
+    stopper.start()
+    code, _, err = emp("migrate web")
+    stopper.join()
+    assert code == Unavailable.exit_code
+    assert f"the migration goes on; watch it: emp migration watch {ID}" in err
+
+
+# ------------------------------------------------------------------ abort
+
+
+@pytest.fixture
+def going(pool: Controller) -> Controller:
+    """A pool whose EVM is migrating."""
+    pool.migrations[ID] = COPYING
+    pool.evms["web"] = pool.evms["web"].model_copy(update={"migration": ID})
+    return pool
+
+
+@pytest.mark.parametrize("which", ["web", ID])
+def test_abort_says_that_the_evm_is_back(going: Controller, emp: Emp, which: str) -> None:
+    going.push(COPYING, ABORTED)
+    code, out, err = emp(f"migration abort {which} --reason testing")
+    assert code == 0
+    assert "asked to bring web back to n1" in err
+    assert out.splitlines()[-1] == f"{ID}: web is back on n1, running; it stood still for 8 ms"
+    assert (f"POST /v1/migrations/{ID}/abort", {"reason": "testing"}) in going.told
+
+
+def test_abort_says_that_it_came_too_late(going: Controller, emp: Emp) -> None:
+    going.push(BLACKOUT, RUNS_THERE)
+    code, _, err = emp("migration abort web")
+    assert code == Conflict.exit_code
+    assert "is committed: it only goes forward; web goes to n2" in err
+
+
+def test_abort_as_json(going: Controller, emp: Emp) -> None:
+    going.push(ABORTED)
+    code, out, err = emp("migration abort web --json")
+    assert (code, json.loads(out)["outcome"], err) == (0, "aborted", "")
+
+
+def test_a_refused_abort_passes_through(going: Controller, emp: Emp) -> None:
+    going.refusal = Conflict(f"migration {ID} is committed: it only goes forward", field="migration", hint="wait")
+    code, out, err = emp("migration abort web")
+    assert (code, out) == (4, "") and "only goes forward" in err
+
+
+def test_abort_of_an_evm_that_does_not_migrate(pool: Controller, emp: Emp) -> None:
+    code, _, err = emp("migration abort web")
+    assert code == 4 and "EVM web is not migrating" in err
+    assert all(not request.startswith("POST") for request, _ in pool.told)
+
+
+def test_the_stage_names_are_those_of_the_model() -> None:
+    from emp.cli.screen import STAGES
+
+    assert (*STAGES, Stage.CLOSED) == tuple(Stage)
