@@ -84,10 +84,10 @@ class AgentClient:
             async for event in events:
                 yield _status(event.data)
 
-    async def console(self, evm: str) -> AsyncGenerator[bytes]:
-        """Yield what the EVM's serial console shows, from a little before now until its machine ends."""
+    async def console(self, evm: str, *, backlog: bool) -> AsyncGenerator[bytes]:
+        """Yield what the EVM's serial console shows until its machine ends; with ``backlog`` also a little before."""
         exchange = Exchange(self._target, "GET", f"/v1/evms/{evm}/console", idempotent=True, timeout_s=None)
-        parameters = exchange.parameters(None, None, trace=exchange.atrace, read_s=None)
+        parameters = exchange.parameters(None, {"backlog": backlog}, trace=exchange.atrace, read_s=None)
         try:
             async with self._bytes.stream(**parameters) as response:
                 if not response.is_success:

@@ -63,18 +63,22 @@ class Consoles:
         return self._until_closing(self._follow(name))
 
     async def _follow(self, name: str) -> AsyncGenerator[bytes]:
-        shown: _Machine | None = None
-        while (machine := await self._next_machine(name, shown)) is not None:
-            shown = machine
+        shown = tried = None
+        while (machine := await self._next_machine(name, tried)) is not None:
+            agent = self._agents.of(self._nodes.get(machine.node))
             try:
-                async with contextlib.aclosing(self._agents.of(self._nodes.get(machine.node)).console(name)) as output:
+                async with contextlib.aclosing(agent.console(name, backlog=machine != shown)) as output:
                     async for data in output:
+                        shown = machine
                         yield data
             except EmpError as error:
                 log.info("console of EVM %s on %s: %s", name, machine.node, error)
+            else:
+                shown = machine
+            tried = machine
 
-    async def _next_machine(self, name: str, shown: _Machine | None) -> _Machine | None:
-        """Return the machine to show after ``shown``; None when there will be none."""
+    async def _next_machine(self, name: str, tried: _Machine | None) -> _Machine | None:
+        """Return the machine to show after ``tried``, which may be that one again; None when there will be none."""
         found: _Machine | None = None
         over = False
 
@@ -83,10 +87,10 @@ class Consoles:
             evm = self._book.evms.find(name)
             over = evm is None or self._is_over(evm)
             found = _Machine(evm.owner, evm.epoch) if evm is not None and evm.owner is not None else None
-            return over or (found is not None and found != shown)
+            return over or (found is not None and found != tried)
 
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None if shown is None else AGAIN_S):
+            async with asyncio.timeout(None if tried is None else AGAIN_S):
                 await self._book.until(look)
         return None if over else found or await self._next_machine(name, None)
 

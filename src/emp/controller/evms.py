@@ -24,6 +24,7 @@ from emp.model.evm import Evm, EvmSpec, EvmState
 from emp.model.volume import Volume
 
 PATIENCE_S = 90.0
+DELETE_GRACE_S = 10.0
 STARTABLE = (EvmState.STOPPED, EvmState.PANICKED, EvmState.CRASHED)
 
 
@@ -115,12 +116,18 @@ class Evms:
         await self._intend(name, Intent(verb=Verb.STOP, grace_s=request.grace_s), want_running=False)
         return await self._finished(name, Verb.STOP)
 
-    async def delete(self, name: str, *, grace_s: float) -> None:
-        """Stop it, retire it, remove what was made with it. Takes over from whatever is being done to it."""
-        self.get(name)
+    async def delete(self, name: str, *, grace_s: float | None = None) -> None:
+        """Stop it, retire it, remove what was made with it. Takes over from whatever is being done to it.
+
+        ``grace_s`` None: time to shut down in order only if it has a volume that outlives it.
+        """
+        evm = self.get(name)
         self._check_not_migrating(name)
         self._check_holders(name)
         await self._tasks.cancel(name)
+        if grace_s is None:
+            stays = set(evm.spec.volumes) - set(self._book.upkeep.get(name).own_volumes)
+            grace_s = DELETE_GRACE_S if stays else 0.0
         retire_epoch = await self._book.epochs.issue()
         intent = Intent(verb=Verb.DELETE, retire_epoch=retire_epoch, grace_s=grace_s)
         await self._intend(name, intent, want_running=False, replace=True)

@@ -65,11 +65,12 @@ class Migrations:
         return live.migration if live else self._book.migrations.get(id)
 
     def all(self, *, evm: str | None = None) -> list[Migration]:
-        """Return every migration, the newest first."""
-        if evm is not None:
-            self._book.evms.get(evm, field="evm")
+        """Return all migrations, or an EVM's, which may be gone since; the newest first. Raises ``NotFound``."""
         held = sorted(self._book.migrations.held.values(), key=lambda record: -record.kv.create_revision)
-        return [self.get(record.name) for record in held if evm in (None, record.model.evm)]
+        found = [self.get(record.name) for record in held if evm in (None, record.model.evm)]
+        if evm is not None and not found:
+            self._book.evms.get(evm, field="evm")
+        return found
 
     async def follow(self, id: str, *, after: int | None) -> AsyncGenerator[Snapshot]:  # noqa: A002
         """Yield snapshots until it is closed: from now on, or every stage written ``after`` that revision first."""

@@ -80,13 +80,13 @@ class Reports:
             log.warning("node %s reports EVM %s, of which there is no record", node, name)
 
     async def _fold(self, name: str, update: Callable[[Evm], Evm]) -> None:
-        evm = self._book.evms.get(name)
-        if update(evm) != evm:
+        evm = self._book.evms.find(name)
+        if evm is not None and update(evm) != evm:
             try:
                 await self._book.write(change(self._book.evms, name, update))
             except EmpError as error:
                 log.error("the state of EVM %s could not be recorded: %s", name, error)
-        if (now := self._book.evms.find(name)) is not None:
+        if (now := self._book.evms.find(name)) is not None and evm is not None:
             if now.state is not evm.state:
                 log.info("EVM %s: %s -> %s%s", name, evm.state, now.state, f" ({now.reason})" if now.reason else "")
             if not self._is_busy(now) and now.state is not EvmState.UNKNOWN:

@@ -31,14 +31,15 @@ Everything but ``/healthz`` needs ``Authorization: Bearer TOKEN``. An error's bo
 Server-sent events: ``id`` is a revision of the store; after a broken connection send it back as ``Last-Event-ID`` (or
 ``from=``) and nothing is missed, over a restart of the controller too. Only an event that carries an ``id`` ends its
 revision. The stream of one migration has the event names ``migration`` and, at the end, nothing: it closes after the
-snapshot whose ``stage`` is ``closed``.
+snapshot whose ``stage`` is ``closed``. What goes wrong in a stream that has begun is one last event named ``error``,
+with the error's body as its data.
 """
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from emp.model.base import Model
 from emp.model.evm import RestartPolicy
@@ -49,6 +50,15 @@ T = TypeVar("T")
 
 CREATE_MEMORY_BYTES = 512 << 20
 CREATE_IMAGE = "micro"
+
+
+def _text_or_whole_number(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("a size is a text such as 512MiB, or a whole number of bytes")
+    return value
+
+
+Size = Annotated[SizeBytes, BeforeValidator(_text_or_whole_number)]
 
 
 class Listing(Model, Generic[T]):
@@ -74,7 +84,7 @@ class EvmCreate(Model):
     """Body of ``POST /v1/evms``. What is not said is chosen: node, addresses, MACs, machine type, CPU model."""
 
     name: Name
-    memory_bytes: SizeBytes = CREATE_MEMORY_BYTES
+    memory_bytes: Size = CREATE_MEMORY_BYTES
     """bytes, or a text such as ``512MiB``"""
     vcpus: int = Field(default=1, ge=1, le=255)
     image: Name = CREATE_IMAGE
@@ -115,7 +125,7 @@ class VolumeCreate(Model):
     """Body of ``POST /v1/volumes``."""
 
     type: VolumeType = VolumeType.IO2
-    size_bytes: SizeBytes
+    size_bytes: Size
 
 
 class WatchEvent(Model):

@@ -11,8 +11,6 @@ from emp.controller.services import Services
 from emp.model.api import EvmCreate, EvmStart, EvmStop, Listing
 from emp.model.evm import Evm
 
-DELETE_GRACE_S = 5.0
-
 
 def router(services: Services) -> APIRouter:
     router = APIRouter(prefix="/v1/evms", tags=["evms"])
@@ -41,8 +39,9 @@ def router(services: Services) -> APIRouter:
         return await evms.stop(name, request or EvmStop())
 
     @router.delete("/{name}", status_code=status.HTTP_204_NO_CONTENT)
-    async def delete_evm(name: str, grace_s: Annotated[float, Query(ge=0, le=600)] = DELETE_GRACE_S) -> None:
-        """Removes the EVM, its addresses and the volumes made with it."""
+    async def delete_evm(name: str, grace_s: Annotated[float | None, Query(ge=0, le=600)] = None) -> None:
+        """Removes the EVM, its addresses and the volumes made with it; by default the guest is only given time to
+        shut down where it has a volume that stays."""
         await evms.delete(name, grace_s=grace_s)
 
     @router.get("/{name}/console", response_class=StreamingResponse)
