@@ -132,6 +132,7 @@ class Node:
     name: str
     hypervisor: QemuHypervisor
     run_dir: Path
+    """of its machines"""
     credentials_dir: Path
 
     @property
@@ -162,7 +163,7 @@ class Bench:
             (authority or self.authority).issue(Role.AGENT, name, [LOOPBACK]).write(credentials)
             run_dir = self.directory / f"run-{name}"
             driver = QemuHypervisor(run_dir=run_dir, credentials_dir=credentials, timeout_s=timeout_s)
-            self.nodes[name] = Node(name, driver, run_dir, credentials)
+            self.nodes[name] = Node(name, driver, run_dir / "evm", credentials)
         return self.nodes[name]
 
     async def spec(self, name: str = "one", **changes: object) -> EvmSpec:

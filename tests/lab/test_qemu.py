@@ -257,7 +257,8 @@ class TestAgentDeath:
     async def killed_agent(nodes: Bench) -> ProcessId:
         """Let another process launch a machine, kill that process, and return the machine."""
         spec = await nodes.spec()
-        arguments = [nodes.left.run_dir, nodes.left.credentials_dir, nodes.kernel, nodes.initrd, spec.model_dump_json()]
+        run_dir = nodes.left.run_dir.parent
+        arguments = [run_dir, nodes.left.credentials_dir, nodes.kernel, nodes.initrd, spec.model_dump_json()]
         agent = await asyncio.create_subprocess_exec(
             sys.executable, "-c", AGENT, *map(str, arguments), stdout=asyncio.subprocess.PIPE
         )
@@ -311,6 +312,16 @@ class TestAgentDeath:
         await target.cont()
         await source.kill()
         await target.kill()
+
+    async def test_only_what_machines_left_is_cleared_away(self, nodes: Bench) -> None:
+        beside = nodes.left.run_dir.parent / "journal"
+        beside.mkdir(parents=True)
+        machine = await booted(nodes)
+        await machine.close()
+        os.kill(machine.process.pid, signal.SIGKILL)
+        await machine.kill()
+        assert await nodes.left.hypervisor.found() == {}
+        assert beside.exists()
 
     async def test_a_torn_record_is_not_taken_for_a_machine(self, nodes: Bench) -> None:
         machine = await booted(nodes)
@@ -638,7 +649,7 @@ class TestLinux:
     async def test_boots_from_its_config_migrates_and_shuts_down_in_order(self, nodes: Bench) -> None:
         """After a migration, a guest with drivers resets its devices: QEMU has died of that."""
         image = await asyncio.to_thread(ensure_image)
-        spec = await nodes.spec("linux", memory_bytes=256 << 20)
+        spec = await nodes.spec("linux", memory_bytes=256 << 20, vcpus=2)
         linux = {"kernel": image.kernel, "initrd": image.initrd, "kernel_command_line": KERNEL_COMMAND_LINE}
         source = await nodes.left.hypervisor.launch(replace(nodes.plan(spec), **linux))  # type: ignore[arg-type]
         await prompt(source, "linux:/# ")

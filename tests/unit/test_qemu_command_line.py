@@ -68,7 +68,7 @@ GOLDEN = """\
 -action reboot=reset,shutdown=pause,panic=pause,watchdog=reset
 -machine pc-i440fx-10.0,usb=off,vmport=off,dump-guest-core=off,memory-backend=memory
 -accel tcg
--cpu Westmere-v1
+-cpu Westmere-v1,enforce=on
 -smp cpus=2,sockets=1,cores=2
 -m 512M
 -object {"qom-type":"memory-backend-ram","id":"memory","size":536870912,"share":false,"prealloc":false,"merge":false,"dump":false}

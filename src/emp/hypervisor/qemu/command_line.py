@@ -102,7 +102,14 @@ def command_line(plan: LaunchPlan, *, binary: Path, accelerator: str, fds: Descr
     # A guest that ends stays, paused, until the agent has seen why.
     argv += ["-no-shutdown", "-action", "reboot=reset,shutdown=pause,panic=pause,watchdog=reset"]
     argv += ["-machine", f"{spec.machine},usb=off,vmport=off,dump-guest-core=off,memory-backend=memory"]
-    argv += ["-accel", accelerator, "-cpu", spec.cpu_model, "-smp", f"cpus={spec.vcpus},sockets=1,cores={spec.vcpus}"]
+    argv += [
+        "-accel",
+        accelerator,
+        "-cpu",
+        f"{spec.cpu_model},enforce=on",
+        "-smp",
+        f"cpus={spec.vcpus},sockets=1,cores={spec.vcpus}",
+    ]
     argv += ["-m", f"{spec.memory_bytes // MEBIBYTE}M", "-object", _json(_memory(spec.memory_bytes))]
     argv += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-initrd", f"/proc/self/fd/{fds.initrd}"]
     argv += ["-append", plan.kernel_command_line]

@@ -17,10 +17,12 @@ from emp.hypervisor.qemu import binary as qemu_binary
 from emp.hypervisor.qemu.command_line import Descriptors, check_plan, command_line
 from emp.hypervisor.qemu.guest_config import guest_config
 from emp.hypervisor.qemu.machine import QemuMachine, end_process
-from emp.hypervisor.qemu.run_directory import LAUNCH_VARIABLE, Record, RunDirectory, free_uid
+from emp.hypervisor.qemu.run_directory import LAUNCH_VARIABLE, MACHINES, Record, RunDirectory, free_uid
 from emp.model.errors import BadInput, Conflict, HypervisorError, MissingDependency
 from emp.model.evm import EvmSpec
 
+START_TIMEOUT_S = 30.0
+"""for a new QEMU to answer: it connects its volumes first"""
 _KEPT_ENVIRONMENT = ("PATH", "LANG", "EMP_TEST_ID")
 """All that QEMU sees of the agent's environment; by the last one a test knows what it has started."""
 _log = logging.getLogger(__name__)
@@ -44,14 +46,14 @@ class QemuHypervisor:
         uid_count: int = 600,
         timeout_s: float = 5.0,
     ) -> None:
-        """``run_dir``: made when needed; should be on a tmpfs, gone with a reboot. One node's alone.
+        """``run_dir``: one node's; the machines get ``evm/`` in it. Should be on a tmpfs, gone with a reboot.
 
         ``credentials_dir``: the node's certificate and key in QEMU's ``tls-creds-x509`` layout (``Credentials.write``),
         copied for each machine when it starts and read anew for each migration. ``binary``: QEMU, else EMP_QEMU,
         else PATH. ``uid_base``, ``uid_count``: the user ids that are kept for EVMs on this host. ``timeout_s``: for
         each exchange with QEMU.
         """
-        self._run_dir = run_dir
+        self._run_dir = run_dir / MACHINES
         self._credentials_dir = credentials_dir
         self._binary = binary
         self._uid_base = uid_base
@@ -86,7 +88,7 @@ class QemuHypervisor:
                 # Not on the event loop: another machine of this node may be in its blackout.
                 uid = await _to_the_end(asyncio.to_thread(self._prepare, plan.spec, directory))
                 record, process = self._start(plan, directory, facts, uid)
-            return await self._opened(directory, record, process)
+            return await self._opened(directory, record, process, timeout_s=max(START_TIMEOUT_S, self._timeout_s))
         except BaseException:
             if process is not None:
                 await _to_the_end(end_process(process, plan.spec.name))
@@ -135,11 +137,13 @@ class QemuHypervisor:
         directory.write_record(record)
         return record, process
 
-    async def _opened(self, directory: RunDirectory, record: Record, process: Process) -> QemuMachine:
+    async def _opened(
+        self, directory: RunDirectory, record: Record, process: Process, *, timeout_s: float
+    ) -> QemuMachine:
         machine = QemuMachine(
             directory, record, process, credentials_dir=self._credentials_dir, timeout_s=self._timeout_s
         )
-        await machine.open()
+        await machine.open(timeout_s=timeout_s)
         return machine
 
     async def found(self) -> Mapping[str, ProcessId]:
@@ -169,7 +173,7 @@ class QemuHypervisor:
         if not record.pid:
             record = record.with_process(alive)
             directory.write_record(record)
-        return await self._opened(directory, record, alive)
+        return await self._opened(directory, record, alive, timeout_s=self._timeout_s)
 
     async def kill_stranger(self, name: str, process: ProcessId) -> None:
         """See ``Hypervisor``. Idempotent."""

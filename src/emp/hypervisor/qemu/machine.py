@@ -60,6 +60,8 @@ class QemuMachine:
         self._cancel = QmpSession(directory.socket_path("cancel"), timeout_s=timeout_s)
         self._ended = asyncio.Event()
         self._how_it_ended: str | None = None
+        self._has_loaded = False
+        """has been seen out of ``inmigrate``"""
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -79,10 +81,10 @@ class QemuMachine:
         """unix socket of the QMP monitor (with ``oob``) that is left to a guard process; this class never opens it"""
         return self._directory.socket_path("guard")
 
-    async def open(self) -> None:
+    async def open(self, *, timeout_s: float) -> None:
         """Connect, and check that it is the machine of the record. Raises ``HypervisorError``, ``OutcomeUnknown``."""
         self._watch = asyncio.create_task(self._await_end(), name=f"end of {self.name}")
-        connecting = asyncio.create_task(self._connect(), name=f"connect to {self.name}")
+        connecting = asyncio.create_task(self._connect(timeout_s), name=f"connect to {self.name}")
         try:
             await asyncio.wait({connecting, self._watch}, return_when=asyncio.FIRST_COMPLETED)
             if not connecting.done() or (connecting.exception() and self._ended.is_set()):
@@ -94,9 +96,9 @@ class QemuMachine:
             await self.close()
             raise
 
-    async def _connect(self) -> None:
-        await self._control.open()
-        await self._cancel.open()
+    async def _connect(self, timeout_s: float) -> None:
+        await self._control.open(timeout_s=timeout_s)
+        await self._cancel.open(timeout_s=timeout_s)
         uuid = (await self._control.execute("query-uuid"))["UUID"]
         if UUID(uuid) != UUID(self._record.uuid):
             raise HypervisorError(f"the machine at {self._directory.path} has the uuid {uuid}, not {self._record.uuid}")
@@ -123,14 +125,16 @@ class QemuMachine:
         return self._broadcast.subscribe()
 
     async def run_state(self) -> RunState:
-        return run_state((await self._ask("query-status"))["status"])
+        state = run_state((await self._ask("query-status"))["status"])
+        self._has_loaded = self._has_loaded or state is not RunState.INMIGRATE
+        return state
 
     async def stream_info(self) -> StreamInfo:
         return stream.stream_info(await self._ask("query-migrate"))
 
     async def cont(self) -> None:
-        # In inmigrate QEMU would say yes, and start the guest by itself once it has loaded.
-        if await self.run_state() is RunState.INMIGRATE:
+        # In inmigrate QEMU would say yes, and start the guest by itself once it has loaded. It never gets back there.
+        if not self._has_loaded and await self.run_state() is RunState.INMIGRATE:
             raise HypervisorError(
                 f"{self.name} is still receiving its memory and cannot run", hint="wait until it is paused", sent=False
             )

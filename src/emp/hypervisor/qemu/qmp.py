@@ -82,7 +82,7 @@ class QmpSession:
         ``on_connect`` runs on each new connection before anybody else may use it; it asks with ``barrier``.
         """
         self.path = path
-        self._timeout_s = timeout_s
+        self._timeout_s = self._connect_timeout_s = timeout_s
         self._on_event: OnEvent = on_event or (lambda event: None)
         self._on_connect = on_connect
         self._client: _Client | None = None
@@ -94,11 +94,15 @@ class QmpSession:
         """set while there is no connection: after QEMU's death, everything that it had sent has then been read"""
         self.idle.set()
 
-    async def open(self) -> None:
-        """Connect; raise ``HypervisorError`` if that takes longer than the timeout. It is then tried no more."""
+    async def open(self, *, timeout_s: float | None = None) -> None:
+        """Connect; raise ``HypervisorError`` if that takes longer than the timeout. It is then tried no more.
+
+        A QEMU that was just started may need more than the usual time.
+        """
+        self._connect_timeout_s = timeout_s or self._timeout_s
         self._task = asyncio.create_task(self._keep_connected(), name=f"qmp {self.path}")
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._connect_timeout_s):
                 await self._ready()
         except TimeoutError:
             await self.close()
@@ -192,7 +196,7 @@ class QmpSession:
             connection.setblocking(False)
             self._failure = "nobody listens"
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._connect_timeout_s):
                     await asyncio.get_running_loop().sock_connect(connection, str(self.path))
                     self._failure = "no greeting; another client may hold this monitor"
                     await client.connect(connection)

@@ -1,4 +1,4 @@
-"""What a machine leaves on this node while it lives: one directory per EVM under the driver's run directory.
+"""What a machine has on this node while it lives: one directory per EVM, ``evm/NAME`` in the agent's run directory.
 
 ::
 
@@ -32,6 +32,8 @@ from pathlib import Path
 from emp.host.processes import Process, find
 from emp.model.errors import BadInput, HypervisorError
 
+MACHINES = "evm"
+"""Nothing else may lie in there: what belongs to no living machine is removed."""
 LAUNCH_VARIABLE = "EMP_LAUNCH"
 """Environment variable of a machine's process: tells this launch from every other one, also from a twin with the same
 uuid, uid and paths in another mount namespace of the same host."""
