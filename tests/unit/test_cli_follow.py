@@ -145,7 +145,7 @@ def test_nothing_dear_is_imported_before_the_request_is_out(pool: Controller) ->
     """The start of ``emp migrate`` is measured: pydantic alone would double it."""
     code = (
         "import sys, http.client\n"
-        "from emp.cli.main import run\n"
+        "from emp.cli.root import run\n"
         "send = http.client.HTTPConnection.request\n"
         "def request(*given, **named):\n"
         "    send(*given, **named)\n"

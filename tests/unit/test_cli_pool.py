@@ -29,7 +29,7 @@ import pytest
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from emp.cli.main import run
+from emp.cli.root import run
 from emp.client.context import Context, save_context
 from emp.model.api import AbortRequest, Listing
 from emp.model.errors import Conflict, EmpError, NotFound

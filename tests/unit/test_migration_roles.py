@@ -213,12 +213,25 @@ def test_a_loaded_target_withdraws_when_the_source_went_back() -> None:
     assert state.phase is TargetPhase.WITHDRAWN
 
 
+def test_a_go_repeated_while_cont_is_under_way_is_not_answered_yet() -> None:
+    starting = (*LOADED, GO, Written(K.ACTIVATED))
+    state, _ = play_target(new_target(), *starting)
+    assert play_target(state, GO) == (state, [])
+
+
 def test_a_refused_cont_is_sworn_only_after_the_machines_exit() -> None:
     refused = (*LOADED, GO, Written(K.ACTIVATED), e.RunRefused("locked"))
     state, done = play_target(new_target(), *refused)
     assert done[-2:] == ["BlockPorts", "KillMachine"]
     state, done = play_target(state, e.MachineGone())
     assert done == ["write withdrawn(2)"]
+
+
+def test_a_machine_that_died_before_cont_was_sent_never_ran() -> None:
+    activating = (*LOADED, GO)
+    state, done = play_target(new_target(), *activating, e.MachineGone(), Written(K.ACTIVATED), e.MachineGone())
+    assert done[-2:] == ["KillMachine", "write withdrawn(2)"]
+    assert "Run" not in done
 
 
 def test_an_unanswered_cont_counts_as_having_run() -> None:

@@ -32,6 +32,9 @@ from emp.model.evm import EvmState
 
 log = logging.getLogger(__name__)
 
+_STANDS = {RecordKind.ACTIVATED: RunState.PAUSED, RecordKind.OWN: RunState.POSTMIGRATE}
+"""the run state in which a machine waits for nothing but its owner's ``cont``"""
+
 
 class Adoption:
     """One pass at the agent's start, before it takes orders."""
@@ -87,22 +90,15 @@ class Adoption:
             self._residents.note(entry, EvmState.CRASHED, "its QEMU process ended while the agent was away")
             return
         state = await assembly.machine.run_state()
-        if last.kind is RecordKind.ACTIVATED and state is RunState.PAUSED:
-            # The commit is made and only ``cont`` was missing: this is the owner (rule R1).
+        if state is _STANDS[last.kind]:
+            # The record is on disk and only ``cont`` was missing: this is the owner (rule R1).
             await assembly.open_ports()
             await assembly.machine.cont()
             await assembly.announce()
             state = RunState.RUNNING
-        resident = self._residents.settle(entry, assembly)
-        match state:
-            case RunState.RUNNING:
-                await assembly.open_ports()
-            case RunState.SHUTDOWN:
-                self._residents.shut_down(resident)
-            case RunState.GUEST_PANICKED:
-                resident.state, resident.reason = EvmState.PANICKED, "the guest's kernel panicked"
-            case _:
-                resident.state, resident.reason = EvmState.PAUSED, f"the machine is {state}"
+        if state is RunState.RUNNING:
+            await assembly.open_ports()
+        self._residents.settle(entry, assembly, state)
 
     async def _leaving(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
         if entry.peer is None:
@@ -111,8 +107,8 @@ class Adoption:
         if assembly is None:
             self._residents.note(entry, EvmState.PAUSED, "in a migration")
         else:
-            self._residents.settle(entry, assembly, EvmState.MIGRATING)
             completed = (await assembly.machine.stream_info()).status is StreamStatus.COMPLETED
+            self._residents.settle(entry, assembly, await assembly.machine.run_state())
         state, event = resume_source(last, alive=assembly is not None, completed=completed)
         self._migrations.resume_source(state, entry.peer, event)
 

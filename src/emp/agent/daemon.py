@@ -52,6 +52,7 @@ async def run(config: AgentConfig) -> None:
         log.info("agent of %s stops; its EVMs go on", config.node)
         await migrations.close()
         await residents.close()
+        await network.close()
         journal.close()
 
 

@@ -15,7 +15,7 @@ from emp.agent.journal import Journal
 from emp.agent.shelf import Entry, Shelf
 from emp.agent.signal import Signal
 from emp.agent.source import SourceRole
-from emp.hypervisor.base import MachineEvent, MachineEventKind
+from emp.hypervisor.base import MachineEvent, MachineEventKind, RunState
 from emp.migration.records import OWNING, Record, RecordKind
 from emp.model.errors import Conflict, EmpError, NotFound, Refused, StaleEpoch
 from emp.model.evm import EvmState
@@ -24,6 +24,8 @@ from emp.model.node import EvmReport
 from emp.model.orders import RetireOrder, StartOrder, StopOrder
 
 log = logging.getLogger(__name__)
+
+PANICKED = "the guest's kernel panicked"
 
 
 @dataclass
@@ -129,7 +131,7 @@ class Residents:
                     await resident.assembly.dismantle()
                     resident.assembly = None
                 raise
-            self._settle(resident, EvmState.RUNNING)
+            self._settle(resident)
         finally:
             self.unreserve(name)
             self.changed.notify()
@@ -182,12 +184,20 @@ class Residents:
 
     # -- arrivals and departures
 
-    def settle(self, entry: Entry, assembly: Assembly, state: EvmState = EvmState.RUNNING) -> Resident:
-        """An EVM has come to live here: by a migration, or adopted after a restart."""
-        resident = Resident(entry, assembly, state)
+    def settle(self, entry: Entry, assembly: Assembly, state: RunState = RunState.RUNNING) -> None:
+        """An EVM has come to live here: by a migration, or adopted after a restart, its machine in ``state``."""
+        resident = Resident(entry, assembly, EvmState.RUNNING)
         self._residents[entry.spec.name] = resident
-        self._settle(resident, state)
-        return resident
+        self._settle(resident)
+        match state:
+            case RunState.RUNNING:
+                pass
+            case RunState.SHUTDOWN:
+                self.shut_down(resident)
+            case RunState.GUEST_PANICKED:
+                resident.state, resident.reason = EvmState.PANICKED, PANICKED
+            case _:
+                resident.state, resident.reason = EvmState.PAUSED, f"the machine is {state}"
 
     def note(self, entry: Entry, state: EvmState, reason: str | None) -> Resident:
         """An EVM whose machine is not there any more, but whose authority or end is."""
@@ -195,8 +205,8 @@ class Residents:
         self._residents[entry.spec.name] = resident
         return resident
 
-    def _settle(self, resident: Resident, state: EvmState) -> None:
-        resident.state, resident.reason = state, None
+    def _settle(self, resident: Resident) -> None:
+        resident.state, resident.reason = EvmState.RUNNING, None
         if resident.assembly is not None:
             follow = self._follow(resident, resident.assembly.machine.events())
             resident.follower = asyncio.create_task(follow, name=f"resident {resident.name}")
@@ -228,7 +238,7 @@ class Residents:
             case MachineEventKind.GUEST_SHUTDOWN:
                 self.shut_down(resident)
             case MachineEventKind.GUEST_PANICKED:
-                resident.state, resident.reason = EvmState.PANICKED, event.detail or "the guest's kernel panicked"
+                resident.state, resident.reason = EvmState.PANICKED, PANICKED
             case MachineEventKind.IO_ERROR:
                 resident.state, resident.reason = EvmState.PAUSED, f"storage error: {event.detail}"
             case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:

@@ -127,8 +127,8 @@ def target_activating(state: Target, event: Event) -> tuple[Target, tuple[Action
         case WriteFailed(RecordKind.ACTIVATED, reason):
             # The record may be on disk, so this copy may not withdraw; it has not run, so nothing is lost by waiting.
             return replace(state, phase=TargetPhase.LOADED, cause=reason), (SendFailed(reason), SetTimer(Timer.REPEAT))
-        case MachineGone():
-            return replace(state, phase=TargetPhase.LOST, cause=way_back.TARGET_GONE), ()
+        case MachineGone():  # ``cont`` has not been sent, so this very process can swear that the guest never ran
+            return way_back.target_withdraws(state, way_back.TARGET_GONE)
     return state, ()
 
 
@@ -145,6 +145,5 @@ def target_starting(state: Target, event: Event) -> tuple[Target, tuple[Action, 
             )
         case MachineGone():
             return replace(state, phase=TargetPhase.LOST, cause=way_back.TARGET_GONE), (SendAnswer(Word.ACTIVATED),)
-        case GoArrived(_, nonce) if nonce == state.nonce:
-            return state, (SendAnswer(Word.ACTIVATED),)
+    # A repeated GO waits: were it answered now and ``cont`` then refused, the source would have cleared its copy.
     return state, ()

@@ -67,3 +67,7 @@ class NetworkDriver(Protocol):
     async def remove(self, evm: str) -> None:
         """Remove every port of the EVM, whoever made it. Idempotent."""
         ...
+
+    async def close(self) -> None:
+        """Let go of what the driver itself holds (the agent stops); ports stay."""
+        ...
