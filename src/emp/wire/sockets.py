@@ -49,8 +49,11 @@ def adopt(fd: int, *, field: str = "listen_fd") -> socket.socket:
 
 
 def _prompt(listening: socket.socket) -> socket.socket:
-    """Set TCP_NODELAY, which accepted connections inherit: asyncio sets it only on sockets that name their protocol, and
-    without it an answer's second segment waits for the client's delayed acknowledgement, 40 ms."""
+    """Set TCP_NODELAY, which accepted connections inherit.
+
+    asyncio sets it only on sockets that name their protocol. Without it an answer's second segment waits for the
+    client's delayed acknowledgement: 40 ms.
+    """
     if listening.family in (socket.AF_INET, socket.AF_INET6):
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
