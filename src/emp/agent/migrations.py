@@ -92,7 +92,7 @@ class Migrations:
         entry = Entry(spec=order.spec, volumes=order.volumes)
         self._residents.shelf.put(entry)
         state = Target(name, order.migration, order.source.node, secrets.token_hex(8), order.epoch)
-        role = self._target_role(state, entry)
+        role = self._target_role(state, entry, multifd_channels=order.multifd_channels)
         self._remember(role)
         role.start()
         return role
@@ -216,7 +216,9 @@ class Migrations:
 
     # -- roles
 
-    def _target_role(self, state: Target, entry: Entry, assembly: Assembly | None = None) -> TargetRole:
+    def _target_role(
+        self, state: Target, entry: Entry, assembly: Assembly | None = None, multifd_channels: int = 2
+    ) -> TargetRole:
         return TargetRole(
             state,
             entry,
@@ -226,6 +228,7 @@ class Migrations:
             qemu_name=qemu_name,
             on_end=self._target_ended,
             assembly=assembly,
+            multifd_channels=multifd_channels,
         )
 
     def _source_role(self, state: Source, order: HandoverOrder | None, peer: Peer) -> SourceRole:

@@ -42,6 +42,7 @@ class TargetRole(Role[Target]):
         qemu_name: Callable[[str], str],
         on_end: Callable[[TargetRole], Awaitable[None]],
         assembly: Assembly | None = None,
+        multifd_channels: int = 2,
     ) -> None:
         super().__init__(state, step, journal, {})
         self.entry = entry
@@ -49,6 +50,7 @@ class TargetRole(Role[Target]):
         self._assembler = assembler
         self._stream_host = stream_host
         self._stream_port: int | None = None
+        self._multifd_channels = multifd_channels
         self._qemu_name = qemu_name
         self._on_end = on_end
         self._peer = PeerLink(self.feed)
@@ -145,7 +147,9 @@ class TargetRole(Role[Target]):
         self.spawn(self._follow_machine(assembly, assembly.machine.events()))
         try:
             self._stream_port = await assembly.machine.listen_for_stream(
-                host=self._stream_host, source=self._qemu_name(self.state.source)
+                host=self._stream_host,
+                source=self._qemu_name(self.state.source),
+                multifd_channels=self._multifd_channels,
             )
         except EmpError as error:
             self.feed(events.MachineFailed(str(error)))

@@ -68,6 +68,7 @@ class Steps:
             epoch=live.epoch_target,
             source=self._peer(live.source),
             volumes=self._grants,
+            multifd_channels=live.policy.multifd_channels,
         )
         self._tally.prepared(await _tries(lambda: self.agent(Role.TARGET).prepare(order)))
         await self.save()  # the nonce is on disk before the source may act on it: a restart must know
