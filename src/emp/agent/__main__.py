@@ -14,7 +14,7 @@ from emp.model.errors import EmpError
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="emp agent", description="The daemon of one bare-metal node.")
-    parser.add_argument("--config", type=Path, required=True, help="JSON file, see docs/agent.md")
+    parser.add_argument("--config", type=Path, required=True, help="JSON file, see docs/daemons.md")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
