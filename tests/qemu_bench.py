@@ -13,14 +13,15 @@ import base64
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
 from emp.host.tap import open_tap
 from emp.hypervisor.base import LaunchPlan, Machine, MachineEvent, MachineEventKind, StreamLimits, StreamStatus
-from emp.hypervisor.qemu import QemuHypervisor
+from emp.hypervisor.qemu import QemuHypervisor, QemuMachine
 from emp.model.evm import EvmSpec, Nic
 from emp.wire.pki import CertificateAuthority, Role
 
@@ -200,6 +201,18 @@ class Bench:
         self._taps += taps
         return LaunchPlan(spec, self.kernel, self.initrd, "", taps, (), incoming)
 
+    async def booted(self, name: str = "one") -> QemuMachine:
+        """Return a machine on the left whose guest has answered."""
+        machine = await self.left.hypervisor.launch(self.plan(await self.spec(name)))
+        async with console(machine) as guest:
+            assert await guest.read() == "R"
+        return machine
+
+    async def pair(self) -> tuple[QemuMachine, QemuMachine]:
+        """Return a booted machine on the left, and one on the right that waits for it."""
+        source = await self.booted()
+        return source, await self.right.hypervisor.launch(self.plan(self.specs["one"], incoming=True))
+
     async def close(self) -> None:
         for node in self.nodes.values():
             for name, process in (await node.hypervisor.found()).items():
@@ -210,11 +223,24 @@ class Bench:
 
 @contextlib.asynccontextmanager
 async def bench(directory: Path) -> AsyncIterator[Bench]:
+    """A bench; its nodes must be left as clean as they were."""
     made = Bench(directory)
     try:
         yield made
     finally:
         await made.close()
+    assert leftovers(*made.nodes.values()) == []
+
+
+@contextlib.contextmanager
+def frozen(machine: Machine) -> Iterator[None]:
+    """The process exists and does nothing."""
+    os.kill(machine.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(machine.process.pid, signal.SIGCONT)
 
 
 async def start_stream(

@@ -38,26 +38,9 @@ async def nodes(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         yield made
 
 
-async def booted(nodes: Bench) -> Machine:
-    """Return a machine on the left whose guest has answered."""
-    machine = await nodes.left.hypervisor.launch(nodes.plan(await nodes.spec()))
-    async with console(machine) as guest:
-        assert await guest.read() == "R"
-    return machine
-
-
-async def pair(nodes: Bench) -> tuple[Machine, Machine]:
-    """Return a booted machine on the left and one on the right that waits for it."""
-    spec = await nodes.spec()
-    source = await nodes.left.hypervisor.launch(nodes.plan(spec))
-    async with console(source) as guest:
-        assert await guest.read() == "R"
-    return source, await nodes.right.hypervisor.launch(nodes.plan(spec, incoming=True))
-
-
 async def at_switchover(nodes: Bench) -> tuple[Machine, Machine]:
     """Return both with the source held in pre-switchover."""
-    source, target = await pair(nodes)
+    source, target = await nodes.pair()
     events = source.events()
     await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
     await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))
@@ -81,7 +64,7 @@ async def counts_on(machine: Machine, count: str) -> None:
 
 class TestLaunch:
     async def test_boots_the_guest(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         assert machine.name == "one"
         assert await machine.run_state() is RunState.RUNNING
         assert (await machine.stream_info()).status is StreamStatus.NONE
@@ -89,7 +72,7 @@ class TestLaunch:
         await machine.kill()
 
     async def test_refuses_a_second_machine_of_the_same_name(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         with pytest.raises(Conflict):
             await nodes.left.hypervisor.launch(nodes.plan(await nodes.spec()))
         await counts_on(machine, "0")
@@ -110,7 +93,7 @@ class TestLaunch:
 
 class TestRunning:
     async def test_tells_every_listener_of_stop_and_resume_in_order(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         listeners = machine.events(), machine.events()
         await machine.stop()
         assert await machine.run_state() is RunState.PAUSED
@@ -123,7 +106,7 @@ class TestRunning:
         await machine.kill()
 
     async def test_events_begin_with_the_call(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         await machine.stop()
         late = machine.events()
         await machine.cont()
@@ -131,7 +114,7 @@ class TestRunning:
         await machine.kill()
 
     async def test_a_guest_that_shuts_down_stays_to_be_looked_at(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         events = machine.events()
         await machine.power_button()
         await until(events, is_kind(KIND.GUEST_SHUTDOWN))
@@ -140,7 +123,7 @@ class TestRunning:
         await machine.kill()
 
     async def test_a_guest_that_reboots_goes_on_in_the_same_machine(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         events = machine.events()
         async with console(machine) as guest:
             await guest.say("r")
@@ -150,7 +133,7 @@ class TestRunning:
         await machine.kill()
 
     async def test_a_guest_that_panics_is_paused(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         events = machine.events()
         async with console(machine) as guest:
             await guest.say("p")
@@ -160,7 +143,7 @@ class TestRunning:
         await machine.kill()
 
     async def test_gives_copies_of_its_taps(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         taps = await machine.tap_fds()
         for tap in taps:
             assert tap_interface(tap) in nodes.tap_names
@@ -171,7 +154,7 @@ class TestRunning:
 
 class TestEnd:
     async def test_gone_comes_last_for_every_listener_early_and_late(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         early = machine.events()
         await machine.stop()
         os.kill(machine.process.pid, signal.SIGKILL)
@@ -184,17 +167,18 @@ class TestEnd:
         await machine.kill()
 
     async def test_kill_ends_it_and_may_be_repeated(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         await machine.kill()
         await machine.kill()
         assert await nodes.left.hypervisor.found() == {}
-        again = await booted(nodes)
+        again = await nodes.booted()
         await machine.kill()  # of the first one: not of the second
+        assert await nodes.left.hypervisor.found() == {"one": again.process}
         assert await again.run_state() is RunState.RUNNING
         await again.kill()
 
     async def test_a_dead_one_is_not_found(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         gone = machine.events()
         os.kill(machine.process.pid, signal.SIGKILL)
         await until(gone, is_kind(KIND.GONE))
@@ -203,7 +187,7 @@ class TestEnd:
 
 class TestAdoption:
     async def test_the_guest_does_not_notice(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         spec = nodes.specs["one"]
         await machine.close()
         await counts_on(machine, "0")
@@ -220,7 +204,7 @@ class TestAdoption:
         await adopted.kill()
 
     async def test_only_the_very_process_and_evm(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         other_evm = await nodes.spec()
         with pytest.raises(HypervisorError):
             await nodes.left.hypervisor.adopt(other_evm, machine.process)
@@ -232,14 +216,14 @@ class TestAdoption:
         await machine.kill()
 
     async def test_a_stranger_can_be_killed(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         await machine.close()
         await nodes.left.hypervisor.kill_stranger("one", machine.process)
         await nodes.left.hypervisor.kill_stranger("one", machine.process)
         assert await nodes.left.hypervisor.found() == {}
 
     async def test_closed_means_no_more_events(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         events = machine.events()
         await machine.close()
         assert [event async for event in events] == []
@@ -248,7 +232,7 @@ class TestAdoption:
 
 class TestMigration:
     async def test_moves_the_guest(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         await counts_on(source, "0")
         sent, loaded = source.events(), target.events()
         await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
@@ -315,7 +299,7 @@ class TestMigration:
         await machine.kill()
 
     async def test_with_as_many_channels_as_agreed(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         sent, loaded = source.events(), target.events()
         port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity, multifd_channels=4)
         limits = StreamLimits(multifd_channels=4)
@@ -327,7 +311,7 @@ class TestMigration:
         await target.kill()
 
     async def test_a_waiting_target_cannot_be_started(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         with pytest.raises(HypervisorError):
             await target.cont()
         sent, loaded = source.events(), target.events()
@@ -342,7 +326,7 @@ class TestMigration:
         await target.kill()
 
     async def test_cancel_in_precopy_leaves_the_guest_running(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         async with console(source) as guest:
             assert await guest.ask("d") == "0"  # dirties memory faster than this limit lets it be sent
             events = source.events()
@@ -389,13 +373,13 @@ class TestMigration:
         await source.kill()
 
     async def test_nothing_to_cancel_is_no_error(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         await machine.cancel_stream()
         await counts_on(machine, "0")
         await machine.kill()
 
     async def test_limits_can_be_changed_on_the_way(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         async with console(source) as guest:
             assert await guest.ask("d") == "0"
         events = source.events()
@@ -412,7 +396,7 @@ class TestMigration:
 
     @pytest.mark.parametrize("died", ["before", "at the switchover"])
     async def test_a_target_that_dies_costs_nothing(self, nodes: Bench, died: str) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         events = source.events()
         if died == "before":
             port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity)
@@ -436,12 +420,13 @@ class TestMigration:
         events = target.events()
         await source.kill()
         await until(events, is_stream(StreamStatus.FAILED))
+        assert (await target.stream_info()).error
         with pytest.raises(HypervisorError):
             await target.cont()
         await target.kill()
 
     async def test_the_target_hears_only_the_named_source(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         stranger_node = nodes.node("stranger")
         stranger = await stranger_node.hypervisor.launch(nodes.plan(nodes.specs["one"]))
         strange, sent, loaded = stranger.events(), source.events(), target.events()
@@ -462,7 +447,7 @@ class TestMigration:
             await machine.kill()
 
     async def test_the_source_speaks_only_to_the_named_target(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
+        source, target = await nodes.pair()
         events = source.events()
         port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity)
         await source.send_stream(host=LOOPBACK, port=port, target="agent-somebody-else", limits=StreamLimits())
@@ -473,7 +458,7 @@ class TestMigration:
         await target.kill()
 
     async def test_a_stream_of_another_evm_is_refused(self, nodes: Bench) -> None:
-        source = await booted(nodes)
+        source = await nodes.booted()
         target = await nodes.right.hypervisor.launch(nodes.plan(await nodes.spec(), incoming=True))
         events = source.events()
         await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
@@ -481,6 +466,7 @@ class TestMigration:
         if came[-1].stream is StreamStatus.PRE_SWITCHOVER:  # it is small: all of it may be on its way by then
             await source.continue_stream()
             await until(events, is_stream(StreamStatus.FAILED))
+        assert "uuid" in str((await target.stream_info()).error).lower()
         assert await source.run_state() is RunState.RUNNING
         await source.kill()
         await target.kill()

@@ -12,34 +12,24 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emp.host.run import run
 from emp.hypervisor.base import (
-    BlockDevice,
     Machine,
     MachineEventKind,
     MachineGone,
     ProcessId,
     RunState,
-    StreamLimits,
     StreamStatus,
 )
 from emp.hypervisor.qemu import QemuMachine
 from emp.hypervisor.qemu.qmp import QmpSession
-from emp.hypervisor.qemu.run_directory import DH_PARAMS
-from emp.lab.images import KERNEL_COMMAND_LINE, ensure_image
 from emp.model.errors import BadInput, Conflict, HypervisorError, OutcomeUnknown
-from emp.model.volume import NbdEndpoint
-from emp.wire.pki import CertificateAuthority, Role
-from tests.qemu_bench import LOOPBACK, Bench, bench, console, is_kind, is_stream, leftovers, start_stream, until
+from tests.qemu_bench import Bench, bench, console, frozen, is_kind, is_stream, leftovers, start_stream, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="machines can be started by root only")
 
@@ -50,33 +40,6 @@ KIND = MachineEventKind
 async def nodes(tmp_path: Path) -> AsyncIterator[Bench]:
     async with bench(tmp_path) as made:
         yield made
-        for node in made.nodes.values():
-            for name, process in (await node.hypervisor.found()).items():
-                await node.hypervisor.kill_stranger(name, process)
-        assert leftovers(*made.nodes.values()) == []
-
-
-async def booted(nodes: Bench, name: str = "one") -> QemuMachine:
-    machine = await nodes.left.hypervisor.launch(nodes.plan(await nodes.spec(name)))
-    async with console(machine) as guest:
-        assert await guest.read() == "R"
-    return machine
-
-
-async def pair(nodes: Bench) -> tuple[QemuMachine, QemuMachine]:
-    source = await booted(nodes)
-    return source, await nodes.right.hypervisor.launch(nodes.plan(nodes.specs["one"], incoming=True))
-
-
-@contextlib.contextmanager
-def frozen(machine: Machine) -> Iterator[None]:
-    """The process exists and does nothing."""
-    os.kill(machine.process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(machine.process.pid, signal.SIGCONT)
 
 
 def proc(machine: Machine, name: str) -> Path:
@@ -90,7 +53,7 @@ def status_of(machine: Machine) -> dict[str, str]:
 
 class TestPrivileges:
     async def test_none_is_left(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         status = status_of(machine)
         uids, gids = set(status["Uid"].split()), set(status["Gid"].split())
         assert uids == gids
@@ -111,7 +74,7 @@ class TestPrivileges:
         monkeypatch.setenv("EMP_TOKEN", "secret")
         with (nodes.directory / "secret").open("w") as ours:
             os.set_inheritable(ours.fileno(), True)
-            machine = await booted(nodes)
+            machine = await nodes.booted()
         assert b"secret" not in proc(machine, "environ").read_bytes()
         opened = [os.readlink(entry) for entry in proc(machine, "fd").iterdir()]  # noqa: PTH115 - some are no paths
         files = {path for path in opened if path.startswith("/")}
@@ -121,14 +84,14 @@ class TestPrivileges:
         await machine.kill()
 
     async def test_each_has_a_uid_of_its_own_also_beside_another_node_of_this_host(self, nodes: Bench) -> None:
-        machines = [await booted(nodes, "one"), await booted(nodes, "two")]
+        machines = [await nodes.booted("one"), await nodes.booted("two")]
         machines.append(await nodes.right.hypervisor.launch(nodes.plan(await nodes.spec("three"))))
         assert len({status_of(machine)["Uid"] for machine in machines}) == 3
         for machine in machines:
             await machine.kill()
 
     async def test_files_are_for_the_agent_and_keys_for_the_one_qemu(self, nodes: Bench) -> None:
-        machine, other = await booted(nodes, "one"), await booted(nodes, "two")
+        machine, other = await nodes.booted("one"), await nodes.booted("two")
         run = nodes.left.run_dir / "one"
         uid, other_uid = (int(status_of(each)["Uid"].split()[0]) for each in (machine, other))
         for path in (run, *run.rglob("*")):
@@ -156,7 +119,7 @@ class TestPrivileges:
             await each.kill()
 
     async def test_a_monitor_gives_no_shell(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         monitor = QmpSession(machine.guard_path, timeout_s=5)
         await monitor.open()
         target = nodes.directory / "made-by-qemu"
@@ -316,7 +279,7 @@ class TestAgentDeath:
     async def test_only_what_machines_left_is_cleared_away(self, nodes: Bench) -> None:
         beside = nodes.left.run_dir.parent / "journal"
         beside.mkdir(parents=True)
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         await machine.close()
         os.kill(machine.process.pid, signal.SIGKILL)
         await machine.kill()
@@ -324,7 +287,7 @@ class TestAgentDeath:
         assert beside.exists()
 
     async def test_a_torn_record_is_not_taken_for_a_machine(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         await machine.kill()
         (nodes.left.run_dir / "one").mkdir()
         (nodes.left.run_dir / "one" / "machine.json").write_text('{"name": "one"')
@@ -335,7 +298,7 @@ class TestAgentDeath:
 class TestSilence:
     async def test_a_frozen_qemu_makes_outcomes_unknown_until_it_wakes(self, nodes: Bench) -> None:
         nodes.node("left", timeout_s=0.3)
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         events = machine.events()
         await machine.stop()
         with frozen(machine):
@@ -349,7 +312,7 @@ class TestSilence:
 
     async def test_an_order_that_timed_out_may_still_be_carried_out(self, nodes: Bench) -> None:
         nodes.node("left", timeout_s=0.3)
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         events = machine.events()
         with frozen(machine), pytest.raises(OutcomeUnknown):
             await machine.stop()
@@ -359,7 +322,7 @@ class TestSilence:
 
     async def test_a_frozen_one_is_adopted_when_it_wakes(self, nodes: Bench) -> None:
         nodes.node("left", timeout_s=0.3)
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         await machine.close()
         with frozen(machine), pytest.raises((HypervisorError, OutcomeUnknown)):
             await nodes.left.hypervisor.adopt(nodes.specs["one"], machine.process)
@@ -370,7 +333,7 @@ class TestSilence:
 
     async def test_one_agent_at_a_time(self, nodes: Bench) -> None:
         nodes.node("left", timeout_s=0.3)
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         with pytest.raises(HypervisorError) as error:
             await nodes.left.hypervisor.adopt(nodes.specs["one"], machine.process)
         assert "another client" in error.value.message
@@ -378,13 +341,13 @@ class TestSilence:
         await machine.kill()
 
     async def test_a_frozen_one_can_be_killed(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         with frozen(machine):
             await machine.kill()
         assert await nodes.left.hypervisor.found() == {}
 
     async def test_a_monitor_lost_on_the_way_is_got_back_with_what_was_missed(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         events = machine.events()
         guard = QmpSession(machine.guard_path, timeout_s=5)
         await guard.open()
@@ -405,7 +368,7 @@ class TestSilence:
         caplog.set_level(logging.INFO)
         reported: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
-        machine = await booted(nodes)
+        machine = await nodes.booted()
         with frozen(machine):
             asked = [asyncio.create_task(call()) for call in (machine.run_state, machine.cont, machine.cancel_stream)]
             await asyncio.sleep(0.05)
@@ -415,6 +378,32 @@ class TestSilence:
         await machine.kill()
         assert reported == []
         assert caplog.records == []
+
+    async def test_what_it_said_before_its_end_comes_before_its_end(self, nodes: Bench) -> None:
+        machine = await nodes.booted()
+        events = machine.events()
+        # While this holds up the event loop, the machine says its last words and dies.
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.connect(str(machine.guard_path))
+            with monitor.makefile("rw") as talk:
+                talk.readline()
+                for command in ("qmp_capabilities", "stop"):
+                    talk.write(json.dumps({"execute": command, "id": command}))
+                    talk.flush()
+                    while command not in json.loads(talk.readline()).get("id", ""):
+                        pass
+        os.kill(machine.process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, machine.process.pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 - see above
+        assert [event.kind async for event in events] == [KIND.STOPPED, KIND.GONE]
+        await machine.kill()
+
+    async def test_the_end_of_one_that_crashed_says_how(self, nodes: Bench) -> None:
+        machine = await nodes.booted()
+        events = machine.events()
+        os.kill(machine.process.pid, signal.SIGSEGV)
+        (gone,) = [event async for event in events]
+        assert "SIGSEGV" in str(gone.detail)
+        await machine.kill()
 
 
 def our_connections_to(path: Path) -> list[socket.socket]:
@@ -430,253 +419,3 @@ def our_connections_to(path: Path) -> list[socket.socket]:
                         continue
                 link.close()
     return found
-
-
-class TestMigration:
-    async def test_a_hung_target_in_the_device_phase_is_left_behind_by_yank(self, nodes: Bench) -> None:
-        for name in ("left", "right"):
-            nodes.node(name, timeout_s=1.0)
-        source, target = await pair(nodes)
-        async with console(source) as guest:
-            assert await guest.ask("d") == "0"
-        events = source.events()
-        everything_at_once = StreamLimits(downtime_limit_ms=60_000)
-        await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity, limits=everything_at_once)
-        await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))
-        assert (await source.stream_info()).remaining_bytes > 32 << 20
-        with frozen(target):
-            await source.continue_stream()
-            await until(events, is_stream(StreamStatus.DEVICE))
-            with pytest.raises(OutcomeUnknown):
-                async with asyncio.timeout(10):
-                    while True:  # once the socket is full, QEMU waits in write() with its big lock held
-                        await source.run_state()
-            began = time.monotonic()
-            await source.cancel_stream()
-            await until(events, is_kind(KIND.RESUMED))
-            assert time.monotonic() - began < 0.5
-            assert await source.run_state() is RunState.RUNNING
-        assert await target.run_state() is RunState.INMIGRATE
-        for machine in (source, target):
-            await machine.kill()
-
-    async def test_garbage_at_the_port_does_not_cost_the_migration(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
-        port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity)
-        for garbage in (b"", b"GET / HTTP/1.0\r\n\r\n" * 10, b"\x16\x03\x01\xff\xff" + bytes(200), bytes(5000)):
-            with socket.create_connection((LOOPBACK, port)) as visitor:
-                visitor.sendall(garbage)
-        events, loaded = source.events(), target.events()
-        await source.send_stream(host=LOOPBACK, port=port, target=nodes.right.identity, limits=StreamLimits())
-        await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))
-        await source.continue_stream()
-        await until(loaded, is_stream(StreamStatus.COMPLETED))
-        await until(events, is_stream(StreamStatus.COMPLETED))
-        await target.cont()
-        for machine in (source, target):
-            await machine.kill()
-
-    async def test_a_silent_visitor_makes_the_target_deaf_until_it_leaves(self, nodes: Bench) -> None:
-        """Not what we want, but what QEMU does: the port must be open to the peer alone."""
-        nodes.node("right", timeout_s=0.5)
-        source, target = await pair(nodes)
-        port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity)
-        with socket.create_connection((LOOPBACK, port)), pytest.raises(OutcomeUnknown):
-            async with asyncio.timeout(10):
-                while True:
-                    await target.run_state()
-        assert await target.run_state() is RunState.INMIGRATE
-        for machine in (source, target):
-            await machine.kill()
-
-    @pytest.mark.parametrize("wrong", ["left", "right"])
-    @pytest.mark.parametrize("how", ["another CA", "expired"])
-    async def test_a_certificate_that_is_not_of_the_pool_is_refused(self, nodes: Bench, wrong: str, how: str) -> None:
-        node = nodes.node(wrong)
-        if how == "another CA":
-            stranger = CertificateAuthority.create(nodes.directory / "other", "bench")
-            stranger.issue(Role.AGENT, wrong, [LOOPBACK]).write(node.credentials_dir)
-        else:
-            past = datetime.now(UTC) - timedelta(days=3)
-            nodes.authority.issue(Role.AGENT, wrong, [LOOPBACK], now=past, life=timedelta(days=1)).write(
-                node.credentials_dir
-            )
-        source, target = await pair(nodes)
-        events = source.events()
-        try:
-            await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
-        except HypervisorError:
-            assert how == "expired"  # QEMU does not even load it
-        else:
-            await until(events, is_stream(StreamStatus.FAILED))
-        assert await source.run_state() is RunState.RUNNING
-        assert await target.run_state() is RunState.INMIGRATE
-        for machine in (source, target):
-            await machine.kill()
-
-    async def test_a_certificate_renewed_since_the_machine_started_is_the_one_used(self, nodes: Bench) -> None:
-        stranger = CertificateAuthority.create(nodes.directory / "other", "bench")
-        for name in ("left", "right"):
-            stranger.issue(Role.AGENT, name, [LOOPBACK]).write(nodes.node(name).credentials_dir)
-        source, target = await pair(nodes)
-        for name in ("left", "right"):
-            nodes.authority.issue(Role.AGENT, name, [LOOPBACK]).write(nodes.node(name).credentials_dir)
-        nodes.authority.issue(Role.AGENT, "left", [LOOPBACK]).write(nodes.left.credentials_dir)
-        events = source.events()
-        await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
-        await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))
-        for machine in (source, target):
-            await machine.kill()
-
-    async def test_nothing_leaves_a_loaded_target_before_it_runs(self, nodes: Bench) -> None:
-        source, target = await pair(nodes)
-        tap = nodes.tap_names[-1]
-        await run("ip", "link", "set", tap, "up")
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as wire:
-            wire.bind((tap, 0))
-            wire.setblocking(False)
-            loaded, events = target.events(), source.events()
-            await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
-            await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))
-            await source.continue_stream()
-            await until(loaded, is_stream(StreamStatus.COMPLETED))
-            # QEMU announces the guest's MAC (RARP) at once and again every 50 ms or so: into its queue
-            await asyncio.sleep(0.3)
-            assert guest_frames(wire, nodes) == []
-            await target.cont()
-            assert "8035" in guest_frames(wire, nodes)
-        for machine in (source, target):
-            await machine.kill()
-
-    async def test_the_end_of_one_that_crashed_says_how(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
-        events = machine.events()
-        os.kill(machine.process.pid, signal.SIGSEGV)
-        (gone,) = [event async for event in events]
-        assert "SIGSEGV" in str(gone.detail)
-        await machine.kill()
-
-    async def test_questions_in_the_blackout_are_answered_in_about_a_millisecond(self, nodes: Bench) -> None:
-        machine = await booted(nodes)
-        took_ms = []
-        for _ in range(50):
-            began = time.perf_counter()
-            await machine.run_state()
-            took_ms.append((time.perf_counter() - began) * 1000)
-        assert sorted(took_ms)[len(took_ms) // 2] < 5  # 0.4 on a quiet machine
-        await machine.kill()
-
-
-def guest_frames(wire: socket.socket, nodes: Bench) -> list[str]:
-    """Return the types of the frames that came from the guest's MAC."""
-    guest = bytes.fromhex(nodes.specs["one"].nics[0].mac.replace(":", ""))
-    found = []
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            frame = wire.recv(2048)
-            if frame[6:12] == guest:
-                found.append(frame[12:14].hex())
-    return found
-
-
-@pytest.fixture
-def volume_server(nodes: Bench) -> Iterator[BlockDevice]:
-    """One volume on an NBD server under TLS, open to both nodes at once."""
-    nodes.authority.issue(Role.CONTROLLER, "volumes", [LOOPBACK]).write(nodes.directory / "server")
-    (nodes.directory / "server" / "dh-params.pem").write_bytes(DH_PARAMS)
-    image = nodes.directory / "image"
-    with image.open("wb") as file:
-        file.truncate(16 << 20)
-    with socket.socket() as chosen:
-        chosen.bind((LOOPBACK, 0))
-        port = chosen.getsockname()[1]
-    creds = f"tls-creds-x509,id=tls,endpoint=server,dir={nodes.directory / 'server'},verify-peer=yes"
-    argv = ["qemu-nbd", "--format=raw", "--export-name=vol-1", f"--bind={LOOPBACK}", f"--port={port}", "--shared=8"]
-    argv += ["--persistent", "--object", creds, "--tls-creds=tls", f"--pid-file={nodes.directory / 'nbd.pid'}"]
-    server = subprocess.Popen([*argv, str(image)], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 10
-    while not (nodes.directory / "nbd.pid").exists():
-        assert server.poll() is None, "qemu-nbd did not start"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    endpoint = NbdEndpoint(host=LOOPBACK, port=port, export="vol-1", tls_hostname="controller-volumes")
-    yield BlockDevice(volume="vol-1", serial="vol-1", size_bytes=16 << 20, endpoint=endpoint)
-    server.kill()
-    server.wait()
-
-
-class TestVolumes:
-    async def test_both_ends_have_the_volume_open_through_a_migration(
-        self, nodes: Bench, volume_server: BlockDevice
-    ) -> None:
-        spec = await nodes.spec(volumes=("vol-1",))
-        source = await nodes.left.hypervisor.launch(replace(nodes.plan(spec), volumes=(volume_server,)))
-        target = await nodes.right.hypervisor.launch(replace(nodes.plan(spec, incoming=True), volumes=(volume_server,)))
-        guard = QmpSession(target.guard_path, timeout_s=5)
-        await guard.open()
-        (disk,) = await guard.execute("query-block")
-        assert disk["inserted"]["image"]["virtual-size"] == volume_server.size_bytes
-        path = {"path": "/machine/peripheral/disk0", "property": "serial"}
-        assert await guard.execute("qom-get", path) == "vol-1"
-        events, loaded = source.events(), target.events()
-        await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
-        await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))
-        await source.continue_stream()
-        await until(loaded, is_stream(StreamStatus.COMPLETED))
-        await until(events, is_stream(StreamStatus.COMPLETED))
-        await target.cont()
-        assert await target.run_state() is RunState.RUNNING
-        await guard.close()
-        for machine in (source, target):
-            await machine.kill()
-
-    @pytest.mark.parametrize("wrong", ["export", "tls_hostname", "size_bytes"])
-    async def test_a_volume_that_is_not_as_told_stops_the_launch(
-        self, nodes: Bench, volume_server: BlockDevice, wrong: str
-    ) -> None:
-        if wrong == "size_bytes":
-            device = replace(volume_server, size_bytes=32 << 20)
-        else:
-            device = replace(volume_server, endpoint=volume_server.endpoint.model_copy(update={wrong: "other"}))
-        spec = await nodes.spec(volumes=("vol-1",))
-        with pytest.raises(HypervisorError) as error:
-            await nodes.left.hypervisor.launch(replace(nodes.plan(spec), volumes=(device,)))
-        assert "blockdev" in error.value.message
-        assert leftovers(nodes.left) == []
-
-
-class TestLinux:
-    async def test_boots_from_its_config_migrates_and_shuts_down_in_order(self, nodes: Bench) -> None:
-        """After a migration, a guest with drivers resets its devices: QEMU has died of that."""
-        image = await asyncio.to_thread(ensure_image)
-        spec = await nodes.spec("linux", memory_bytes=256 << 20, vcpus=2)
-        linux = {"kernel": image.kernel, "initrd": image.initrd, "kernel_command_line": KERNEL_COMMAND_LINE}
-        source = await nodes.left.hypervisor.launch(replace(nodes.plan(spec), **linux))  # type: ignore[arg-type]
-        await prompt(source, "linux:/# ")
-        incoming = replace(nodes.plan(spec, incoming=True), **linux)  # type: ignore[arg-type]
-        target = await nodes.right.hypervisor.launch(incoming)
-        sent, loaded = source.events(), target.events()
-        await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
-        await until(sent, is_stream(StreamStatus.PRE_SWITCHOVER))
-        await source.continue_stream()
-        await until(sent, is_stream(StreamStatus.COMPLETED))
-        await until(loaded, is_stream(StreamStatus.COMPLETED))
-        await target.cont()
-        await source.kill()
-        await prompt(target, "linux:/# ")
-        await target.power_button()
-        await until(loaded, is_kind(KIND.GUEST_SHUTDOWN))
-        assert await target.run_state() is RunState.SHUTDOWN
-        await target.kill()
-
-
-async def prompt(machine: Machine, text: str) -> None:
-    """Wait until the guest's shell asks for a command."""
-    reader, writer = await asyncio.open_unix_connection(str(machine.console_path))
-    writer.write(b"\n")
-    try:
-        async with asyncio.timeout(60):
-            await reader.readuntil(text.encode())
-    finally:
-        writer.close()
-        await writer.wait_closed()

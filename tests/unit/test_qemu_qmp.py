@@ -213,9 +213,9 @@ async def test_the_reply_to_a_dead_client_is_not_taken_for_ours(tmp_path: Path) 
 
     async def confused(connection: Connection) -> None:
         await connection.negotiate()
+        command = await connection.receive()
         await connection.send({"return": {"status": "stale"}, "id": first_ids[0]})
         await connection.send({"error": {"class": "GenericError", "desc": "stale"}, "id": first_ids[0]})
-        command = await connection.receive()
         await connection.send({"return": "fresh", "id": command["id"]})
         await connection.receive()
 
