@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from emp.model.evm import EvmState
-from tests.unit.test_cli_pool import WEB, Controller, at_terminal, serving, start_emp, wait_for
+from tests.unit.test_cli_canned import WEB
+from tests.unit.test_cli_pool import Controller, serving
+from tests.unit.test_cli_run import at_terminal, ended, start_emp, wait_for
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def test_between_pipes_input_is_sent_and_output_printed(pool: Controller) -> Non
     pool.print(b"# bye\r\n")
     read_until(process, "# bye")
     pool.stop_evm()
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out.strip()) == (0, "")
+    code, out, err = ended(process)
+    assert (code, out.strip()) == (0, "")
     assert err == "[EVM web is stopped: it has no console]\n"
 
 
@@ -75,8 +77,8 @@ def test_it_comes_back_after_a_restart_of_the_controller(pool: Controller) -> No
     pool.print(b"two ")
     read_until(process, "one two ")
     pool.stop_evm()
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 0
+    code, _, err = ended(process)
+    assert code == 0
     assert "trying again" in err and "attached again" in err
 
 
@@ -103,9 +105,8 @@ def test_at_a_terminal_every_key_goes_to_the_guest_but_one(pool: Controller) -> 
 
 def test_a_terminal_is_left_as_it_was_when_it_is_told_to_end(pool: Controller) -> None:
     with at_terminal("evm", "console", "web") as terminal:
-        before = terminal.modes()
         terminal.wait_for("attached to web")
-        wait_for(lambda: terminal.modes() != before, "the raw mode")
+        assert terminal.modes() != terminal.modes_before
         terminal.send_signal(signal.SIGTERM)
         assert terminal.end() == 143
-        assert terminal.modes() == before
+        assert terminal.modes() == terminal.modes_before

@@ -13,7 +13,8 @@ import pytest
 from emp.model import errors
 from emp.model.errors import EmpError
 from emp.wire.secret import Secret
-from tests.unit.test_cli_pool import POOL, Controller, Emp, in_process, serving
+from tests.unit.test_cli_pool import Controller, serving
+from tests.unit.test_cli_run import POOL, Emp, in_process
 
 EXIT_CODES = {
     "EmpError": 1, "BadInput": 2, "NotFound": 3, "Conflict": 4, "AlreadyExists": 4, "StaleEpoch": 4, "Refused": 5,
@@ -75,6 +76,8 @@ def test_several_problems_are_all_told(pool: Controller, emp: Emp) -> None:
         ("migration show ../m", ["field: "]),
         ("volume show a/b", ["field: volume"]),
         ("volume create 1GiB", ["'1GiB' is not a type and a size", "like io2:1GiB"]),
+        ("volume create io2:12Q", ["'12Q' is not a size", "field: size", "512MiB"]),
+        ("evm create web --memory 12Q", ["'12Q' is not a size", "field: memory", "512MiB"]),
         ("migrate web --deadline soon", ["'soon' is not a duration", "field: deadline", "90s"]),
         ("migrate web --max-bandwidth 12Q", ["'12Q' is not a size", "field: max-bandwidth"]),
         ("migrate web --max-blackout -5", ["is not a duration"]),

@@ -11,20 +11,9 @@ import pytest
 
 from emp.model.errors import Refused
 from emp.model.migration import Check
-from tests.unit.test_cli_pool import (
-    ABORTED,
-    COMPLETED,
-    ID,
-    N1,
-    PLAN,
-    POOL,
-    VOL,
-    WEB,
-    Controller,
-    Emp,
-    in_process,
-    serving,
-)
+from tests.unit.test_cli_canned import ABORTED, COMPLETED, ID, N1, PLAN, VOL, WEB
+from tests.unit.test_cli_pool import Controller, serving
+from tests.unit.test_cli_run import POOL, Emp, in_process
 
 
 @pytest.fixture
@@ -95,7 +84,7 @@ def test_create_asks_for_what_was_said(pool: Controller, emp: Emp) -> None:
         (
             "POST /v1/evms",
             {
-                "name": "web", "memory_bytes": "2GiB", "vcpus": 2, "node": "n1", "pods": ["shop", "db=10.77.3.4"],
+                "name": "web", "memory_bytes": 2 << 30, "vcpus": 2, "node": "n1", "pods": ["shop", "db=10.77.3.4"],
                 "nics": 3, "volumes": ["io2:1GiB", "vol-7"], "restart": "always", "cpu_model": "EPYC",
                 "image": "debian",
             },

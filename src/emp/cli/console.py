@@ -40,10 +40,10 @@ def attach(session: Session, name: str, *, for_s: float | None, as_json: bool) -
     is_terminal = os.isatty(STDIN)
     with session.client() as reader, session.client() as typist:
         output = _Output(reader, name, as_json=as_json)
-        if is_terminal:
-            _say(f"attached to {name}; Ctrl-] detaches")
-        output.start()
         with _raw(STDIN) if is_terminal else nullcontext():
+            if is_terminal:
+                _say(f"attached to {name}; Ctrl-] detaches")
+            output.start()
             detached = _type(typist, name, output.over, until, is_terminal=is_terminal)
         if output.failure is not None:
             raise output.failure

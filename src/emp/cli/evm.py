@@ -43,6 +43,8 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make an EVM and boot it. --pod, --nic and --volume may be given several times."""
+    from emp.model.names import parse_size
+
     session: Session = ctx.obj
     for given in nic or ():
         if given != "auto":
@@ -50,7 +52,7 @@ def create(
             raise BadInput(f"{given[:40]!r}: the pool chooses the address of a NIC", field="nic", hint=hint)
     request = {
         "name": name,
-        "memory_bytes": memory,
+        "memory_bytes": parse_size(memory, field="memory"),
         "vcpus": vcpus,
         "image": image,
         "nics": 1 + len(nic or ()),

@@ -59,7 +59,8 @@ def seconds(value_s: float | None) -> str:
     if value_s is None:
         return "-"
     if value_s >= 120:
-        return f"{value_s // 60:.0f} min {value_s % 60:.0f} s"
+        minutes, rest_s = divmod(round(value_s), 60)
+        return f"{minutes} min {rest_s} s" if rest_s else f"{minutes} min"
     return f"{value_s:.3g} s" if value_s < 100 else f"{value_s:.0f} s"
 
 

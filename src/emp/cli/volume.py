@@ -25,12 +25,15 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a volume; an EVM gets it by emp evm create --volume ID."""
+    from emp.model.names import parse_size
+
     session: Session = ctx.obj
     kind, colon, amount = what.partition(":")
     if not colon:
         raise BadInput(f"{what[:40]!r} is not a type and a size", field="TYPE:SIZE", hint="like io2:1GiB")
+    size_bytes = parse_size(amount, field="size")
     with session.client() as client:
-        volume = client.volumes.create(amount, type=kind)
+        volume = client.volumes.create(size_bytes, type=kind)
     if as_json:
         print_json(volume)
     else:

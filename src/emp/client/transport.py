@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import select
-import socket
 import ssl
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
 
+from emp.client.connection import Connection, reason_of, trusting
 from emp.model.errors import (
     BadInput,
     Conflict,
@@ -33,7 +32,6 @@ from emp.model.errors import (
 if TYPE_CHECKING:
     from emp.client.context import Context
 
-CONNECT_S = 3.0
 TIMEOUT_S = 15.0
 FAILURES = (OSError, http.client.HTTPException)
 
@@ -58,9 +56,9 @@ class Transport:
             raise BadInput(f"{context.url[:80]!r} is not a https URL", field="url", hint="like https://10.0.0.5:7440")
         self.context = context
         self._address = (url.hostname, url.port or 443)
-        self._tls = _tls(context.ca_pem)
+        self._tls = trusting(context.ca_pem)
         self._headers = {"Authorization": f"Bearer {context.token.reveal()}"}
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
 
     @property
     def shown(self) -> str:
@@ -88,18 +86,18 @@ class Transport:
             call.connection.request(method, f"{path}?{urlencode(given)}" if given else path, body, sent_headers)
         return call
 
-    def _connected(self, call: Call) -> _Connection:
+    def _connected(self, call: Call) -> Connection:
         while self._idle:
             connection = self._idle.pop()
             if not select.select([connection.sock], [], [], 0)[0]:
                 return connection
             connection.close()  # by the other end, or it would be silent
-        connection = _Connection(*self._address, self._tls, self.context.server_name)
+        connection = Connection(*self._address, self._tls, self.context.server_name)
         with call:
             connection.connect()
         return connection
 
-    def keep(self, connection: _Connection) -> None:
+    def keep(self, connection: Connection) -> None:
         """Take back a connection whose answer has been read."""
         self._idle.append(connection)
 
@@ -116,7 +114,7 @@ class Call:
         self._method = method
         self._path = path
         self._timeout_s = timeout_s
-        self.connection: _Connection | None = None
+        self.connection: Connection | None = None
         self.sent = False
         """whether the first byte of the request may have left"""
 
@@ -192,9 +190,9 @@ class Call:
                 hint = "another daemon answers there, or one of another pool"
             else:
                 hint = "is it running (a lab: emp lab status)? Another pool: --context NAME"
-            reason = "no connection in time" if isinstance(error, TimeoutError) else _reason(error)
+            reason = "no connection in time" if isinstance(error, TimeoutError) else reason_of(error)
             return Unreachable(f"{who} cannot be reached: {reason}", hint=hint)
-        reason = f"no answer within {self._timeout_s:g} s" if isinstance(error, TimeoutError) else _reason(error)
+        reason = f"no answer within {self._timeout_s:g} s" if isinstance(error, TimeoutError) else reason_of(error)
         if self._is_question:
             return Unavailable(f"{who} did not answer {self._order}: {reason}")
         hint = "it may or may not have happened: read the state, then decide"
@@ -210,44 +208,3 @@ class Call:
         kind = _BY_STATUS.get(response.status, BadInput if 400 <= response.status < 500 else Internal)
         text = f"{self._transport.shown} answered {self._order} with {response.status} {response.reason}"
         return kind(text, status=response.status)
-
-
-class _Connection(http.client.HTTPConnection):
-    """Whatever the address is, the other end must show the certificate of ``server_name``."""
-
-    sock: socket.socket
-
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext, server_name: str) -> None:
-        super().__init__(host, port, timeout=CONNECT_S)
-        self._tls = tls
-        self._server_name = server_name
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name)
-
-
-def _tls(ca_pem: str) -> ssl.SSLContext:
-    """Return the same context as ``emp.wire.tls.public_client``: TLS 1.3, and this pool's CA alone."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.hostname_checks_common_name = False
-    try:
-        context.load_verify_locations(cadata=ca_pem)
-    except (ssl.SSLError, ValueError) as error:
-        raise BadInput(
-            f"cannot use the CA certificate: {error}", field="ca_pem", hint="make the context anew"
-        ) from error
-    return context
-
-
-def _reason(error: BaseException) -> str:
-    """Return the operating system's or TLS's own words."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return error.verify_message
-    if isinstance(error, ssl.SSLError | socket.gaierror) and error.strerror:
-        return error.strerror
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    return str(error) or type(error).__name__

@@ -1,0 +1,111 @@
+"""The paths of the controller's REST API, answered from what a test's ``Controller`` holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Header, Request, Response
+from fastapi.responses import StreamingResponse
+
+from emp.model.api import AbortRequest, Listing
+from emp.model.errors import Conflict, NotFound
+from emp.model.evm import EvmState
+from emp.model.migration import MigrationRequest
+from tests.unit.test_cli_canned import COPYING, VOL, WEB
+
+if TYPE_CHECKING:
+    from tests.unit.test_cli_pool import Controller
+
+
+def _get(held: dict[str, Any], name: str, field: str) -> Any:
+    if name not in held:
+        raise NotFound(f"no {field} {name!r}", field=field)
+    return held[name]
+
+
+def routes(pool: Controller) -> None:
+    """Put the REST API's paths into the app."""
+    app = pool.app
+
+    def listing(held: Any) -> Any:
+        return Listing[Any](items=tuple(held), revision=41)
+
+    @app.get("/v1/nodes")
+    def nodes() -> Any:
+        return listing(pool.nodes.values())
+
+    @app.get("/v1/nodes/{name}")
+    def node(name: str) -> Any:
+        return _get(pool.nodes, name, "node")
+
+    @app.post("/v1/nodes/{name}/{verb}")
+    def cordon(name: str, verb: str) -> Any:
+        pool.nodes[name] = _get(pool.nodes, name, "node").model_copy(update={"cordoned": verb == "cordon"})
+        return pool.nodes[name]
+
+    @app.get("/v1/evms")
+    def evms() -> Any:
+        return listing(pool.evms.values())
+
+    @app.get("/v1/evms/{name}")
+    @app.post("/v1/evms/{name}/start")
+    @app.post("/v1/evms/{name}/stop")
+    def evm(name: str) -> Any:
+        return _get(pool.evms, name, "evm")
+
+    @app.post("/v1/evms", status_code=201)
+    def create(request: dict[str, Any]) -> Any:
+        return WEB
+
+    @app.delete("/v1/evms/{name}", status_code=204)
+    def delete(name: str, grace_s: float = 5) -> None:
+        pool.told.append(("grace", grace_s))
+
+    @app.get("/v1/evms/{name}/console")
+    def read_console(name: str) -> Any:
+        if _get(pool.evms, name, "evm").state is not EvmState.RUNNING:
+            raise Conflict(f"EVM {name} is stopped: it has no console", field="evm")
+        return StreamingResponse(pool.output(), media_type="application/octet-stream")
+
+    @app.post("/v1/evms/{name}/console", status_code=204)
+    async def type_at_console(name: str, request: Request) -> None:
+        pool.typed += await request.body()
+
+    @app.post("/v1/evms/{name}/migrations", status_code=201)
+    def migrate(name: str, request: MigrationRequest, response: Response) -> Any:
+        _get(pool.evms, name, "evm")
+        return pool.plan.model_copy(update={"dry_run": request.dry_run, "policy": request.policy})
+
+    @app.get("/v1/migrations")
+    def migrations(evm: str | None = None) -> Any:
+        if evm is not None:
+            _get(pool.evms, evm, "evm")
+        return listing(m for m in pool.migrations.values() if evm in (None, m.evm))
+
+    @app.get("/v1/migrations/{name}")
+    def migration(name: str) -> Any:
+        return _get(pool.migrations, name, "migration")
+
+    @app.get("/v1/migrations/{name}/events")
+    def events(name: str, last_event_id: Annotated[str | None, Header()] = None) -> Any:
+        pool.resumed.append(last_event_id)
+        return StreamingResponse(pool.snapshots(int(last_event_id or 0)), media_type="text/event-stream")
+
+    @app.post("/v1/migrations/{name}/abort")
+    def abort(name: str, request: AbortRequest) -> Any:
+        return COPYING.model_copy(update={"abort_asked": request.reason})
+
+    @app.get("/v1/volumes")
+    def volumes() -> Any:
+        return listing(pool.volumes.values())
+
+    @app.get("/v1/volumes/{name}")
+    def volume(name: str) -> Any:
+        return _get(pool.volumes, name, "volume")
+
+    @app.post("/v1/volumes", status_code=201)
+    def create_volume(request: dict[str, Any]) -> Any:
+        return VOL
+
+    @app.delete("/v1/volumes/{name}", status_code=204)
+    def delete_volume(name: str) -> None: ...
