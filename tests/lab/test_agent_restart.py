@@ -1,0 +1,77 @@
+"""Agents that are killed and started again: their guests do not notice, and of no EVM there are ever two, or none."""
+
+from __future__ import annotations
+
+import contextlib
+
+from emp.lab.probing import Probing
+from emp.model.evm import EvmState
+from emp.model.migration import Outcome
+from tests.lab.conftest import Pool
+from tests.lab.pool import agent_away, subject, until
+from tests.lab.test_migration import check_back_on, check_stream
+
+PROBE_HZ = 100
+
+
+def test_an_agent_that_was_killed_adopts_its_evm(pool: Pool) -> None:
+    with subject(pool, node="n1", volumes=["io2:16MiB"]) as evm:
+        boot_id, qemus = evm.boot_id, evm.qemus()
+        with Probing(pool.files, {"evm": evm.guest().address}, rate_hz=PROBE_HZ) as probing:
+            with agent_away(pool, evm.client, "n1"):
+                assert evm.qemus() == qemus
+            evm.check_only_on("n1")
+            seen = probing.stop()
+        assert evm.qemus() == qemus
+        check_stream(seen, "evm", boot_id)
+        assert seen["targets"]["evm"]["udp"]["total"]["lost"] == 0
+        evm.shell()
+        evm.type("echo $((20 + 22))")
+        with contextlib.closing(evm.client.evms.console(evm.name)) as output:  # type: ignore[type-var]
+            shown = b""
+            while b"42" not in shown:
+                shown += next(output)
+        evm.migrate("n2")
+        evm.check_only_on("n2")
+        assert evm.boot_id == boot_id
+
+
+def test_an_evm_that_ended_while_its_agent_was_away_is_started_again(pool: Pool) -> None:
+    with subject(pool, node="n1") as evm:
+        boot_id = evm.boot_id
+        with agent_away(pool, evm.client, "n1"):
+            pool.kill("n1", f"qemu:{evm.name}")
+        assert evm.reboots(boot_id) != boot_id
+        evm.check_only_on("n1")
+
+
+def test_a_source_agent_killed_in_the_brownout_takes_the_evm_back(pool: Pool) -> None:
+    with subject(pool, node="n1", volumes=["io2:16MiB"]) as evm:
+        boot_id, pid = evm.boot_id, evm.qemus()["n1"]
+        with Probing(pool.files, {"evm": evm.guest().address}, rate_hz=PROBE_HZ) as probing:
+            slow = evm.begin_slow("n2")
+            with agent_away(pool, evm.client, "n1"):
+                assert evm.qemus().keys() == {"n1", "n2"}
+            ended = evm.end_of(slow)
+            assert (ended.outcome, ended.committed) == (Outcome.ABORTED, False)
+            check_back_on(evm, "n1", boot_id, pid)
+            evm.migrate("n2")
+            evm.check_only_on("n2")
+            seen = probing.stop()
+        check_stream(seen, "evm", boot_id)
+
+
+def test_a_target_agent_killed_in_the_brownout_leaves_the_evm_on_its_source(pool: Pool) -> None:
+    with subject(pool, node="n1", volumes=["io2:16MiB"]) as evm:
+        boot_id, pid = evm.boot_id, evm.qemus()["n1"]
+        with Probing(pool.files, {"evm": evm.guest().address}, rate_hz=PROBE_HZ) as probing:
+            slow = evm.begin_slow("n2")
+            with agent_away(pool, evm.client, "n2"):
+                until(lambda: evm.claims().get("n1") is EvmState.RUNNING, "the source is back alone, asking nobody")
+            ended = evm.end_of(slow)
+            assert (ended.outcome, ended.committed) == (Outcome.ABORTED, False)
+            check_back_on(evm, "n1", boot_id, pid)
+            evm.migrate("n2")
+            evm.check_only_on("n2")
+            seen = probing.stop()
+        check_stream(seen, "evm", boot_id)
