@@ -268,6 +268,7 @@ async def test_pre_flight_refuses_what_does_not_fit(pool: Pool) -> None:
 
 async def test_a_dry_run_shows_the_plan_and_does_nothing(pool: Pool) -> None:
     await pool.create("web", node="n1")
+    await pool.agents["n2"].stop_beating()  # so that its change is told once
     revision = (await pool.get("/healthz"))["revision"]
     plan = await migrate(pool, dry_run=True)
     assert (plan["dry_run"], plan["target"]) == (True, "n2")

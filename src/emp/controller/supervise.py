@@ -45,7 +45,6 @@ class Supervision:
         self._state = Supervisor()
         self._events: asyncio.Queue[supervisor.Event] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._lost: set[Role] = set()
 
     @property
     def live(self) -> Migration:
@@ -66,7 +65,6 @@ class Supervision:
     def node_down(self, node: Node) -> None:
         for role in Role:
             if self._steps.node_of(role) == node.name:
-                self._lost.add(role)
                 self._feed(supervisor.NodeLost(role))
 
     async def run(self, *, resumed: bool) -> None:
@@ -98,8 +96,7 @@ class Supervision:
             await self._save()
         self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))
         if self._state.phase is not before.phase:
-            for role in self._lost:
-                self._feed(supervisor.NodeLost(role))
+            self._feed_lost_nodes()
         if self._state.phase is Phase.FINISHING:  # also where the target ran before the source had answered its order
             self._spawn(f"watch {Role.SOURCE}", self._watch(Role.SOURCE))
 
@@ -123,6 +120,13 @@ class Supervision:
             case supervisor.Close(outcome, cause):
                 await self._steps.close(outcome, cause)
                 log.info("migration %s of %s: %s%s", self.id, self.live.evm, outcome, f" ({cause})" if cause else "")
+
+    def _feed_lost_nodes(self) -> None:
+        """Tell a phase that has just begun of nodes that were down before it."""
+        for role in Role:
+            node = self._tools.nodes.find(self._steps.node_of(role))
+            if node is None or not node.ready:
+                self._feed(supervisor.NodeLost(role))
 
     async def _save(self) -> None:
         try:
@@ -174,7 +178,6 @@ class Supervision:
             await asyncio.sleep(REWATCH_S)
 
     def _hear(self, status: RoleStatus) -> None:
-        self._lost.discard(status.role)
         self._tally.heard(status)
         self._feed(Says(status.role, status.phase, status.cause))
 
