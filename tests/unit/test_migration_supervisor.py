@@ -59,6 +59,13 @@ def test_there() -> None:
     assert state.phase is Phase.CLOSED
 
 
+def test_a_target_that_runs_before_the_source_has_answered_has_the_source_watched() -> None:
+    state, done = play(Begun(), Attached(), TargetPrepared(), Says(T, RolePhase.RUNNING))
+    assert done[-2:] == [RecordOwner(T), Watch(S)]
+    state, done = play(StepFailed("timeout", sure=False), Says(S, RolePhase.DONE), Detached(), state=state)
+    assert done == [Detach(S), Close(Outcome.COMPLETED, None)]
+
+
 def test_the_sources_done_is_enough_when_the_targets_word_is_late() -> None:
     _state, done = play(*HANDED, Says(S, RolePhase.DONE), Says(T, RolePhase.RUNNING), Detached())
     assert done[-3:] == [RecordOwner(T), Detach(S), Close(Outcome.COMPLETED, None)]

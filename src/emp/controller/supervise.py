@@ -97,8 +97,6 @@ class Supervision:
         self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))
         if self._state.phase is not before.phase:
             self._feed_lost_nodes()
-        if self._state.phase is Phase.FINISHING:  # also where the target ran before the source had answered its order
-            self._spawn(f"watch {Role.SOURCE}", self._watch(Role.SOURCE))
 
     async def _act(self, action: supervisor.Action) -> None:
         match action:

@@ -230,7 +230,9 @@ def _runs_on_target(state: Supervisor) -> tuple[Supervisor, tuple[Action, ...]]:
     if state.phase in (Phase.FINISHING, Phase.DETACHING):
         return state, ()
     finishing = replace(state, phase=Phase.FINISHING, outcome=Outcome.COMPLETED, cause=None)
-    return finishing, (RecordOwner(Role.TARGET),)
+    # Where the source's answer to the order is late or lost, nobody watches it yet.
+    watch = () if state.phase is Phase.WATCHING else (Watch(Role.SOURCE),)
+    return finishing, (RecordOwner(Role.TARGET), *watch)
 
 
 def _source_is_clear(state: Supervisor) -> tuple[Supervisor, tuple[Action, ...]]:

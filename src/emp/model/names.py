@@ -70,7 +70,9 @@ def check_ip(value: str, *, field: str = "address") -> str:
         raise BadInput(f"{value[:60]!r} is not an IP address", field=field, hint="like 10.77.1.5") from None
 
 
-def _size(value: str | int) -> int:
+def _size(value: object) -> int:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ValueError("a size is a whole number of bytes, or a text like 512MiB")
     try:
         return parse_size(value)
     except BadInput as error:
