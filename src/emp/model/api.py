@@ -37,9 +37,9 @@ with the error's body as its data.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from emp.model.base import Model
 from emp.model.evm import RestartPolicy
@@ -50,15 +50,6 @@ T = TypeVar("T")
 
 CREATE_MEMORY_BYTES = 512 << 20
 CREATE_IMAGE = "micro"
-
-
-def _text_or_whole_number(value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError("a size is a text such as 512MiB, or a whole number of bytes")
-    return value
-
-
-Size = Annotated[SizeBytes, BeforeValidator(_text_or_whole_number)]
 
 
 class Listing(Model, Generic[T]):
@@ -84,7 +75,7 @@ class EvmCreate(Model):
     """Body of ``POST /v1/evms``. What is not said is chosen: node, addresses, MACs, machine type, CPU model."""
 
     name: Name
-    memory_bytes: Size = CREATE_MEMORY_BYTES
+    memory_bytes: SizeBytes = CREATE_MEMORY_BYTES
     """bytes, or a text such as ``512MiB``"""
     vcpus: int = Field(default=1, ge=1, le=255)
     image: Name = CREATE_IMAGE
@@ -125,7 +116,7 @@ class VolumeCreate(Model):
     """Body of ``POST /v1/volumes``."""
 
     type: VolumeType = VolumeType.IO2
-    size_bytes: Size
+    size_bytes: SizeBytes
 
 
 class WatchEvent(Model):

@@ -72,7 +72,7 @@ def check_ip(value: str, *, field: str = "address") -> str:
 
 def _size(value: object) -> int:
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise ValueError("a size is a whole number of bytes, or a text like 512MiB")
+        raise ValueError("a size is a text such as 512MiB, or a whole number of bytes")
     try:
         return parse_size(value)
     except BadInput as error:
