@@ -41,7 +41,9 @@ Role = Annotated[str, typer.Argument(help="agent, controller, volumes, or qemu:E
 def _as_root() -> None:
     if "--help" not in sys.argv:
         become_root()
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _terminated)
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

@@ -43,11 +43,12 @@ def clear(files: LabFiles) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let neither Ctrl-C nor SIGTERM stop the block; they are forgotten."""
+    """Let neither Ctrl-C nor SIGTERM nor a lost terminal stop the block; they are forgotten."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals never come here
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ends}
     try:
         yield
     finally:
