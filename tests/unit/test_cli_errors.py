@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -154,6 +155,17 @@ def test_help_names_every_noun_and_imports_none(emp: Emp) -> None:
     for noun in ("evm", "migrate", "migration", "node", "volume", "lab", "agent", "controller"):
         assert f"│ {noun} " in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_shell_completes_nouns_and_verbs() -> None:
+    def complete(words: str, number: int) -> list[str]:
+        asked = {"_EMP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+        command = [sys.executable, "-c", "import sys; sys.argv[0] = 'emp'; from emp.cli.main import main; main()"]
+        done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
+        return done.stdout.split()
+
+    assert complete("emp mig", 1) == ["migrate", "migration"]
+    assert "console" in complete("emp evm ", 2)
 
 
 @pytest.mark.parametrize("daemon", ["agent", "controller"])

@@ -56,6 +56,29 @@ def test_ctrl_c_with_json_is_json(pool: Controller) -> None:
     assert json.loads(err)["details"] == {"evm": "web", "migration": ID}
 
 
+def test_ctrl_c_says_that_an_order_which_was_sent_goes_on(pool: Controller) -> None:
+    with pool.slow_orders():
+        process = start_emp("evm", "start", "web")
+        wait_for(lambda: pool.told, "the order")
+        process.send_signal(signal.SIGINT)
+        code, out, err = ended(process)
+    assert (code, out) == (130, "")
+    assert err.startswith("interrupted\nPOST /v1/evms/web/start was sent, and goes on")
+
+
+def test_ctrl_c_before_the_plan_is_there_says_where_to_look(pool: Controller) -> None:
+    with pool.slow_orders():
+        process = start_emp("migrate", "web")
+        wait_for(lambda: pool.told, "the order")
+        process.send_signal(signal.SIGINT)
+        code, _, err = ended(process)
+    assert code == 130
+    assert err.splitlines() == [
+        "the order was sent: EVM web may be migrating",
+        f"  look: emp --context {POOL} migration list --evm web",
+    ]
+
+
 def test_nobody_reading_any_more_is_no_error(pool: Controller) -> None:
     process = start_emp("migrate", "web")
     pool.push(COPYING)

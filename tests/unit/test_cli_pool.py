@@ -55,6 +55,8 @@ class Controller:
         self.resumed: list[str | None] = []
         """``Last-Event-ID`` of each stream of events"""
         self._changed = asyncio.Condition()
+        self._go_on = asyncio.Event()
+        self._go_on.set()
         self.app = FastAPI(dependencies=[Depends(require_token(self.token)), Depends(self._note)])
         install_error_handlers(self.app)
         routes(self)
@@ -96,6 +98,13 @@ class Controller:
         """Break every connection."""
         self.do(self._cut())
 
+    @contextlib.contextmanager
+    def slow_orders(self) -> Iterator[None]:
+        """Take orders and do not answer them until the block ends."""
+        self._go_on.clear()
+        yield
+        self._loop.call_soon_threadsafe(self._go_on.set)
+
     def stop_evm(self) -> None:
         """Stop the EVM: its console's stream ends, and cannot be opened again."""
         self.evms["web"] = WEB.model_copy(update={"state": EvmState.STOPPED})
@@ -107,8 +116,10 @@ class Controller:
         body = await request.body()
         is_json = request.headers.get("content-type") == "application/json"
         self.told.append((f"{request.method} {request.url.path}", json.loads(body) if is_json and body else body))
-        if request.method != "GET" and self.refusal is not None:
-            raise self.refusal
+        if request.method != "GET":
+            await self._go_on.wait()
+            if self.refusal is not None:
+                raise self.refusal
 
     async def _start(self) -> None:
         sock = listen("127.0.0.1", self.port)

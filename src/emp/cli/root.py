@@ -96,7 +96,8 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         _silence()
         return BROKEN_PIPE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print("interrupted", *getattr(stop, "__notes__", ()), sep="\n", file=sys.stderr)
         return INTERRUPTED
     return 0
 

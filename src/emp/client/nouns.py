@@ -46,7 +46,8 @@ class Noun:
     ) -> M:
         """Send an order or a question and return its answer."""
         call = self.transport.send(method, path, _json(body), query=query, timeout_s=timeout_s)
-        wanted = model()
+        with call:
+            wanted = model()
         return read(call, call.answer(), wanted)
 
 

@@ -167,13 +167,15 @@ class Call:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Close the connection at any failure, and say what one of the network means."""
+        """Close the connection at any failure, and say what one of the network, or Ctrl-C, means."""
         if error is None:
             return
         if self.connection is not None:
             self.connection.close()
         if isinstance(error, FAILURES):
             raise self._failure(error) from error
+        if isinstance(error, KeyboardInterrupt) and self.sent and not self._is_question:
+            error.add_note(f"{self._order} was sent, and goes on: read the state before you ask again")
 
     @property
     def _order(self) -> str:
