@@ -99,7 +99,7 @@ def test_a_stream_that_breaks_is_unavailable(pool: Controller) -> None:
     with misbehaving(pool, begin) as transport:
         pieces = transport.send("GET", "/x").stream()
         assert next(pieces) == b"abc"
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="the connection broke"):
             next(pieces)
 
 

@@ -48,6 +48,10 @@ def reason_of(error: BaseException) -> str:
         return error.verify_message
     if isinstance(error, ssl.SSLError | socket.gaierror) and error.strerror:
         return error.strerror
+    if isinstance(error, http.client.IncompleteRead | http.client.RemoteDisconnected):
+        return "the connection broke"
+    if isinstance(error, http.client.BadStatusLine):
+        return "what came is no HTTP"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return str(error) or type(error).__name__
