@@ -27,7 +27,7 @@ THIS_MACHINE = "this machine"
 
 def violations(files: LabFiles) -> list[str]:
     """Return, in words, everything that places of a lab share beside the network; empty for a sound lab."""
-    inits = places.inits(files)
+    inits = dict(sorted(places.inits(files).items()))
     topology = files.load().topology
     return [
         *_shared_namespaces(inits),
