@@ -75,3 +75,14 @@ def test_a_target_agent_killed_in_the_brownout_leaves_the_evm_on_its_source(pool
             evm.check_only_on("n2")
             seen = probing.stop()
         check_stream(seen, "evm", boot_id)
+
+
+def test_an_agent_killed_just_after_a_migration_clears_what_it_had_left(pool: Pool) -> None:
+    with subject(pool, node="n1", boots=False) as evm:
+        record = pool.files.data("n1") / "evms" / f"{evm.name}.json"
+        kept = record.read_bytes()
+        evm.migrate("n2")
+        with agent_away(pool, evm.client, "n1"):
+            record.write_bytes(kept)  # the journal says DONE already: it was killed between the two
+            assert evm.traces("n1")
+        evm.check_only_on("n2")

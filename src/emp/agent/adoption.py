@@ -69,7 +69,9 @@ class Adoption:
             return
         if last.kind in (RecordKind.DONE, RecordKind.WITHDRAWN, RecordKind.RETIRED, RecordKind.STOPPED):
             await self._residents.assembler.clear(evm, process)
-            if last.kind is RecordKind.STOPPED and entry:
+            if last.kind is not RecordKind.STOPPED:
+                self._residents.shelf.drop(evm)
+            elif entry:
                 self._residents.note(entry, EvmState.STOPPED, "shut down")
             return
         if entry is None:
