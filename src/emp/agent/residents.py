@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from emp.agent.assembly import Assembler, Assembly
 from emp.agent.journal import Journal
@@ -16,7 +17,7 @@ from emp.agent.shelf import Entry, Shelf
 from emp.agent.signal import Signal
 from emp.agent.source import SourceRole
 from emp.hypervisor.base import MachineEvent, MachineEventKind, RunState
-from emp.migration.records import OWNING, Record, RecordKind
+from emp.migration.records import OWNING, RUNNABLE, Record, RecordKind
 from emp.model.errors import Conflict, EmpError, NotFound, Refused, StaleEpoch
 from emp.model.evm import EvmState
 from emp.model.names import format_size
@@ -25,6 +26,7 @@ from emp.model.orders import RetireOrder, StartOrder, StopOrder
 
 log = logging.getLogger(__name__)
 
+_IO_RETRY_S = 1.0
 PANICKED = "the guest's kernel panicked"
 
 
@@ -57,7 +59,7 @@ class Residents:
         self._residents: dict[str, Resident] = {}
         self._reserved_bytes: dict[str, int] = {}
         """EVM name -> memory of machines that are being made or wait for a stream"""
-        self._endings: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[None]] = set()
 
     # -- what is here
 
@@ -198,6 +200,8 @@ class Residents:
                 resident.state, resident.reason = EvmState.PANICKED, PANICKED
             case _:
                 resident.state, resident.reason = EvmState.PAUSED, f"the machine is {state}"
+                if state is RunState.IO_ERROR:
+                    self._chore(self._after_io_error(resident), f"storage of {resident.name}")
 
     def note(self, entry: Entry, state: EvmState, reason: str | None) -> Resident:
         """An EVM whose machine is not there any more, but whose authority or end is."""
@@ -241,6 +245,7 @@ class Residents:
                 resident.state, resident.reason = EvmState.PANICKED, PANICKED
             case MachineEventKind.IO_ERROR:
                 resident.state, resident.reason = EvmState.PAUSED, f"storage error: {event.detail}"
+                self._chore(self._after_io_error(resident), f"storage of {resident.name}")
             case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:
                 resident.state = EvmState.PAUSED
             case MachineEventKind.RESUMED:
@@ -253,9 +258,35 @@ class Residents:
 
     def shut_down(self, resident: Resident) -> None:
         """The guest has shut itself down; its machine goes as soon as no migration holds it."""
-        task = asyncio.create_task(self._after_shutdown(resident), name=f"shutdown of {resident.name}")
-        self._endings.add(task)
-        task.add_done_callback(self._endings.discard)
+        self._chore(self._after_shutdown(resident), f"shutdown of {resident.name}")
+
+    def _chore(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do ``work`` beside; what is being done under that name already is not begun twice."""
+        if any(chore.get_name() == name and not chore.done() for chore in self._chores):
+            work.close()
+            return
+        task = asyncio.create_task(work, name=name)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def _after_io_error(self, resident: Resident) -> None:
+        """QEMU has paused the guest instead of failing its I/O: ``cont`` tries it again, until it goes through."""
+        while True:
+            await asyncio.sleep(_IO_RETRY_S)  # and look then: right after ``cont`` the guest seems to run in any case
+            if self._residents.get(resident.name) is not resident or resident.state is not EvmState.PAUSED:
+                return
+            async with resident.lock:
+                try:
+                    await self._cont_after_io_error(resident)
+                except EmpError as error:
+                    log.info("%s: after its storage error: %s", resident.name, error)
+
+    async def _cont_after_io_error(self, resident: Resident) -> None:
+        assembly, last = resident.assembly, self.journal.last(resident.name)
+        if assembly is None or last is None or last.kind not in RUNNABLE:
+            return  # its machine is gone, or a migration has it (rule R1)
+        if await assembly.machine.run_state() is RunState.IO_ERROR:
+            await assembly.machine.cont()
 
     async def _after_shutdown(self, resident: Resident) -> None:
         if resident.role is not None:
@@ -315,9 +346,9 @@ class Residents:
 
     async def close(self) -> None:
         """The agent stops; every EVM goes on."""
-        for task in tuple(self._endings):
+        for task in tuple(self._chores):
             task.cancel()
-        await asyncio.gather(*self._endings, return_exceptions=True)
+        await asyncio.gather(*self._chores, return_exceptions=True)
         for resident in self._residents.values():
             await self._stop_following(resident)
             if resident.assembly is not None:
