@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
+from emp.host.run import run_sync
 from emp.lab.probing import Probing
 from emp.model.evm import EvmState
 from emp.model.migration import Outcome
@@ -75,6 +77,26 @@ def test_a_target_agent_killed_in_the_brownout_leaves_the_evm_on_its_source(pool
             evm.check_only_on("n2")
             seen = probing.stop()
         check_stream(seen, "evm", boot_id)
+
+
+def learnt_at(pool: Pool, mac: str) -> str:
+    """Return the cable of the lab's switch behind which it believes a MAC to be."""
+    table = json.loads(run_sync("ip", "netns", "exec", pool.topology.namespace("fabric"), "bridge", "-json", "fdb"))
+    return next((str(entry["ifname"]) for entry in table if entry["mac"] == mac), "nowhere")
+
+
+def test_a_target_agent_killed_before_it_could_announce_does_so_when_it_is_back(pool: Pool) -> None:
+    with subject(pool, node="n1") as evm:
+        evm.migrate("n2")
+        mac = evm.spec.nics[0].mac
+        with agent_away(pool, evm.client, "n2"):
+            until(lambda: not evm.client.nodes.get("n2").ready, "n2 is down, and all announcements long over")
+            fabric = pool.topology.namespace("fabric")
+            moved = ["bridge", "fdb", "replace", mac, "dev", "n1", "master", "dynamic"]
+            run_sync("ip", "netns", "exec", fabric, *moved)  # as if the switch had not heard yet
+            assert learnt_at(pool, mac) == "n1"
+        until(lambda: learnt_at(pool, mac) == "n2", "the switch hears where the EVM is", timeout_s=5.0)
+        assert evm.boot_id
 
 
 def test_an_agent_killed_just_after_a_migration_clears_what_it_had_left(pool: Pool) -> None:

@@ -92,14 +92,16 @@ class Adoption:
             self._residents.note(entry, EvmState.CRASHED, "its QEMU process ended while the agent was away")
             return
         state = await assembly.machine.run_state()
-        if state is _STANDS[last.kind]:
+        stands = state is _STANDS[last.kind]
+        if stands:
             # The record is on disk and only ``cont`` was missing: this is the owner (rule R1).
             await assembly.open_ports()
             await assembly.machine.cont()
-            await assembly.announce()
             state = RunState.RUNNING
         if state is RunState.RUNNING:
             await assembly.open_ports()
+            if stands or last.kind is RecordKind.ACTIVATED:  # the segment may not have heard that it is here
+                await assembly.announce()
         self._residents.settle(entry, assembly, state)
 
     async def _leaving(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
