@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import secrets
 import signal
@@ -110,6 +111,8 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
         beat = Heartbeat(controller, config.node, reporter.report, parts.residents.changed)
         heart = asyncio.create_task(beat.run(), name="heartbeat")
         log.info("agent of %s serves on %s:%d", config.node, config.address, config.port)
+        gc.collect()
+        gc.freeze()  # what is here now stays: a collection in a blackout need not walk it
         await stop.wait()
         heart.cancel()
         await asyncio.gather(heart, return_exceptions=True)

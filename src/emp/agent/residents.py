@@ -248,6 +248,8 @@ class Residents:
                 self._chore(self._after_io_error(resident), f"storage of {resident.name}")
             case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:
                 resident.state = EvmState.PAUSED
+                if resident.role is not None and not resident.role.phase.final:
+                    return  # the blackout: the migration tells
             case MachineEventKind.RESUMED:
                 resident.state, resident.reason = EvmState.RUNNING, None
             case MachineEventKind.GONE:

@@ -16,7 +16,7 @@ from emp.agent.journal import Journal, JournalWriteFailed
 from emp.agent.signal import Signal
 from emp.migration.events import Action, Event, SetTimer, Timer, TimerFired, WriteFailed, WriteRecord, Written
 from emp.migration.states import Source, Target
-from emp.model.migration import Progress
+from emp.model.migration import Progress, Stage
 from emp.model.orders import Role as RoleName
 from emp.model.orders import RoleFigures, RolePhase, RoleStatus
 
@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 State = TypeVar("State", bound=Source | Target)
 
 REPEAT_S = 1.0
-_COALESCE_S = 0.01  # snapshots wait this long for company, so that telling the controller costs the blackout nothing
+_COALESCE_S = 0.01
+_QUIET_S = 0.1
+"""a snapshot of a blackout waits this long, or for the role's end: telling must not take the processor from doing"""
 
 
 class Role(Generic[State]):
@@ -67,10 +69,10 @@ class Role(Generic[State]):
             event = await self._events.get()
             before = self.state
             self.state, actions = self._step(before, event)
-            if actions or self.state != before:
-                log.info("%s %s: %s -> %s", self.state.migration, self.name, event, self.state.phase)
             for action in actions:
                 await self._act(action)
+            if actions or self.state != before:
+                log.info("%s %s: %s -> %s", self.state.migration, self.name, event, self.state.phase)
             if self.phase.final:
                 await self.ended()
             if self.state != before:
@@ -156,8 +158,9 @@ class Role(Generic[State]):
             if status.phase.final:
                 return
             await self.changed.beyond(seen)
-            if not self.phase.final:
-                await asyncio.sleep(_COALESCE_S)
+            if not self.phase.final and self._main is not None:
+                blackout = self.state.shown[1] is Stage.BLACKOUT
+                await asyncio.wait([self._main], timeout=_QUIET_S if blackout else _COALESCE_S)
 
     async def until_final(self) -> None:
         """Return when the role is over and everything it had to do is done."""
