@@ -371,7 +371,7 @@ class TestSilence:
         machine = await nodes.booted()
         with frozen(machine):
             asked = [asyncio.create_task(call()) for call in (machine.run_state, machine.cont, machine.cancel_stream)]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # until they are sent, which QEMU, frozen, cannot tell
             os.kill(machine.process.pid, signal.SIGKILL)
             results = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(result) for result in results} == {MachineGone}

@@ -63,7 +63,7 @@ async def test_a_later_process_with_the_same_pid_is_another_one(log: Path) -> No
 async def test_the_end_is_noticed_at_once(log: Path) -> None:
     process = spawn(["sleep", "60"], log=log)
     waiter = asyncio.create_task(process.ended())
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # nothing tells that nothing happens
     assert not waiter.done()
     began_s = time.monotonic()
     assert process.send(signal.SIGKILL)

@@ -229,7 +229,7 @@ def test_a_refused_cont_is_sworn_only_after_the_machines_exit() -> None:
 
 def test_a_machine_that_died_before_cont_was_sent_never_ran() -> None:
     activating = (*LOADED, GO)
-    state, done = play_target(new_target(), *activating, e.MachineGone(), Written(K.ACTIVATED), e.MachineGone())
+    _, done = play_target(new_target(), *activating, e.MachineGone(), Written(K.ACTIVATED), e.MachineGone())
     assert done[-2:] == ["KillMachine", "write withdrawn(2)"]
     assert "Run" not in done
 

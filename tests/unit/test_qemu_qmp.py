@@ -64,9 +64,8 @@ async def monitor(path: Path, *scripts: Script) -> AsyncIterator[list[Connection
         connection = Connection(reader, writer)
         connections.append(connection)
         try:
-            await scripts[min(len(connections), len(scripts)) - 1](connection)
-        except (EOFError, ConnectionError, asyncio.CancelledError):
-            pass
+            with contextlib.suppress(EOFError, ConnectionError, asyncio.CancelledError):
+                await scripts[min(len(connections), len(scripts)) - 1](connection)
         finally:
             writer.close()
             serving.discard(task)

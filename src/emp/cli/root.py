@@ -29,7 +29,7 @@ NOUNS = {
     "migration": _Entry("emp.cli.migration", "List, show, watch and abort migrations."),
     "node": _Entry("emp.cli.node", "List, show, cordon and uncordon bare-metal nodes."),
     "volume": _Entry("emp.cli.volume", "Make, list, show and delete volumes."),
-    "lab": _Entry("emp.cli.lab", "A whole pool on this machine, in network namespaces."),
+    "lab": _Entry("emp.lab.cli", "A whole pool on this machine, in network namespaces."),
     "agent": _Entry("emp.cli.daemon", "Run the daemon of a bare-metal node."),
     "controller": _Entry("emp.cli.daemon", "Run the daemon of a pool."),
 }

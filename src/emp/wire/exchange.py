@@ -7,6 +7,7 @@ so the moment of sending is taken from its trace.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import socket
@@ -165,12 +166,10 @@ class Exchange:
 
     def error(self, response: httpx2.Response) -> EmpError:
         """Return the typed error in an answer of status 300 or more, whoever wrote it."""
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             body = pydantic_core.from_json(response.content)
             if isinstance(body, dict) and "code" in body:
                 return error_from_dict(body)
-        except (ValueError, TypeError):
-            pass
         status = response.status_code
         kind = _BY_STATUS.get(status, BadInput if 400 <= status < 500 else Internal)
         text = f"{self.target.shown} answered {self.method} {self.path} with {status} {response.reason_phrase}"

@@ -6,6 +6,7 @@ year at most, and a node that must not come back is fenced, not merely distruste
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -202,10 +203,8 @@ def _key_usage(**allowed: bool) -> x509.KeyUsage:
 
 
 def _general_name(text: str) -> x509.GeneralName:
-    try:
+    with contextlib.suppress(ValueError):
         return x509.IPAddress(ipaddress.ip_address(text))
-    except ValueError:
-        pass
     for label in text.split("."):
         check_name(label, field="sans")
     return x509.DNSName(text)

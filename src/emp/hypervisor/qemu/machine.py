@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
@@ -112,11 +113,9 @@ class QemuMachine:
         self._how_it_ended = await ending(self._process)
         self._ended.set()
         # What QEMU had sent before its end comes first.
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await self._control.idle.wait()
-        except TimeoutError:
-            pass
         self._broadcast.close(MachineEvent(MachineEventKind.GONE, time.time(), detail=self._last_words()))
         await self._control.close()
         await self._cancel.close()
@@ -267,11 +266,9 @@ class QemuMachine:
 
     async def _is_ending(self) -> None:
         """A process closes its sockets a moment before it is gone: give it that moment."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
                 await self._ended.wait()
-        except TimeoutError:
-            pass
 
     def _gone(self) -> MachineGone:
         return MachineGone(f"the machine {self.name} has ended: {self._last_words()}")
