@@ -52,6 +52,12 @@ def test_a_log_has_one_line_for_each_stage_and_then_the_figures(pool: Controller
     assert pool.told[0] == ("POST /v1/evms/web/migrations", {"target": "n2"})
 
 
+def test_a_blackout_too_short_to_be_told_of_has_its_line_all_the_same(pool: Controller, emp: Emp) -> None:
+    pool.push(COPYING, *(m for m in WHOLE_WAY if m.stage is not Stage.BLACKOUT))
+    stages = [line.partition(":")[0] for line in emp("migrate web")[1].splitlines()[1:4]]
+    assert stages == ["source brownout", "blackout", "target brownout"]
+
+
 def test_json_is_the_closed_migration_alone(pool: Controller, emp: Emp) -> None:
     pool.push(*WHOLE_WAY)
     code, out, err = emp("migrate web --json")

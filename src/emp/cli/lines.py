@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from emp.model.migration import Migration
 
 EVERY_S = 30.0
+_BLACKOUT = "blackout: the last pages and the CPU state"
 
 
 class Lines:
@@ -29,6 +30,8 @@ class Lines:
             self._abort_asked = migration.abort_asked
             _say(f"abort: {self._abort_asked}")
         if migration.stage is not self._stage or self._is_long():
+            if migration.stage is Stage.TARGET_BROWNOUT and self._stage is Stage.SOURCE_BROWNOUT:
+                _say(_BLACKOUT)  # shorter than it takes to be told of it
             self._stage = migration.stage
             self._spoke_at = time.monotonic()
             if self._stage is not Stage.CLOSED:
@@ -52,7 +55,7 @@ def stage_text(migration: Migration) -> str:
         case Stage.SOURCE_BROWNOUT:
             return f"source brownout: {progress_text(migration)}"
         case Stage.BLACKOUT:
-            return "blackout: the last pages and the CPU state"
+            return _BLACKOUT
         case Stage.TARGET_BROWNOUT:
             return f"target brownout: {migration.evm} runs on {migration.target}"
         case _:
