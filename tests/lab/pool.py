@@ -23,7 +23,7 @@ from emp.host.run import run_sync
 from emp.lab import daemons, places, verbs
 from emp.lab.guest_control import Guest
 from emp.lab.topology import VOL
-from emp.model.errors import EmpError, HostError, NotFound
+from emp.model.errors import EmpError, NotFound
 from emp.model.evm import Evm, EvmSpec, EvmState
 from emp.model.migration import Migration, Outcome, Stage
 from emp.model.volume import Volume
@@ -90,15 +90,8 @@ class Subject:
         return Guest(self.pool.topology, self.spec.pods[number].address)
 
     def start_journal(self, volume: Volume, rate_hz: int) -> None:
-        """Let the guest append records to a volume; its disk is there a little later than its network."""
-
-        def started() -> bool:
-            with contextlib.suppress(HostError):
-                self.guest().ask(f"journal start {volume.serial} {rate_hz}")
-                return True
-            return False
-
-        until(started, f"{self.name} writes to {volume.id}")
+        """Let the guest append records to a volume."""
+        self.guest().start_journal(volume.serial, rate_hz)
 
     @property
     def boot_id(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,11 @@ def test_a_lock_on_a_directory_that_was_removed_meanwhile_is_no_lock(base: Path)
 def test_there_is_nothing_to_lock_without_the_lab() -> None:
     with pytest.raises(NotFound), LabFiles("one").locked():
         pytest.fail("locked what is not there")
+
+
+def test_a_lab_that_another_version_made_can_still_be_loaded() -> None:
+    files = make("old")
+    stored = json.loads(files.state_file.read_text())
+    del stored["made"]
+    files.state_file.write_text(json.dumps({**stored, "colour": "blue"}))
+    assert files.load().made == []

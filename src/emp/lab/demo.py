@@ -151,7 +151,7 @@ def _there_and_back(state: LabState, demo: Demo) -> None:
 
 def _load(guest: Guest, volume: Volume, demo: Demo) -> None:
     guest.ask(f"memory {REWRITTEN_BYTES} {REWRITE_BYTES_PER_S}")
-    guest.ask(f"journal start {volume.serial} {JOURNAL_HZ}")
+    guest.start_journal(volume.serial, JOURNAL_HZ)
     demo.say("load", f"{format_size(REWRITTEN_BYTES)} of memory rewritten at {REWRITE_BYTES_PER_S / 1e6:.0f} MB/s")
     demo.say("", f"{JOURNAL_HZ} records a second to its io2 volume of {format_size(volume.size_bytes)}")
     demo.say("", f"UDP at {UDP_HZ} Hz and a TCP connection, to EVM and pod")

@@ -64,6 +64,19 @@ class Guest:
             raise HostError(f"the guest at {self.address} refuses {command!r}: {problem}")
         return answer
 
+    def start_journal(self, serial: str, rate_hz: int, *, timeout_s: float = ANSWER_S) -> None:
+        """Let the guest append records to the volume ``serial``; its disk is there a little later than its network."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.ask(f"journal start {serial} {rate_hz}")
+            except HostError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+            else:
+                return
+
     def wait_first_packet(self, *, timeout_s: float = 60.0) -> float:
         """Send a datagram to the echo port every 20 ms until one is answered; return the seconds that it took."""
         began = time.monotonic()

@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from emp.lab.topology import Topology
@@ -63,6 +63,9 @@ class LabState:
         return Topology(self.name, self.nodes)
 
 
+_FIELDS = {field.name for field in fields(LabState)}
+
+
 class LabFiles:
     """The directory of one lab. ``name`` is checked: it becomes part of paths."""
 
@@ -91,7 +94,9 @@ class LabFiles:
     def load(self) -> LabState:
         """Return the lab's state; ``NotFound`` says which labs there are."""
         try:
-            return LabState(**json.loads(self.state_file.read_text()))
+            stored = json.loads(self.state_file.read_text())
+            # A lab that another version made must still be cleared.
+            return LabState(**{"made": [], **{key: value for key, value in stored.items() if key in _FIELDS}})
         except (FileNotFoundError, NotADirectoryError):
             there = ", ".join(lab_names()) or "none"
             raise NotFound(
