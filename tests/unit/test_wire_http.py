@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import re
 import ssl
 import subprocess
@@ -33,7 +32,7 @@ from emp.wire import tls
 from emp.wire.exchange import Event
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import PEER
-from emp.wire.http import SyncWireClient, WireClient
+from emp.wire.http import WireClient
 from emp.wire.identity import Identity, Role
 from emp.wire.pki import CertificateAuthority
 from emp.wire.secret import Secret
@@ -51,25 +50,20 @@ class Order(Model):
 
 
 class Asker:
-    """Either client behind one face, so that each test runs with both."""
+    """Clients of a test, closed with it."""
 
-    def __init__(self, kind: str, certs: Path) -> None:
-        self.kind = kind
+    def __init__(self, certs: Path) -> None:
         self.certs = certs
         self.stack = contextlib.AsyncExitStack()
 
-    async def client(self, port: int, **more: Any) -> WireClient | SyncWireClient:
+    async def client(self, port: int, **more: Any) -> WireClient:
         defaults: dict[str, Any] = {"tls": tls.mutual_client(self.certs / str(MAIN)), "server": N1}
         more = defaults | more
         url = more.pop("url", f"https://127.0.0.1:{port}")
-        if self.kind == "async":
-            return await self.stack.enter_async_context(WireClient(url, **more))
-        return self.stack.enter_context(SyncWireClient(url, **more))
+        return await self.stack.enter_async_context(WireClient(url, **more))
 
-    async def ask(self, client: WireClient | SyncWireClient, *args: Any, **more: Any) -> Any:
-        if isinstance(client, WireClient):
-            return await client.request(*args, **more)
-        return await asyncio.to_thread(client.request, *args, **more)
+    async def ask(self, client: WireClient, *args: Any, **more: Any) -> Any:
+        return await client.request(*args, **more)
 
     async def error(self, port: int, method: str = "POST", path: str = "/x", **more: Any) -> EmpError:
         """Return the error of one call; ``call`` holds the arguments of the request, the rest is the client's."""
@@ -78,16 +72,10 @@ class Asker:
             await self.ask(await self.client(port, **more), method, path, **call)
         return caught.value
 
-    async def events(self, client: WireClient | SyncWireClient, *args: Any, **more: Any) -> AsyncGenerator[Event]:
-        if isinstance(client, WireClient):
-            async with contextlib.aclosing(client.events(*args, **more)) as events:
-                async for event in events:
-                    yield event
-        else:
-            stream = client.events(*args, **more)
-            found: Event | None
-            while found := await asyncio.to_thread(functools.partial(next, stream, None)):
-                yield found
+    async def events(self, client: WireClient, *args: Any, **more: Any) -> AsyncGenerator[Event]:
+        async with contextlib.aclosing(client.events(*args, **more)) as events:
+            async for event in events:
+                yield event
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +89,9 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-@pytest.fixture(params=["async", "sync"])
-async def asker(request: pytest.FixtureRequest, certs: Path) -> AsyncIterator[Asker]:
-    asker = Asker(request.param, certs)
+@pytest.fixture
+async def asker(certs: Path) -> AsyncIterator[Asker]:
+    asker = Asker(certs)
     async with asker.stack:
         yield asker
 
@@ -225,7 +213,7 @@ async def test_the_whole_call_is_bounded_even_when_bytes_trickle(certs: Path) ->
             await asyncio.sleep(0.02)
 
     async with raw_server(certs, trickle) as port:
-        error = await Asker("async", certs).error(port, call={"timeout_s": 0.2})
+        error = await Asker(certs).error(port, call={"timeout_s": 0.2})
     assert type(error) is OutcomeUnknown
 
 

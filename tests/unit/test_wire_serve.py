@@ -29,7 +29,7 @@ from emp.wire.identity import Identity, Role
 from emp.wire.pki import CertificateAuthority
 from emp.wire.secret import Secret
 from emp.wire.serve import FLUSH_S, Listener, Server
-from emp.wire.sockets import adopt, inherited, listen
+from emp.wire.sockets import adopt, listen
 
 POOL = "meadow"
 TOKEN = Secret("a-token-for-people")
@@ -405,27 +405,6 @@ async def test_a_handed_over_listening_socket_is_served(certs: Path, probe: Prob
     async with Server(probe.app, [listener], pool=POOL):
         answer = await call(listener, "/who", tls.public_client(certs / "ca" / "ca-cert.pem"))
         assert answer.status_code == 200
-
-
-def test_inherited_sockets_come_by_name_and_not_for_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = listen("127.0.0.1", 0), listen("127.0.0.1", 0)
-    monkeypatch.setattr("emp.wire.sockets.FIRST_FD", min(first.fileno(), second.fileno()))
-    if abs(first.fileno() - second.fileno()) != 1:
-        os.dup2(second.detach(), first.fileno() + 1)  # the protocol numbers them without a gap
-    environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "LISTEN_FDNAMES": "people", "HOME": "/"}
-    found = inherited(environ)
-    assert next(iter(found)) == "people" and len(found) == 2
-    assert environ == {"HOME": "/"}
-    for sock in found.values():
-        assert not sock.get_inheritable()
-        sock.close()
-    for sock in (first, second):
-        sock.detach()
-
-
-def test_sockets_meant_for_another_process_are_left() -> None:
-    assert inherited({"LISTEN_PID": "1", "LISTEN_FDS": "2"}) == {}
-    assert inherited({}) == {}
 
 
 def test_what_is_no_listening_socket_is_not_adopted(tmp_path: Path) -> None:

@@ -71,8 +71,6 @@ class Source:
     loaded: bool = False
     """the target says that it has everything"""
     machine_gone: bool = False
-    rescued: bool = False
-    """went back after the commit, by the target's word"""
     cause: str | None = None
 
     @property

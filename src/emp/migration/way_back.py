@@ -94,7 +94,7 @@ def source_returns(state: Source, cause: str | None) -> tuple[Source, tuple[Acti
 
 
 def source_is_rescued(state: Source) -> tuple[Source, tuple[Action, ...]]:
-    return source_returns(replace(state, rescued=True, completed=True), "the target could not start the EVM")
+    return source_returns(replace(state, completed=True), "the target could not start the EVM")
 
 
 def source_returning(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:

@@ -1,8 +1,8 @@
-"""The client's side of HTTPS in the pool: ``WireClient`` for daemons and ``SyncWireClient`` for the CLI.
+"""The daemons' side of HTTPS in the pool as clients of each other.
 
-Both raise ``Unreachable`` (never sent), ``OutcomeUnknown`` (an order sent, not answered), ``Unavailable`` (a
-question not answered) or the typed error in the server's body. The CLI imports this at every start, so it costs httpx2,
-ssl and pydantic only.
+``WireClient`` raises ``Unreachable`` (never sent), ``OutcomeUnknown`` (an order sent, not answered), ``Unavailable`` (a
+question not answered) or the typed error in the server's body. People's tools have a leaner transport of their own
+(``emp.client``), because they pay for its import at every start.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -121,87 +121,6 @@ class WireClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-class SyncWireClient:
-    """``WireClient`` without an event loop. ``timeout_s`` bounds each wait for the network, not the sum of them."""
-
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        tls: ssl.SSLContext,
-        server: Identity | None,
-        token: Secret | None = None,
-        timeout_s: float = TIMEOUT_S,
-        connect_s: float = CONNECT_S,
-    ) -> None:
-        self._target = Target(base_url, tls=tls, server=server, token=token, timeout_s=timeout_s, connect_s=connect_s)
-        self._client = httpx2.Client(**self._target.options)
-
-    @overload
-    def request(
-        self, method: str, path: str, body: Any = ..., *, response_model: type[T], query: Query | None = ...,
-        idempotent: bool | None = ..., timeout_s: float | None = ...,
-    ) -> T: ...  # fmt: skip
-    @overload
-    def request(
-        self, method: str, path: str, body: Any = ..., *, response_model: None = ..., query: Query | None = ...,
-        idempotent: bool | None = ..., timeout_s: float | None = ...,
-    ) -> Any: ...  # fmt: skip
-    def request(
-        self, method: str, path: str, body: Any = None, *, response_model: Any = None, query: Query | None = None,
-        idempotent: bool | None = None, timeout_s: float | None = None,
-    ) -> Any:  # fmt: skip
-        """See ``WireClient.request``."""
-        exchange = Exchange(self._target, method, path, idempotent=idempotent, timeout_s=timeout_s)
-        parameters = exchange.parameters(body, query, trace=exchange.trace, read_s=exchange.timeout_s)
-        try:
-            response = self._client.send(self._client.build_request(**parameters))
-        except FAILURES as error:
-            raise exchange.failure(error) from error
-        return exchange.result(response, response_model)
-
-    def events(
-        self, path: str, *, query: Query | None = None, last_event_id: str = "", reconnect_s: float = 0.0
-    ) -> Generator[Event]:
-        """See ``WireClient.events``."""
-        retry = _Retry(reconnect_s)
-        while True:
-            exchange = Exchange(self._target, "GET", path, idempotent=True, timeout_s=None)
-            parameters = _stream(exchange.parameters(None, query, trace=exchange.trace, read_s=QUIET_S), last_event_id)
-            loss: EmpError | None = None
-            try:
-                with self._client.stream(**parameters) as response:
-                    if response.status_code != httpx2.codes.OK:
-                        response.read()
-                        if response.status_code == httpx2.codes.NO_CONTENT:
-                            return
-                        raise exchange.error(response)
-                    retry.connected()
-                    for sse in httpx2.EventSource(response):
-                        last_event_id = sse.id or last_event_id
-                        retry.alive()
-                        yield Event(sse.id, sse.event, sse.data)
-            except FAILURES as error:
-                loss = exchange.failure(error)
-            except Unavailable as error:
-                loss = error
-            delay_s = retry.delay_after(loss)
-            if delay_s is None:
-                return
-            time.sleep(delay_s)
-
-    def close(self) -> None:
-        self._client.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _stream(parameters: dict[str, Any], last_event_id: str) -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import MutableMapping
 
 from emp.model.errors import BadInput, Conflict
 
-FIRST_FD = 3  # sd_listen_fds(3)
 BACKLOG = 256
 
 
@@ -57,22 +55,3 @@ def _prompt(listening: socket.socket) -> socket.socket:
     if listening.family in (socket.AF_INET, socket.AF_INET6):
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
-
-
-def inherited(environ: MutableMapping[str, str]) -> dict[str, socket.socket]:
-    """Return the sockets that systemd hands over (``LISTEN_PID``, ``LISTEN_FDS``, ``LISTEN_FDNAMES``), by name.
-
-    A socket without a name is called by its descriptor's number. The variables are removed from ``environ``, because
-    they are meant for this process alone.
-    """
-    pid, count, names = (environ.pop(key, "") for key in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
-    if not count or pid != str(os.getpid()):
-        return {}
-    if not count.isdigit():
-        raise BadInput(f"{count[:20]!r} is not a number of sockets", field="LISTEN_FDS")
-    labels = names.split(":") if names else []
-    found = {}
-    for index in range(int(count)):
-        fd = FIRST_FD + index
-        found[labels[index] if index < len(labels) else str(fd)] = adopt(fd, field="LISTEN_FDS")
-    return found
