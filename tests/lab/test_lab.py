@@ -212,6 +212,8 @@ def test_each_place_has_its_own_credentials_only(pool: Pool) -> None:
     }
     for where, names in expected.items():
         keys = pool.run_in(where, "grep", "-rl", "PRIVATE KEY", "/var/lib", "/run", "/tmp", check=False).stdout.split()
+        checkout = str(Path(__file__).parents[2])  # readable in every place, wherever it lies
+        keys = [key for key in keys if not key.startswith(checkout)]
         homes = {Path(key).parent for key in keys if "/run/emp/" not in key}  # there QEMUs have copies of theirs
         data = pool.files.data(where)
         found = {str(Credentials.load(data / home.relative_to("/var/lib/emp")).identity) for home in homes}

@@ -49,9 +49,10 @@ def test_each_error_of_the_controller_has_its_exit_code(pool: Controller, emp: E
 
 
 def test_every_error_is_in_the_table_and_in_the_documentation() -> None:
-    assert set(EXIT_CODES) == {cls.__name__ for cls in errors._tree(EmpError).values()}
+    tree = [cls for cls in errors._tree(EmpError).values() if cls.__module__ == errors.__name__]
+    assert set(EXIT_CODES) == {cls.__name__ for cls in tree}
     page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    for cls in errors._tree(EmpError).values():
+    for cls in tree:
         assert f"| {cls.exit_code} |" in page and f"`{cls.code}`" in page
 
 

@@ -462,3 +462,26 @@ async def test_a_context_of_another_ca_trusts_nobody_here(asker: Asker, certs: P
     context: ssl.SSLContext = tls.public_client(certs / "ca2" / "ca-cert.pem")
     error = await asker.error(port, tls=context)
     assert type(error) is Unreachable and "certificate" in error.message.lower()
+
+
+async def test_a_request_cancelled_in_the_handshake_leaves_no_socket(certs: Path) -> None:
+    accepted: asyncio.Queue[asyncio.StreamReader] = asyncio.Queue()
+
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.put_nowait(reader)
+        await gone.wait()
+        writer.close()
+
+    gone = asyncio.Event()
+    async with await asyncio.start_server(mute, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        context = tls.mutual_client(certs / str(MAIN))
+        async with WireClient(f"https://127.0.0.1:{port}", tls=context, server=N1) as client:
+            asked = asyncio.create_task(client.request("GET", "/x"))
+            reader = await accepted.get()
+            await reader.readexactly(1)  # the handshake has begun, and will not be answered
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+            async with asyncio.timeout(5):
+                await reader.read()  # our side hangs up
+        gone.set()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
 
 from emp.agent import config, daemon
 from emp.model.errors import EmpError
+
+_NICE = -10
 
 
 def main() -> int:
@@ -18,6 +22,9 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("httpx2").setLevel(logging.WARNING)
+    with contextlib.suppress(PermissionError):
+        # A paused guest waits for this process and for QEMU, which inherits it: both go before whatever else runs here.
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     try:
         asyncio.run(daemon.run(config.load(arguments.config)))
     except EmpError as error:

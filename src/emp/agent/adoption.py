@@ -58,9 +58,24 @@ class Adoption:
                     self._residents.note(entry, EvmState.UNKNOWN, f"could not be adopted: {error}")
         for evm in ports - set(self._journal.evms) - set(alive):
             await assembler.clear(evm, None)
-        for evm, process in alive.items():
-            log.error("%s: machine %d has no record in the journal: not touched", evm, process.pid)
-        return tuple(alive)
+        return tuple([evm for evm, process in alive.items() if not await self._never_ran(evm, process)])
+
+    async def _never_ran(self, evm: str, process: ProcessId) -> bool:
+        """A machine without a record: killed if it was still waiting for its stream, so that it cannot have run."""
+        entry = self._residents.shelf.get(evm)
+        try:
+            if entry is not None:
+                assembly = await self._residents.assembler.adopt(entry.spec, process)
+                if await assembly.machine.run_state() is RunState.INMIGRATE:
+                    log.info("%s: its machine was made, and nothing was promised yet: it goes", evm)
+                    await assembly.dismantle()
+                    self._residents.shelf.drop(evm)
+                    return True
+                await assembly.close()
+        except EmpError as error:
+            log.error("%s: %s", evm, error)
+        log.error("%s: machine %d has no record in the journal: not touched", evm, process.pid)
+        return False
 
     async def _take_back(self, evm: str, process: ProcessId | None) -> None:
         last = self._journal.last(evm)
@@ -119,6 +134,9 @@ class Adoption:
     async def _arriving(self, last: Record, entry: Entry, assembly: Assembly | None, process: ProcessId | None) -> None:
         same = process is not None and (process.pid, process.start_ticks) == (last.pid, last.start_ticks)
         alive = assembly is not None and same
-        loaded = alive and assembly is not None and await assembly.machine.run_state() is RunState.PAUSED
-        state, event = resume_target(last, alive=alive, loaded=loaded)
+        loaded = broken = False
+        if alive and assembly is not None:
+            loaded = await assembly.machine.run_state() is RunState.PAUSED
+            broken = not loaded and (await assembly.machine.stream_info()).status.ended_badly
+        state, event = resume_target(last, alive=alive, loaded=loaded, broken=broken)
         self._migrations.resume_target(state, entry, assembly, event)

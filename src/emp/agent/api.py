@@ -67,6 +67,7 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
 
     @app.post("/v1/evms/{name}/retire", dependencies=orders)
     async def retire(name: str, order: RetireOrder) -> EvmReport:
+        await migrations.withdraw(name)
         return await residents.retire(name, order)
 
     @app.get("/v1/evms/{name}/console", dependencies=orders)

@@ -103,7 +103,9 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
         )
         await stack.enter_async_context(controller)
         if parts.untrusted is None:
-            await Adoption(parts.residents.journal, parts.residents, parts.migrations).run()
+            strangers = await Adoption(parts.residents.journal, parts.residents, parts.migrations).run()
+            if strangers:
+                reporter.trouble = f"machines without a record in the journal, not touched: {', '.join(strangers)}"
         gate.closed = parts.untrusted
         await stack.enter_async_context(Server(app, [api], pool=config.pool))
         on_link = parts.migrations.take_link
@@ -125,6 +127,7 @@ class Reporter:
         self._config = config
         self._parts = parts
         self._boot_id = secrets.token_hex(8)
+        self.trouble: str | None = None
 
     def report(self) -> NodeReport:
         config, facts, residents = self._config, self._parts.facts, self._parts.residents
@@ -147,5 +150,5 @@ class Reporter:
             ),
             evms=residents.reports(),
             boot_id=self._boot_id,
-            journal=self._parts.untrusted,
+            journal=self._parts.untrusted or self.trouble,
         )

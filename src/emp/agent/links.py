@@ -35,7 +35,7 @@ from emp.migration.events import (
     Word,
 )
 from emp.migration.records import RecordKind
-from emp.model.errors import EmpError
+from emp.model.errors import EmpError, Unreachable
 from emp.wire.identity import Identity, Role
 from emp.wire.link import Link
 
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 _CLOCK_ROUNDS = 5
+_CLOCK_S = 2.0
 
 
 def event_of(message: Message) -> Event | None:
@@ -121,8 +122,13 @@ async def measure_clock(link: Link) -> tuple[float, float]:
     for _ in range(_CLOCK_ROUNDS):
         sent_s, began_s = time.time(), time.monotonic()
         await link.send({"type": "clock", "t1_s": sent_s})
-        async with asyncio.timeout(2):
-            reply = await anext(aiter(link))
+        try:
+            async with asyncio.timeout(_CLOCK_S):
+                reply = await anext(aiter(link), None)
+        except TimeoutError:
+            reply = None
+        if reply is None:
+            raise Unreachable(f"{link.peer} does not answer on its link")
         trip_s = time.monotonic() - began_s
         t2_s, t3_s = float(reply["t2_s"]), float(reply["t3_s"])
         offset_s = ((t2_s - sent_s) + (t3_s - (sent_s + trip_s))) / 2

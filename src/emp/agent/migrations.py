@@ -147,6 +147,13 @@ class Migrations:
         if resident.assembly is None or resident.state is not EvmState.RUNNING:
             raise Refused(f"EVM {order.evm!r} is {resident.state}, not running", field="evm", hint="start it first")
 
+    async def withdraw(self, evm: str) -> None:
+        """The EVM is being retired: a target that waits for it withdraws, even one that has loaded everything (R3)."""
+        for role in tuple(self._roles.values()):
+            if isinstance(role, TargetRole) and role.state.evm == evm and not role.state.committed:
+                role.feed(events.SourceAborted())
+                await role.until_final()
+
     def abort(self, migration: str, order: AbortOrder) -> RoleStatus:
         """Ask for the way back; answered at once with where it stands. ``committed`` says that it only goes forward."""
         role = self._roles.get(migration)
@@ -247,6 +254,8 @@ class Migrations:
         match role.phase:
             case RolePhase.DONE:
                 await self._residents.depart(evm)
+            case RolePhase.ABORTED:
+                await self._residents.see_whether_it_lives(evm)
             case RolePhase.LOST:
                 await self._residents.crashed(self._residents.get(evm), role.state.cause or "lost in a migration")
         self._residents.changed.notify()

@@ -6,6 +6,7 @@ No agent boots a guest from its journal (rule R9): a start needs the controller'
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ from emp.agent.journal import Journal
 from emp.agent.shelf import Entry, Shelf
 from emp.agent.signal import Signal
 from emp.agent.source import SourceRole
-from emp.hypervisor.base import MachineEvent, MachineEventKind, RunState
+from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState
 from emp.migration.records import OWNING, RUNNABLE, Record, RecordKind
-from emp.model.errors import Conflict, EmpError, NotFound, Refused, StaleEpoch
+from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused, StaleEpoch
 from emp.model.evm import EvmState
 from emp.model.names import format_size
 from emp.model.node import EvmReport
@@ -306,6 +307,16 @@ class Residents:
             assembly, resident.assembly = resident.assembly, None
             await assembly.dismantle()
         resident.state, resident.reason = EvmState.CRASHED, "its QEMU process ended"
+
+    async def see_whether_it_lives(self, name: str) -> None:
+        """A migration has ended here; had its machine died behind the last event, nobody would have noted it."""
+        resident = self.get(name)
+        with contextlib.suppress(OutcomeUnknown):
+            try:
+                if resident.assembly is not None:
+                    await resident.assembly.machine.run_state()
+            except MachineGone:
+                await self.crashed(resident, "its QEMU process ended")
 
     async def crashed(self, resident: Resident, reason: str) -> None:
         """A migration has ended with the machine gone: the EVM is here, and needs a cold restart."""

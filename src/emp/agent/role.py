@@ -12,10 +12,22 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from emp.agent.assembly import Assembly
 from emp.agent.journal import Journal, JournalWriteFailed
 from emp.agent.signal import Signal
-from emp.migration.events import Action, Event, SetTimer, Timer, TimerFired, WriteFailed, WriteRecord, Written
+from emp.migration.events import (
+    AbortAsked,
+    Action,
+    Event,
+    SetTimer,
+    Timer,
+    TimerFired,
+    WriteFailed,
+    WriteRecord,
+    Written,
+)
 from emp.migration.states import Source, Target
+from emp.model.errors import EmpError
 from emp.model.migration import Progress, Stage
 from emp.model.orders import Role as RoleName
 from emp.model.orders import RoleFigures, RolePhase, RoleStatus
@@ -70,7 +82,11 @@ class Role(Generic[State]):
             before = self.state
             self.state, actions = self._step(before, event)
             for action in actions:
-                await self._act(action)
+                try:
+                    await self._act(action)
+                except Exception as error:
+                    log.exception("%s: %s", self.state.migration, action)
+                    self.feed(AbortAsked(f"{type(action).__name__} failed: {error}"))
             if actions or self.state != before:
                 log.info("%s %s: %s -> %s", self.state.migration, self.name, event, self.state.phase)
             if self.phase.final:
@@ -112,6 +128,18 @@ class Role(Generic[State]):
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s: %s failed", self.state.migration, task.get_name(), exc_info=error)
+            self.feed(AbortAsked(f"{task.get_name()} failed: {error}"))
+
+    async def dismantled(self, assembly: Assembly | None) -> None:
+        """Return when nothing of the machine is left: what follows swears to that, so it is tried until it is true."""
+        while assembly is not None:
+            try:
+                await assembly.dismantle()
+            except (EmpError, OSError) as error:
+                log.error("%s: its machine is not gone yet: %s", self.state.migration, error)
+                await asyncio.sleep(REPEAT_S)
+            else:
+                return
 
     # -- what a role adds
 

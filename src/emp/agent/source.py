@@ -6,6 +6,7 @@ It guarantees: at the end the EVM runs here as before, or it was given away and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -83,7 +84,11 @@ class SourceRole(Role[Source]):
     async def start(self) -> None:
         """Open the link, measure its clocks, then begin. Raises ``Unreachable`` if the target's agent is not there."""
         link = await self._dial()
-        offset_ms, error_ms = await measure_clock(link)
+        try:
+            offset_ms, error_ms = await measure_clock(link)
+        except BaseException:
+            link.abort()
+            raise
         self.measured(clock_offset_ms=offset_ms, clock_error_ms=error_ms)
         self._peer.attach(link)
         self.spawn(self._peer.pump(link))
@@ -153,8 +158,10 @@ class SourceRole(Role[Source]):
             case StreamStatus.COMPLETED:
                 await self._attest_completed()
             case StreamStatus.FAILED | StreamStatus.CANCELLED:
-                info = await self.machine.stream_info()
-                self.feed(StreamMoved(Stream.BROKEN, info.error))
+                reason = None
+                with contextlib.suppress(EmpError):
+                    reason = (await self.machine.stream_info()).error
+                self.feed(StreamMoved(Stream.BROKEN, reason))
 
     async def _attest_completed(self) -> None:
         """``completed`` counts only when the run state says ``postmigrate`` too: one may be ahead of the other."""
@@ -307,8 +314,7 @@ class SourceRole(Role[Source]):
             pass  # the GONE event follows
 
     async def _kill(self) -> None:
-        if self.assembly is not None:
-            await self.assembly.dismantle()
+        await self.dismantled(self.assembly)
         self.feed(events.MachineGone())
 
     def _redial(self) -> None:

@@ -6,6 +6,7 @@ It guarantees: the EVM never runs here without the source's GO; at the end it ru
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -105,8 +106,10 @@ class TargetRole(Role[Target]):
                     await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
                 self.feed(StreamMoved(Stream.COMPLETED))
             case MachineEventKind.STREAM if event.stream and event.stream.ended_badly:
-                info = await assembly.machine.stream_info()
-                self.feed(StreamMoved(Stream.BROKEN, info.error))
+                reason = None
+                with contextlib.suppress(EmpError):
+                    reason = (await assembly.machine.stream_info()).error
+                self.feed(StreamMoved(Stream.BROKEN, reason))
             case MachineEventKind.RESUMED:
                 self.measured(resumed_at_s=event.at_s)
                 self.feed(events.GuestRuns())
@@ -140,7 +143,7 @@ class TargetRole(Role[Target]):
     async def _make_machine(self) -> None:
         try:
             assembly = await self._assembler.assemble(self.entry, incoming=True)
-        except EmpError as error:
+        except (EmpError, OSError) as error:
             self.feed(events.MachineFailed(str(error)))
             return
         self.assembly = assembly
@@ -197,8 +200,7 @@ class TargetRole(Role[Target]):
         self.measured(announced_at_s=time.time())
 
     async def _kill(self) -> None:
-        if self.assembly is not None:
-            await self.assembly.dismantle()
+        await self.dismantled(self.assembly)
         self.feed(events.MachineGone())
 
     async def ended(self) -> None:

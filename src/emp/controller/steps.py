@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -113,14 +113,19 @@ class Steps:
 
         await self._until_known(None, detach)
 
-    async def close(self, outcome: Outcome, cause: str | None) -> None:
-        """Write the end: the report, and the EVM free for the next order."""
+    async def close(self, outcome: Outcome, cause: str | None, *, silent: Sequence[Role] = ()) -> None:
+        """Write the end: the report, and the EVM free for the next order.
+
+        An end that was ``silent`` to the last may still have something of the EVM: it stays on the list of those that
+        a later delete or cold start retires.
+        """
         live, book = self._tally.closed(outcome, cause, time.time()), self._tools.book
         holders = {
             Outcome.COMPLETED: (live.target,),
             Outcome.ABORTED: (live.source,),
             Outcome.LOST: (live.source, live.target),
         }[outcome]
+        holders += tuple(node for node in map(self.node_of, silent) if node not in holders)
 
         def free(evm: Evm) -> Evm:
             state = EvmState.RUNNING if evm.state is EvmState.MIGRATING else evm.state

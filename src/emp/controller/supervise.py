@@ -116,15 +116,18 @@ class Supervision:
                 lost = self._state.outcome is Outcome.LOST
                 await self._steps.record_owner(role, lost=(self._state.cause or "lost") if lost else None)
             case supervisor.Close(outcome, cause):
-                await self._steps.close(outcome, cause)
+                await self._steps.close(outcome, cause, silent=self._lost_roles())
                 log.info("migration %s of %s: %s%s", self.id, self.live.evm, outcome, f" ({cause})" if cause else "")
 
     def _feed_lost_nodes(self) -> None:
         """Tell a phase that has just begun of nodes that were down before it."""
-        for role in Role:
-            node = self._tools.nodes.find(self._steps.node_of(role))
-            if node is None or not node.ready:
-                self._feed(supervisor.NodeLost(role))
+        for role in self._lost_roles():
+            self._feed(supervisor.NodeLost(role))
+
+    def _lost_roles(self) -> list[Role]:
+        """Return the ends whose node does not report now."""
+        nodes = {role: self._tools.nodes.find(self._steps.node_of(role)) for role in Role}
+        return [role for role, node in nodes.items() if node is None or not node.ready]
 
     async def _save(self) -> None:
         try:
@@ -213,9 +216,10 @@ class Supervision:
             await work
         except EmpError as error:
             self._feed(StepFailed(str(error), sure=not isinstance(error, OutcomeUnknown)))
-        except Exception as error:
-            log.exception("migration %s", self.id)
-            self._feed(StepFailed(f"{type(error).__name__}: {error}", sure=False))
+        except Exception:
+            log.exception("migration %s: looking at both ends anew", self.id)
+            await asyncio.sleep(REWATCH_S)
+            self._feed(supervisor.Resumed(self.live.nonce is not None))
 
     async def _start_anew(self) -> None:
         await self._end_tasks()

@@ -39,8 +39,12 @@ def resume_source(record: Record, *, alive: bool, completed: bool) -> tuple[Sour
     return copying, AbortAsked(RESTARTED) if alive else MachineGone()
 
 
-def resume_target(record: Record, *, alive: bool, loaded: bool) -> tuple[Target, Event]:
-    """``record`` is PREPARED. ``alive``: the very machine that it names is; ``loaded``: it has everything, paused."""
+def resume_target(record: Record, *, alive: bool, loaded: bool, broken: bool = False) -> tuple[Target, Event]:
+    """``record`` is PREPARED. Return the state to go on from and the event that makes it go on.
+
+    ``alive``: the very machine that it names is. ``loaded``: it has everything, paused. ``broken``: its stream ended
+    before that.
+    """
     assert record.migration and record.peer and record.nonce
     state = Target(
         record.evm,
@@ -54,4 +58,6 @@ def resume_target(record: Record, *, alive: bool, loaded: bool) -> tuple[Target,
     )
     if not alive:
         return state, MachineGone()
+    if broken:
+        return state, StreamMoved(Stream.BROKEN, "the stream broke while the target's agent was away")
     return state, StreamMoved(Stream.COMPLETED) if loaded else LinkLost()

@@ -113,11 +113,15 @@ class Exchange:
         self.sent = False
         """whether the first byte of the request may have left"""
 
-    def trace(self, step: str, info: Mapping[str, Any]) -> None:
-        self.sent = self.sent or step == _SENDING
+        self._half_open: Any = None
 
     async def atrace(self, step: str, info: Mapping[str, Any]) -> None:
-        self.trace(step, info)
+        self.sent = self.sent or step == _SENDING
+        if step == "connection.connect_tcp.complete":
+            self._half_open = info["return_value"]
+        elif step == "connection.start_tls.failed" and self._half_open is not None:
+            # httpcore2 leaves the socket open when the request is cancelled in the TLS handshake.
+            await self._half_open.aclose()
 
     def parameters(self, body: Any, query: Query | None, *, trace: Any, read_s: float | None) -> dict[str, Any]:
         """Return the arguments of ``httpx2``'s ``build_request`` and ``stream``."""
