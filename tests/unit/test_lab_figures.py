@@ -59,13 +59,23 @@ def test_the_table_fits_and_shows_unknown_figures_as_such() -> None:
 def test_the_bench_condenses_runs_by_figure() -> None:
     stages = StageTimes(target_brownout_s=0.5)
     runs = [
-        entry(moved(gap_ms=gap_ms, lost=lost, vcpu_pause_ms=pause_ms, qemu_total_ms=1000.0, stages=stages))
+        entry(
+            moved(
+                gap_ms=gap_ms,
+                lost=lost,
+                vcpu_pause_ms=pause_ms,
+                qemu_downtime_ms=pause_ms - 5,
+                qemu_total_ms=1000.0,
+                stages=stages,
+            )
+        )
         for gap_ms, lost, pause_ms in ((80.0, 5, 9.0), (200.0, 90, 30.0), (70.0, 4, 8.0))
     ]
     median = idle.condensed(runs, statistics.median)
     assert median["vcpu_pause_ms"] == 9.0
-    assert median["network_gap_ms"] == {"evm": 80.0, "pod": 80.0}
+    assert median["network_gap_ms"] == {"evm": 80.0}
+    assert median["qemu_downtime_ms"] == 4.0
     assert median["packets"]["evm"] == {"lost": 5}
     assert median["overhead_s"] == 1.0
     worst = idle.condensed(runs, max)
-    assert (worst["vcpu_pause_ms"], worst["packets"]["pod"]["lost"]) == (30.0, 90)
+    assert (worst["vcpu_pause_ms"], worst["packets"]["evm"]["lost"]) == (30.0, 90)
