@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import struct
@@ -266,3 +267,14 @@ def test_a_kernel_packed_with_lz4_is_unpacked() -> None:
 )
 def test_a_kernel_packed_otherwise_boots_as_it_is(payload: bytes) -> None:
     assert images.uncompressed_kernel(bzimage(payload)) == bzimage(payload)
+
+
+@pytest.mark.parametrize(("home", "packed"), [("lib/modules", False), ("usr/lib/modules", True)])
+def test_modules_are_found_as_either_debian_packs_them(tmp_path: Path, home: str, packed: bool) -> None:
+    folder = tmp_path / home / "6.1.0-1-cloud-amd64" / "kernel"
+    folder.mkdir(parents=True)
+    content = b"\x7fELF module"
+    (folder / ("a.ko.xz" if packed else "a.ko")).write_bytes(lzma.compress(content) if packed else content)
+    tree = images.module_tree(tmp_path)
+    assert tree.name == "6.1.0-1-cloud-amd64"
+    assert (tree / "kernel" / "a.ko").read_bytes() == content

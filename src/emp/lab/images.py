@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -193,11 +194,23 @@ def _pick_kernel(root: Path, target: Path) -> None:
     vmlinuz = next((root / "boot").glob("vmlinuz-*"))
     modules = target / "modules"
     modules.mkdir()
-    tree = next((root / "lib" / "modules").iterdir())
+    tree = module_tree(root)
     for module in module_order(tree, [*EARLY_MODULES, *NIC_MODULES, *LATE_MODULES]):
         shutil.copy(module, modules / module.name)
     shutil.copy(tree / "modules.builtin", modules)
     (target / "kernel").write_bytes(uncompressed_kernel(vmlinuz.read_bytes()))
+
+
+def module_tree(root: Path) -> Path:
+    """Return the directory of the modules in an unpacked kernel package, each as a plain ``.ko``.
+
+    Debian 12 has them plain below /lib, Debian 13 packed with xz below /usr/lib.
+    """
+    homes = [home for home in (root / "lib" / "modules", root / "usr" / "lib" / "modules") if home.is_dir()]
+    tree = next(homes[0].iterdir())
+    for packed in tree.rglob("*.ko.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+    return tree
 
 
 def uncompressed_kernel(image: bytes) -> bytes:
