@@ -124,7 +124,7 @@ class Subject:
         links = json.loads(run_sync("ip", "-n", pool.topology.namespace(node), "-json", "link", "show"))
         taps = {interface_name(name, number) for number in range(len(self.spec.nics))}
         root = Path(f"/proc/{places.init_of(pool.files, node).pid}/root")
-        files = [root / "run/emp" / name, root / "var/lib/emp/evms" / f"{name}.json"]
+        files = [root / "run/emp/evm" / name, root / "var/lib/emp/evms" / f"{name}.json"]
         exports = daemons.daemons(pool.files, pool.topology.place(VOL.name))
         opened = {f"{volume.id}.{node}." for volume in self.volumes}
         return [

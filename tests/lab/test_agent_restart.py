@@ -79,6 +79,17 @@ def test_a_target_agent_killed_in_the_brownout_leaves_the_evm_on_its_source(pool
         check_stream(seen, "evm", boot_id)
 
 
+def test_a_target_agent_that_was_away_to_the_end_clears_what_waits_there(pool: Pool) -> None:
+    with subject(pool, node="n1") as evm:
+        slow = evm.begin_slow("n2")
+        with agent_away(pool, evm.client, "n2"):
+            assert evm.end_of(slow).outcome is Outcome.ABORTED  # closed without the target's word
+        until(lambda: not evm.traces("n2"), "nothing of the EVM is left on n2")
+        until(lambda: evm.client.nodes.get("n2").report.memory_used_bytes == 0, "its memory is free again")
+        evm.migrate("n2")
+        evm.check_only_on("n2")
+
+
 def learnt_at(pool: Pool, mac: str) -> str:
     """Return the cable of the lab's switch behind which it believes a MAC to be."""
     table = json.loads(run_sync("ip", "netns", "exec", pool.topology.namespace("fabric"), "bridge", "-json", "fdb"))

@@ -10,6 +10,7 @@ from emp.migration import events as e
 from emp.migration import source, target
 from emp.migration.events import Action, Event, Stream, StreamMoved, Timer, TimerFired, Word, Written
 from emp.migration.records import RecordKind as K
+from emp.migration.recovery import resume_target
 from emp.migration.states import Source, SourcePhase, Target, TargetPhase
 
 
@@ -248,3 +249,11 @@ def test_a_target_that_cannot_be_made_withdraws_and_says_why() -> None:
     state, done = play_target(new_target(), e.Ordered(), e.MachineFailed("no image"), e.MachineGone())
     assert done == ["MakeMachine", "KillMachine", "write withdrawn(2)"]
     assert state.cause == "no image"
+
+
+def test_a_target_whose_stream_broke_while_its_agent_was_away_clears_itself() -> None:
+    prepared, _ = play_target(new_target(), *PREPARED)
+    state, event = resume_target(prepared.record(K.PREPARED), alive=True, loaded=False, broken=True)
+    state, done = play_target(state, event, e.MachineGone(), Written(K.WITHDRAWN))
+    assert done == ["SendFailed", "KillMachine", "write withdrawn(2)", "answer withdrawn"]
+    assert state.phase is TargetPhase.WITHDRAWN
