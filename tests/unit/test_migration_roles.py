@@ -257,3 +257,11 @@ def test_a_target_whose_stream_broke_while_its_agent_was_away_clears_itself() ->
     state, done = play_target(state, event, e.MachineGone(), Written(K.WITHDRAWN))
     assert done == ["SendFailed", "KillMachine", "write withdrawn(2)", "answer withdrawn"]
     assert state.phase is TargetPhase.WITHDRAWN
+
+
+@pytest.mark.parametrize("word", [e.AbortAsked("retired"), e.SourceAborted()])
+def test_a_target_told_to_go_while_it_is_being_made_withdraws_once_it_is(word: Event) -> None:
+    made = (e.Ordered(), word, e.MachineReady(7, 9), Written(K.PREPARED))
+    state, done = play_target(new_target(), *made, e.MachineGone(), Written(K.WITHDRAWN))
+    assert done[-3:] == ["KillMachine", "write withdrawn(2)", "answer withdrawn"]
+    assert state.phase is TargetPhase.WITHDRAWN

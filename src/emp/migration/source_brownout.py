@@ -93,6 +93,8 @@ def target_making(state: Target, event: Event) -> tuple[Target, tuple[Action, ..
             return way_back.target_withdraws(state, reason)
         case AbortAsked(reason):
             return replace(state, cause=state.cause or reason), ()
+        case SourceAborted():
+            return replace(state, cause=state.cause or way_back.SOURCE_WENT_BACK), ()
     return state, ()
 
 
