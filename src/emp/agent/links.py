@@ -36,7 +36,6 @@ from emp.migration.events import (
 )
 from emp.migration.records import RecordKind
 from emp.model.errors import EmpError, Unreachable
-from emp.wire.identity import Identity, Role
 from emp.wire.link import Link
 
 log = logging.getLogger(__name__)
@@ -136,7 +135,3 @@ async def measure_clock(link: Link) -> tuple[float, float]:
             best = (offset_s, trip_s)
     assert best is not None
     return best[0] * 1000, best[1] * 1000 / 2
-
-
-def agent(node: str) -> Identity:
-    return Identity(Role.AGENT, node)

@@ -64,11 +64,6 @@ class Migrations:
         self._roles: dict[str, SourceRole | TargetRole] = {}
         self._links: set[asyncio.Task[None]] = set()
 
-    @property
-    def busy(self) -> bool:
-        """Whether any role is not over."""
-        return any(not role.phase.final for role in self._roles.values())
-
     # -- orders from the controller
 
     async def prepare(self, order: PrepareOrder) -> Prepared:
@@ -282,12 +277,12 @@ class Migrations:
 
     # -- after a restart of the agent
 
-    def resume_source(self, state: Source, peer: Peer, *asked: events.Event) -> None:
+    def resume_source(self, state: Source, peer: Peer, event: events.Event) -> None:
         """HANDOVER or GIVEN was the last record: go on from there."""
         role = self._source_role(state, None, peer)
         self._residents.get(state.evm).role = role
         self._remember(role)
-        role.resume(*asked)
+        role.resume(event)
 
     def resume_target(self, state: Target, entry: Entry, assembly: Assembly | None, event: events.Event) -> None:
         """PREPARED was the last record: the machine waits, has everything, or is gone."""

@@ -95,13 +95,11 @@ class SourceRole(Role[Source]):
         self._listen()
         self.begin(Ordered())
 
-    def resume(self, *asked: events.Event) -> None:
+    def resume(self, event: events.Event) -> None:
         """Go on after a restart of the agent: the state was made from the journal."""
         self._listen()
         self.spawn(self._keep_link())
-        for event in asked[:-1]:
-            self.feed(event)
-        self.begin(asked[-1])
+        self.begin(event)
 
     def _listen(self) -> None:
         if self.assembly is None:
