@@ -17,16 +17,13 @@ from urllib.parse import urlencode, urlsplit
 from emp.client.connection import Connection, reason_of, trusting
 from emp.model.errors import (
     BadInput,
-    Conflict,
     EmpError,
-    Forbidden,
     Internal,
-    NotFound,
     OutcomeUnknown,
-    Unauthenticated,
     Unavailable,
     Unreachable,
     error_from_dict,
+    kind_of_status,
 )
 
 if TYPE_CHECKING:
@@ -36,15 +33,6 @@ TIMEOUT_S = 15.0
 FAILURES = (OSError, http.client.HTTPException)
 
 Query = Mapping[str, str | int | float | None]
-
-_BY_STATUS: dict[int, type[EmpError]] = {
-    401: Unauthenticated,
-    403: Forbidden,
-    404: NotFound,
-    409: Conflict,
-    503: Unavailable,
-    504: OutcomeUnknown,
-}
 
 
 class Transport:
@@ -207,6 +195,6 @@ class Call:
             found = None
         if isinstance(found, dict) and "code" in found:
             return error_from_dict(found)
-        kind = _BY_STATUS.get(response.status, BadInput if 400 <= response.status < 500 else Internal)
+        kind = kind_of_status(response.status)
         text = f"{self._transport.shown} answered {self._order} with {response.status} {response.reason}"
         return kind(text, status=response.status)

@@ -194,3 +194,18 @@ def error_from_dict(body: dict[str, Any]) -> EmpError:
         hint=body.get("hint"),
         **{k: v for k, v in details.items() if k not in _OWN} if isinstance(details, dict) else {},
     )
+
+
+_BY_STATUS: dict[int, type[EmpError]] = {
+    401: Unauthenticated,
+    403: Forbidden,
+    404: NotFound,
+    409: Conflict,
+    503: Unavailable,
+    504: OutcomeUnknown,
+}
+
+
+def kind_of_status(status: int) -> type[EmpError]:
+    """Return the kind of error in an HTTP answer that was not written by a daemon of the pool."""
+    return _BY_STATUS.get(status, BadInput if 400 <= status < 500 else Internal)

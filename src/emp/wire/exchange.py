@@ -21,16 +21,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from emp.model.errors import (
     BadInput,
-    Conflict,
     EmpError,
-    Forbidden,
     Internal,
-    NotFound,
     OutcomeUnknown,
-    Unauthenticated,
     Unavailable,
     Unreachable,
     error_from_dict,
+    kind_of_status,
 )
 from emp.wire.identity import Identity
 from emp.wire.secret import Secret
@@ -38,14 +35,6 @@ from emp.wire.tls import refusal
 
 _SENDING = "http11.send_request_headers.started"
 _READ_THEN_DECIDE = "it may or may not have happened: read the state, then decide"
-_BY_STATUS: dict[int, type[EmpError]] = {
-    401: Unauthenticated,
-    403: Forbidden,
-    404: NotFound,
-    409: Conflict,
-    503: Unavailable,
-    504: OutcomeUnknown,
-}
 
 FAILURES = (httpx2.TransportError, httpx2.DecodingError, OSError)
 """what a transport may raise; ``TimeoutError`` and a TLS alert met while reading are ``OSError``"""
@@ -175,7 +164,7 @@ class Exchange:
             if isinstance(body, dict) and "code" in body:
                 return error_from_dict(body)
         status = response.status_code
-        kind = _BY_STATUS.get(status, BadInput if 400 <= status < 500 else Internal)
+        kind = kind_of_status(status)
         text = f"{self.target.shown} answered {self.method} {self.path} with {status} {response.reason_phrase}"
         return kind(text, status=status)
 
