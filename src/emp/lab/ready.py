@@ -6,8 +6,10 @@ import time
 
 from emp.client import Client
 from emp.client.context import Context
-from emp.lab import daemons
+from emp.lab import daemons, scan
+from emp.lab.places import init_of
 from emp.lab.state import LabFiles, LabState
+from emp.lab.topology import VOL, VOLUMES_PORT
 from emp.model.errors import EmpError, HostError
 
 READY_S = 30.0
@@ -17,12 +19,15 @@ TAIL_LINES = 15
 
 
 def wait_ready(files: LabFiles, state: LabState, context: Context, *, timeout_s: float = READY_S) -> None:
-    """Return once the controller is healthy and every agent has reported; ``HostError`` if that does not come."""
+    """Return once the controller is healthy, every agent has reported and the volume server listens.
+
+    Raises ``HostError`` if that does not come.
+    """
     wanted = {place.name for place in state.topology.node_places}
     deadline = time.monotonic() + timeout_s
     look_at = time.monotonic() + LOOK_S
     with Client(context) as client:
-        while not wanted <= _reported(client):
+        while not (wanted <= _reported(client) and scan.listens(init_of(files, VOL.name).pid, VOLUMES_PORT)):
             now = time.monotonic()
             if now > look_at:
                 _check_alive(files, state)

@@ -72,6 +72,15 @@ def in_network_namespaces(inodes: Iterable[int]) -> list[Running]:
     )
 
 
+def listens(pid: int, port: int) -> bool:
+    """Whether anybody listens on a TCP port in the network namespace of ``pid`` (IPv4; proc(5), state 0A is LISTEN)."""
+    try:
+        rows = Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]
+    except OSError:
+        return False
+    return any(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "0A" for row in rows)
+
+
 def children(pid: int) -> list[Process]:
     """Return the live children of a process."""
     return [found.process for found in running() if found.parent == pid]
