@@ -70,6 +70,18 @@ class Progress(Model):
     """until the blackout; None where pre-copy does not converge at these rates, or nothing is known yet"""
 
 
+class WatchLine(Model):
+    """One thing that is monitored while a migration runs: its threshold, the worst that was seen, and the verdict."""
+
+    check: str
+    """such as ``no-convergence``, ``deadline``, ``stream-stalled``, ``target-silent``"""
+    threshold: str
+    """from the policy, with its unit, for people"""
+    worst: str | None = None
+    """None: never measured"""
+    ok: bool = True
+
+
 class StageTimes(Model):
     source_brownout_s: float | None = None
     blackout_ms: float | None = None
@@ -94,6 +106,7 @@ class Report(Model):
     bandwidth_bytes_per_s: float | None = None
     abort_pause_ms: float | None = None
     """how long the guest stood still because of a switchover that was aborted"""
+    watch: tuple[WatchLine, ...] = ()
     commit_ms: float | None = None
     """from GIVEN on the source's disk to the target's running guest"""
 

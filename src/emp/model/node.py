@@ -37,6 +37,18 @@ class EvmReport(Model):
     qemu_pid: int | None = None
 
 
+class OpenRole(Model):
+    """This node's part in a migration that is not over here."""
+
+    migration: str
+    evm: Name
+    role: str
+    """``source`` or ``target``"""
+    phase: str
+    epoch: int
+    """source: the epoch that it owns; target: e_t"""
+
+
 class NodeReport(Model):
     """What an agent sends with each heartbeat."""
 
@@ -56,6 +68,20 @@ class NodeReport(Model):
     """of this agent process: a new one means that the agent was restarted"""
     journal: str | None = None
     """why the journal cannot be trusted, if it cannot"""
+    journal_id: str = ""
+    journal_seq: int = 0
+    """highest record number: a journal that comes back with another id, or behind this, is quarantined"""
+    open_roles: tuple[OpenRole, ...] = ()
+
+
+class Fence(Model):
+    """Proof that a node runs nothing of the pool's, or reaches no volume and no address of it (rule R8)."""
+
+    driver: str
+    """``lab``, ``ec2``, or ``manual``: a person has sworn to it"""
+    by: str
+    at_s: float
+    """seconds since the Unix epoch, for people only"""
 
 
 class Node(Model):
@@ -67,6 +93,13 @@ class Node(Model):
     """seconds since the Unix epoch, for people only"""
     ready: bool = True
     """false once heartbeats have stopped"""
+    fence: Fence | None = None
+    """it is fenced: lifted once its agent has written RETIRED for every EVM that was started elsewhere"""
+    journal_id: str = ""
+    journal_seq: int = 0
+    """the highest that this node has ever reported"""
+    quarantine: str | None = None
+    """why it takes no orders: its journal is not the one it had; a person decides (``emp node readmit``)"""
 
     @property
     def name(self) -> str:

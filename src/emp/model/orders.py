@@ -9,7 +9,9 @@
 ``POST /v1/evms/{name}/console``             bytes ->                             typed into the console
 ``POST /v1/migrations/{id}/prepare``         ``PrepareOrder`` -> ``Prepared``     target: a machine that waits
 ``POST /v1/migrations/{id}/handover``        ``HandoverOrder`` -> ``RoleStatus``  source: HANDOVER, then pre-copy
-``POST /v1/migrations/{id}/abort``           ``AbortOrder`` -> ``RoleStatus``     either; answered at once
+``POST /v1/migrations/{id}/abort``           ``AbortOrder`` -> ``RoleStatus``     either; answered once it is decided
+``POST /v1/migrations/{id}/go``              ``GoOrder`` -> ``RoleStatus``        target: GO, by the controller as courier
+``POST /v1/migrations/{id}/answer``          ``AnswerOrder`` -> ``RoleStatus``    source: the target's word, by courier
 ``GET  /v1/migrations/{id}``                 -> ``RoleStatus``
 ``GET  /v1/migrations/{id}/watch``           -> SSE of ``RoleStatus``             a snapshot at each change, to the end
 ``POST /v1/agents/{node}/heartbeat``         ``NodeReport`` -> ``HeartbeatReply``  on the *controller*, by the agent
@@ -27,7 +29,7 @@ from pydantic import Field
 
 from emp.model.base import Model
 from emp.model.evm import EvmSpec
-from emp.model.migration import Policy, Progress, Stage
+from emp.model.migration import Policy, Progress, Stage, WatchLine
 from emp.model.names import Ip, Name
 from emp.model.volume import Attachment, Volume
 
@@ -99,10 +101,31 @@ class AbortOrder(Model):
     reason: str
     source_is_back: bool = False
     """to the target, from the controller as courier: the source's OWN(e_s) has been seen"""
+    wait_s: float = Field(default=0.0, ge=0, le=30)
+    """how long the answer may wait for the decision: back on the source, or committed"""
+
+
+class GoOrder(Model):
+    """The source's GO, carried by the controller while the two agents cannot reach each other."""
+
+    epoch: int
+    """e_t"""
+    nonce: str
+    """p of the target's PREPARED"""
+
+
+class AnswerOrder(Model):
+    """The target's answer to GO, from its journal, carried by the controller."""
+
+    word: str
+    """``activated`` or ``withdrawn`` (``emp.migration.events.Word``)"""
+    nonce: str
 
 
 class HeartbeatReply(Model):
     interval_s: float
+    quarantine: str | None = None
+    """why the node must not act: its journal is behind what the controller remembers of it, or it is fenced"""
 
 
 class Role(StrEnum):
@@ -175,3 +198,7 @@ class RoleStatus(Model):
     progress: Progress = Progress()
     figures: RoleFigures = RoleFigures()
     nonce: str | None = None
+    wants_courier: bool = False
+    """source: committed, and the target does not answer GO; target: loaded, and the source does not answer"""
+    watch: tuple[WatchLine, ...] = ()
+    """source: what is monitored while the migration runs"""
