@@ -88,7 +88,7 @@ def ensure_image(
         raise BadInput(f"there is no image {name!r}", field="image", hint="the image is called micro")
     cache = cache or default_cache()
     kernel = _ensure_kernel(cache, refresh=refresh, notice=notice)
-    busybox = _ensure_busybox(cache, notice=notice)
+    busybox = ensure_busybox(cache, notice=notice)
     inputs = hash_inputs([*guest_files(), busybox, kernel / "kernel"], kernel.name)
     home = cache / "images" / f"{name}-{inputs[:16]}"
     if not (home / "image.json").exists():
@@ -267,7 +267,7 @@ def module_order(tree: Path, wanted: Sequence[str]) -> list[Path]:
     return order
 
 
-def _ensure_busybox(cache: Path, *, notice: Notice) -> Path:
+def ensure_busybox(cache: Path, *, notice: Notice = lambda line: None) -> Path:
     """Return a static busybox: the host's own, else one from its package, kept in the cache."""
     host, cached = Path("/bin/busybox"), cache / "busybox" / "busybox"
     if host.exists() and _is_static(host):

@@ -10,7 +10,7 @@
 ``POST /v1/migrations/{id}/prepare``         ``PrepareOrder`` -> ``Prepared``     target: a machine that waits
 ``POST /v1/migrations/{id}/handover``        ``HandoverOrder`` -> ``RoleStatus``  source: HANDOVER, then pre-copy
 ``POST /v1/migrations/{id}/abort``           ``AbortOrder`` -> ``RoleStatus``     either; answered once it is decided
-``POST /v1/migrations/{id}/go``              ``GoOrder`` -> ``RoleStatus``        target: GO, by the controller as courier
+``POST /v1/migrations/{id}/go``              ``GoOrder`` -> ``RoleStatus``        target: GO, by courier
 ``POST /v1/migrations/{id}/answer``          ``AnswerOrder`` -> ``RoleStatus``    source: the target's word, by courier
 ``GET  /v1/migrations/{id}``                 -> ``RoleStatus``
 ``GET  /v1/migrations/{id}/watch``           -> SSE of ``RoleStatus``             a snapshot at each change, to the end
