@@ -1,6 +1,6 @@
 """Two nodes' QEMU drivers on loopback, and a guest small enough to boot in a tenth of a second, for tests.
 
-The guest is 230 bytes of real-mode code in the shape of a Linux kernel. It prints ``R`` on its serial console and then
+The guest is 214 bytes of real-mode code in the shape of a Linux kernel. It prints ``R`` on its serial console and then
 answers each byte with the next of ``0``, ``1``, ``2``...: a count that only goes on if its memory did. Some bytes also
 make it act: ``d`` rewrites a word in each page of 64 MiB for ever, ``q`` stops that, ``r`` resets the machine, ``s``
 powers it off (as does the power button), ``p`` panics through pvpanic.
@@ -46,15 +46,14 @@ PATIENCE_S = 20.0
 #   put:    movw $0x3f8,%dx; outb %al,%dx; ret
 #   off:    movw $0x604,%dx; movw $0x2000,%ax; outw %ax,%dx; jmp loop     # ACPI S5
 #   reset:  movb $0xfe,%al; outb %al,$0x64; jmp loop                      # keyboard controller
-#   panic:  movw $0xcf8,%dx; movl $0x80001010,%eax; outl %eax,%dx; movw $0xcfc,%dx; inl %dx,%eax; andb $0xf0,%al
-#           movl %eax,%edi; movb $1,%fs:(%edi); jmp loop                  # BAR 0 of PCI slot 2
+#   panic:  movw $0x505,%dx; movb $1,%al; outb %al,%dx; jmp loop         # the ISA pvpanic's port
 #           .balign 8
 #   gdt:    .quad 0, 0x00cf92000000ffff
 #   gdtr:   .word 15; .long 0
 _CODE = base64.b64decode(
-    "+mYxwIzIjthmweAEZgU4AQAAZqNKAWYPARZIAQ8gwAwBDyLAuwgAjuMk/g8iwDHbjuO6Aga4AAHvtTCwUuheALoABu32xAF1Wrr9A+yoAXUohN"
-    "t1Bfv0+uvmZr8AACAAZkZkZ2aJN2aBxwAQAABmgf8AACAEcunrx7r4A+w8c3QiPHJ0JzxwdCk8ZHUCswE8cXUCswCI6OgEAP7F66K6+APuw7oE"
-    "BrgAIO/rlLD+5mTrjrr4DGa4EBAAgGbvuvwMZu0k8GaJx2RnxgcB6XH/kAAAAAAAAAAA//8AAACSzwAPAAAAAAA="
+    "+mYxwIzIjthmweAEZgUoAQAAZqM6AWYPARY4AQ8gwAwBDyLAuwgAjuMk/g8iwDHbjuO6Aga4AAHvtTCwUuheALoABu32xAF1Wrr9A+yoAXUohNt1"
+    "Bfv0+uvmZr8AACAAZkZkZ2aJN2aBxwAQAABmgf8AACAEcunrx7r4A+w8c3QiPHJ0JzxwdCk8ZHUCswE8cXUCswCI6OgEAP7F66K6+APuw7oEBrgA"
+    "IO/rlLD+5mTrjroFBbAB7uuGjbQAAGaQAAAAAAAAAAD//wAAAJLPAA8AAAAAAA=="
 )
 
 

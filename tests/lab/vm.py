@@ -76,7 +76,7 @@ class Vm:
         argv += ["-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", KERNEL_COMMAND_LINE]
         argv += ["-fw_cfg", f"name={FW_CFG_NAME},file={directory / 'config'}", "-serial", "stdio"]
         argv += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
-        argv += ["-device", "virtio-rng-pci", "-device", "pvpanic-pci", "-action", "panic=pause"]
+        argv += ["-device", "pvpanic", "-action", "panic=pause"]
         for number, (tap, mac) in enumerate(nics or []):
             argv += ["-netdev", f"tap,id=n{number},ifname={tap},script=no,downscript=no"]
             argv += ["-device", f"virtio-net-pci,netdev=n{number},mac={mac},romfile=,disable-legacy=on"]

@@ -84,9 +84,7 @@ GOLDEN = """\
 -mon chardev=guard,mode=control
 -chardev socket,id=console,fd=16,server=on,wait=off
 -device {"driver":"isa-serial","id":"serial0","chardev":"console"}
--device {"driver":"pvpanic-pci","id":"panic0","bus":"pci.0","addr":"0x2"}
--object {"qom-type":"rng-builtin","id":"random"}
--device {"driver":"virtio-rng-pci","id":"random0","bus":"pci.0","addr":"0x3","disable-legacy":"on","rng":"random"}
+-device {"driver":"pvpanic","id":"panic0"}
 -netdev {"type":"tap","id":"net0","fd":"20","vhost":false}
 -device {"driver":"virtio-net-pci","id":"nic0","bus":"pci.0","addr":"0x4","disable-legacy":"on","netdev":"net0","mac":"52:54:00:00:00:01","romfile":"","guest_ufo":false,"host_ufo":false,"guest_uso4":false,"guest_uso6":false,"host_uso":false}
 -netdev {"type":"tap","id":"net1","fd":"21","vhost":false}

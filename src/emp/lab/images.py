@@ -50,7 +50,7 @@ BUSYBOX_PACKAGE = "busybox-static"
 # What the guest needs to answer its first packet is loaded first, the rest right after.
 EARLY_MODULES = ("virtio_pci", "qemu_fw_cfg", "bridge", "veth")
 NIC_MODULES = ("virtio_net",)
-LATE_MODULES = ("button", "evdev", "pvpanic-pci", "virtio_blk", "virtio-rng", "virtio_scsi", "sd_mod")
+LATE_MODULES = ("button", "evdev", "pvpanic-mmio", "virtio_blk", "virtio_scsi", "sd_mod")
 
 SHELL_RC = "alias ll='ls -l'\n"
 
