@@ -6,9 +6,11 @@ at the top, and a model is named by a function.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from emp.client.transport import TIMEOUT_S, Call, Query, Transport
@@ -46,9 +48,19 @@ class Noun:
     ) -> M:
         """Send an order or a question and return its answer."""
         call = self.transport.send(method, path, _json(body), query=query, timeout_s=timeout_s)
-        with call:
+        with call, _unbroken():
             wanted = model()
         return read(call, call.answer(), wanted)
+
+
+@contextlib.contextmanager
+def _unbroken() -> Iterator[None]:
+    """Let Ctrl-C wait: an import that it broke would be begun again, and a C library such as decimal's complains."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def read(call: Call, answer: bytes, model: type[M]) -> M:
