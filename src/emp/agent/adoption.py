@@ -27,13 +27,11 @@ from emp.agent.shelf import Entry
 from emp.hypervisor.base import ProcessId, RunState, StreamStatus
 from emp.migration.records import Record, RecordKind
 from emp.migration.recovery import resume_source, resume_target
+from emp.migration.sweep import Sweep, sweep, waits_for_its_owner
 from emp.model.errors import EmpError, HostError
 from emp.model.evm import EvmState
 
 log = logging.getLogger(__name__)
-
-_STANDS = {RecordKind.ACTIVATED: RunState.PAUSED, RecordKind.OWN: RunState.POSTMIGRATE}
-"""the run state in which a machine waits for nothing but its owner's ``cont``"""
 
 
 class Adoption:
@@ -82,7 +80,8 @@ class Adoption:
         entry = self._residents.shelf.get(evm)
         if last is None:
             return
-        if last.kind in (RecordKind.DONE, RecordKind.WITHDRAWN, RecordKind.RETIRED, RecordKind.STOPPED):
+        found = sweep(last)
+        if found is Sweep.CLEAR:
             await self._residents.assembler.clear(evm, process)
             if last.kind is not RecordKind.STOPPED:
                 self._residents.shelf.drop(evm)
@@ -94,12 +93,12 @@ class Adoption:
         assembly = await self._residents.assembler.adopt(entry.spec, process) if process else None
         if assembly is None:
             await self._residents.assembler.network.remove(evm)
-        match last.kind:
-            case RecordKind.OWN | RecordKind.ACTIVATED:
+        match found:
+            case Sweep.OWNED:
                 await self._owned(last, entry, assembly)
-            case RecordKind.HANDOVER | RecordKind.GIVEN:
+            case Sweep.LEAVING:
                 await self._leaving(last, entry, assembly)
-            case RecordKind.PREPARED:
+            case Sweep.ARRIVING:
                 await self._arriving(last, entry, assembly, process)
 
     async def _owned(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
@@ -107,7 +106,7 @@ class Adoption:
             self._residents.note(entry, EvmState.CRASHED, "its QEMU process ended while the agent was away")
             return
         state = await assembly.machine.run_state()
-        stands = state is _STANDS[last.kind]
+        stands = waits_for_its_owner(last, loaded=state is RunState.PAUSED, completed=state is RunState.POSTMIGRATE)
         if stands:
             # The record is on disk and only ``cont`` was missing: this is the owner (rule R1).
             await assembly.open_ports()

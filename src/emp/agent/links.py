@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from emp.agent.journal import Journal
+from emp.migration import admission
 from emp.migration.events import (
     Event,
     GoArrived,
@@ -34,7 +35,6 @@ from emp.migration.events import (
     TargetLoaded,
     Word,
 )
-from emp.migration.records import RecordKind
 from emp.model.errors import EmpError, Unreachable
 from emp.wire.link import Link
 
@@ -67,11 +67,9 @@ def answer_from_journal(journal: Journal, migration: str, message: Message) -> M
     if message.get("type") not in ("go", "hello"):
         return None
     for evm in journal.evms:
-        end = journal.ledger(evm).end_of(migration)
-        if end is not None and end.kind is RecordKind.ACTIVATED:
-            return {"type": "answer", "word": Word.ACTIVATED.value, "nonce": end.nonce}
-        if end is not None and end.kind is RecordKind.WITHDRAWN:
-            return {"type": "answer", "word": Word.WITHDRAWN.value, "nonce": end.nonce}
+        if sworn := admission.word_of(journal.ledger(evm), migration):
+            word, nonce = sworn
+            return {"type": "answer", "word": word.value, "nonce": nonce}
     return None
 
 

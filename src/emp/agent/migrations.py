@@ -17,10 +17,10 @@ from emp.agent.residents import Residents
 from emp.agent.shelf import Entry
 from emp.agent.source import SourceRole
 from emp.agent.target import TargetRole
-from emp.migration import events
-from emp.migration.records import RUNNABLE, RecordKind
+from emp.migration import admission, events
+from emp.migration.records import RecordKind
 from emp.migration.states import Source, Target
-from emp.model.errors import Conflict, NotFound, Refused, StaleEpoch
+from emp.model.errors import Conflict, NotFound, Refused
 from emp.model.evm import EvmState
 from emp.model.migration import Stage
 from emp.model.orders import (
@@ -29,7 +29,6 @@ from emp.model.orders import (
     Peer,
     Prepared,
     PrepareOrder,
-    Role,
     RolePhase,
     RoleStatus,
 )
@@ -43,16 +42,6 @@ _REMEMBERED = 256
 
 Dial = Callable[[Peer, str], Awaitable[Link]]
 """(peer, migration) -> a link on which ``hello`` has been said; raises ``Unreachable``"""
-
-_END_OF_RECORD = {
-    RecordKind.OWN: (Role.SOURCE, RolePhase.ABORTED),
-    RecordKind.HANDOVER: (Role.SOURCE, RolePhase.ABORTING),
-    RecordKind.GIVEN: (Role.SOURCE, RolePhase.GIVEN),
-    RecordKind.DONE: (Role.SOURCE, RolePhase.DONE),
-    RecordKind.PREPARED: (Role.TARGET, RolePhase.PREPARED),
-    RecordKind.ACTIVATED: (Role.TARGET, RolePhase.RUNNING),
-    RecordKind.WITHDRAWN: (Role.TARGET, RolePhase.WITHDRAWN),
-}
 
 
 class Migrations:
@@ -78,10 +67,7 @@ class Migrations:
     async def _new_target(self, order: PrepareOrder) -> TargetRole:
         name = order.spec.name
         ledger = self._journal.ledger(name)
-        if order.epoch <= ledger.highest_epoch:
-            raise StaleEpoch(f"epoch {order.epoch} is not newer than {ledger.highest_epoch}", field="epoch")
-        if ledger.last and ledger.last.kind in (RecordKind.OWN, RecordKind.HANDOVER, RecordKind.ACTIVATED):
-            raise Conflict(f"EVM {name!r} is already on this node", field="target")
+        admission.check_prepare(ledger, order.epoch)
         await self._withdraw_older(name)
         self._residents.reserve(name, order.spec.memory_bytes)
         entry = Entry(spec=order.spec, volumes=order.volumes)
@@ -97,8 +83,7 @@ class Migrations:
         for role in tuple(self._roles.values()):
             if isinstance(role, TargetRole) and role.state.evm == evm and not role.phase.final:
                 role.feed(events.AbortAsked("a newer migration has been ordered"))
-                if role.state.committed or role.phase is RolePhase.SWITCHOVER:
-                    raise Conflict(f"migration {role.state.migration} is not over on this node", field="evm")
+                admission.check_replaces(role.state)
                 await role.until_final()
 
     async def hand_over(self, order: HandoverOrder) -> RoleStatus:
@@ -135,10 +120,7 @@ class Migrations:
         ledger = self._journal.ledger(order.evm)
         if resident.role is not None and not resident.role.phase.final:
             raise Conflict(f"EVM {order.evm!r} is already migrating ({resident.role.state.migration})", field="evm")
-        if ledger.last is None or ledger.last.kind not in RUNNABLE:
-            raise Conflict(f"this node does not own EVM {order.evm!r}", field="evm")
-        if order.epoch_target <= ledger.highest_epoch:
-            raise StaleEpoch(f"epoch {order.epoch_target} is not newer than {ledger.highest_epoch}", field="epoch")
+        admission.check_hand_over(ledger, order.epoch_target)
         if resident.assembly is None or resident.state is not EvmState.RUNNING:
             raise Refused(f"EVM {order.evm!r} is {resident.state}, not running", field="evm", hint="start it first")
 
@@ -167,8 +149,8 @@ class Migrations:
         if role := self._roles.get(migration):
             return role.status
         for evm in self._journal.evms:
-            if (end := self._journal.ledger(evm).end_of(migration)) and end.kind in _END_OF_RECORD:
-                name, phase = _END_OF_RECORD[end.kind]
+            if standing := admission.standing_of(self._journal.ledger(evm), migration):
+                name, phase, end = standing
                 return RoleStatus(
                     migration=migration,
                     evm=evm,

@@ -18,8 +18,9 @@ from emp.agent.shelf import Entry, Shelf
 from emp.agent.signal import Signal
 from emp.agent.source import SourceRole
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState
+from emp.migration import admission
 from emp.migration.records import OWNING, RUNNABLE, Record, RecordKind
-from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused, StaleEpoch
+from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused
 from emp.model.evm import EvmState
 from emp.model.names import format_size
 from emp.model.node import EvmReport
@@ -113,9 +114,7 @@ class Residents:
         last = self.journal.last(name)
         if last and last.kind is RecordKind.OWN and last.epoch == epoch and name in self._residents:
             return self.report(self.get(name))
-        self._check_epoch(name, epoch)
-        if last and last.kind in (*OWNING, RecordKind.PREPARED, RecordKind.GIVEN):
-            raise Conflict(f"EVM {name!r} is already here ({last.kind})", field="evm", hint="retire it first")
+        admission.check_start(self.journal.ledger(name), epoch)
         await self._forget(name)
         entry = Entry(spec=order.spec, volumes=order.volumes)
         self.reserve(name, order.spec.memory_bytes)
@@ -157,7 +156,7 @@ class Residents:
         report = EvmReport(name=name, state=EvmState.STOPPED, epoch=order.epoch, reason="retired")
         if last and last.kind is RecordKind.RETIRED and last.epoch == order.epoch:
             return report
-        self._check_epoch(name, order.epoch)
+        admission.check_epoch(self.journal.ledger(name), order.epoch)
         if resident := self._residents.get(name):
             async with resident.lock:
                 self._check_not_migrating(resident)
@@ -168,13 +167,6 @@ class Residents:
         self.shelf.drop(name)
         self.changed.notify()
         return report
-
-    def _check_epoch(self, name: str, epoch: int) -> None:
-        highest = self.journal.ledger(name).highest_epoch
-        if epoch <= highest:
-            raise StaleEpoch(
-                f"the order's epoch {epoch} is not newer than {highest}, which this node has seen", field="epoch"
-            )
 
     @staticmethod
     def _check_not_migrating(resident: Resident) -> None:

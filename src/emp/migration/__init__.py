@@ -7,7 +7,7 @@
 5. ``target_brownout`` stage 3: the EVM runs on the target; the source is cleared
 6. ``way_back``        every way back to the source, and why each is safe
 7. ``source``, ``target``, ``supervisor``   the three roles: ``step(state, event) -> (state, actions)``
-8. ``recovery``        where a role stands after its agent was killed
+8. ``admission``       may a node do what it is ordered;  ``sweep``, ``recovery``  what a restarted agent does
 9. ``convergence``     when pre-copy will be done;  ``preflight`` may it begin;  ``report`` what it cost
 
 The daemons feed ``step`` with events (QMP, the link between the agents, HTTP, timers, a journal replayed) and carry out
