@@ -20,10 +20,11 @@ import pytest
 from emp.host.processes import Process, find
 from emp.model.errors import StaleEpoch
 from emp.model.volume import Attachment, VolumeType
-from emp.volumes.nbd import NbdVolumeDriver
+from emp.volumes.nbd import NbdVolumeClaims, NbdVolumeDriver
 from emp.volumes.server.__main__ import main
 from emp.volumes.server.state import State
 from emp.wire.pki import Identity, Role
+from emp.wire.tls import mutual_client
 from tests.nbd_pool import SERVER, NbdPool
 
 PORT = 19999
@@ -162,6 +163,27 @@ async def test_after_a_kill_of_everything_all_is_as_before(daemon: Daemon) -> No
     assert await daemon.driver.attach(volume, node="n1", epoch=4) == attachments[0]
     with pytest.raises(StaleEpoch):
         await daemon.driver.attach(volume, node="n1", epoch=3)
+
+
+async def test_a_claim_outlives_a_kill_and_the_log_tells_one_epoch_at_a_time(daemon: Daemon) -> None:
+    first, second = await attach_two(daemon)
+    agent = NbdVolumeClaims(mutual_client(daemon.pool.credentials(Identity(Role.AGENT, "n1"))))
+    await agent.claim(first, epoch=9)
+    await agent.aclose()
+    daemon.kill()
+    await daemon.start()
+    await daemon.until_open(first)
+    assert not daemon.pool.is_open(second)
+    with pytest.raises(StaleEpoch):
+        await daemon.driver.attach(first.volume, node="n2", epoch=8)
+
+    lines = [json.loads(line) for line in (daemon.state_dir / "epochs.log").read_text().splitlines()]
+    told = [(line["event"], line.get("node"), line.get("tag")) for line in lines]
+    assert told == [
+        *(("attach", "n1", first.epoch), ("attach", "n2", second.epoch)),
+        *(("claim", "n1", 9), ("close", "n2", second.epoch)),
+    ]
+    assert [line["monotonic_s"] for line in lines] == sorted(line["monotonic_s"] for line in lines)
 
 
 async def test_sigterm_ends_every_export_and_a_restart_serves_them_again(daemon: Daemon) -> None:

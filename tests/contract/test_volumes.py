@@ -14,20 +14,21 @@ import pytest
 
 from emp.model.errors import AlreadyExists, BadInput, Conflict, Forbidden, NotFound, StaleEpoch
 from emp.model.volume import Attachment, Volume, VolumeType
-from emp.volumes.base import VolumeDriver
-from emp.volumes.nbd import NbdVolumeDriver
+from emp.volumes.base import VolumeClaims, VolumeDriver
+from emp.volumes.nbd import NbdVolumeClaims, NbdVolumeDriver
 from emp.volumes.server.app import make_app
 from emp.volumes.server.protocol import CreateVolume, new_volume_id
 from emp.volumes.server.service import VolumeService
 from emp.wire.pki import CertificateAuthority, Credentials, Identity, Role
 from emp.wire.serve import Listener, Server
 from emp.wire.sockets import listen
-from emp.wire.tls import mutual_server
+from emp.wire.tls import mutual_client, mutual_server
 from tests.nbd_pool import POOL, SERVER, NbdPool
 
 CONTROLLER = Identity(Role.CONTROLLER, "main")
 SIZE_BYTES = 64 << 20
 Connect = Callable[[Identity], VolumeDriver]
+Claims = Callable[[str], VolumeClaims]
 
 
 @pytest.fixture
@@ -59,6 +60,20 @@ async def connect(pool: NbdPool, tmp_path: Path, request: pytest.FixtureRequest)
 @pytest.fixture
 def driver(connect: Connect) -> VolumeDriver:
     return connect(CONTROLLER)
+
+
+@pytest.fixture
+async def claims(pool: NbdPool) -> AsyncIterator[Claims]:
+    """Give the claims of a node's agent."""
+    made: list[VolumeClaims] = []
+
+    def claims_of(node: str) -> VolumeClaims:
+        made.append(NbdVolumeClaims(mutual_client(pool.credentials(Identity(Role.AGENT, node)))))
+        return made[-1]
+
+    yield claims_of
+    for each in made:
+        await each.aclose()
 
 
 @pytest.fixture
@@ -187,6 +202,62 @@ async def test_a_fence_closes_what_is_older_and_refuses_it_for_good(
         with pytest.raises(StaleEpoch):
             await driver.attach(volume.id, node="n1", epoch=epoch)
     assert pool.is_open(await driver.attach(volume.id, node="n1", epoch=4))
+
+
+async def test_a_target_that_claims_shuts_the_source_out(
+    driver: VolumeDriver, pool: NbdPool, volume: Volume, claims: Claims
+) -> None:
+    source = await driver.attach(volume.id, node="n1", epoch=3)
+    target = await driver.attach(volume.id, node="n2", epoch=4)
+    assert pool.is_open(source), "a candidate changes nothing"
+    for _ in range(2):
+        await claims("n2").claim(target, epoch=4)
+    assert not pool.is_open(source)
+    assert pool.is_open(target)
+    (left,) = (await driver.describe(volume.id)).attachments
+    assert (left.node, left.epoch, left.tag) == ("n2", 4, 4)
+    with pytest.raises(StaleEpoch, match="older than 4"):
+        await claims("n1").claim(source, epoch=3)
+
+
+async def test_a_source_that_went_back_keeps_its_session_and_shuts_the_target_out(
+    driver: VolumeDriver, pool: NbdPool, volume: Volume, claims: Claims
+) -> None:
+    source = await driver.attach(volume.id, node="n1", epoch=3)
+    target = await driver.attach(volume.id, node="n2", epoch=4)
+    await claims("n1").claim(source, epoch=5)
+    assert pool.is_open(source)
+    assert not pool.is_open(target)
+    with pytest.raises(StaleEpoch):
+        await claims("n2").claim(target, epoch=4)
+    (left,) = (await driver.describe(volume.id)).attachments
+    assert (left.epoch, left.tag, left.endpoint) == (3, 5, source.endpoint), "it is the same session, under a new epoch"
+
+    await driver.fence(volume.id, epoch=5)
+    assert pool.is_open(source), "a fence is measured against what was claimed"
+    await driver.detach(volume.id, node="n1", epoch=3)
+    assert not pool.is_open(source)
+    with pytest.raises(Conflict, match="not attached to n1"):
+        await claims("n1").claim(source, epoch=6)
+
+
+async def test_an_agent_claims_for_its_own_node_alone(
+    connect: Connect, driver: VolumeDriver, volume: Volume, claims: Claims, pool: NbdPool
+) -> None:
+    attachment = await driver.attach(volume.id, node="n1", epoch=3)
+    with pytest.raises(Conflict, match="not attached to n2"):
+        await claims("n2").claim(attachment, epoch=9)
+    assert pool.is_open(attachment)
+    assert attachment.claim is not None
+    port = int(attachment.claim.url.rpartition(":")[2])
+    order = {"epoch": 9, "node": "n1"}
+    for identity, refused in ((Identity(Role.AGENT, "n2"), Forbidden), (Identity(Role.QEMU, "n1"), Forbidden)):
+        async with pool.client(port, identity) as client:
+            with pytest.raises(refused):
+                await client.request("PUT", f"/v1/volumes/{volume.id}/claim", order)
+    async with pool.client(port, CONTROLLER) as client:
+        await client.request("PUT", f"/v1/volumes/{volume.id}/claim", order)
+    assert (await driver.describe(volume.id)).attachments[0].tag == 9
 
 
 async def test_an_attached_volume_is_not_deleted(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:

@@ -59,7 +59,7 @@ class FakeVolumes:
     async def fence(self, volume: str, *, epoch: int) -> None:
         found = await self.describe(volume)
         self.fences[volume] = max(epoch, self.fences.get(volume, 0))
-        self._set(volume, tuple(a for a in found.attachments if a.epoch >= epoch))
+        self._set(volume, tuple(a for a in found.attachments if a.tag >= epoch))
 
     def holders(self, volume: str) -> dict[str, int]:
         """Node -> epoch under which it may use the volume."""

@@ -135,13 +135,9 @@ class Volumes:
         await all_of(self._fence(volume, epoch) for volume in volumes)
 
     async def _fence(self, volume: str, epoch: int) -> None:
-        def shut_out(old: Volume) -> Volume:
-            left = tuple(attachment for attachment in old.attachments if attachment.epoch >= epoch)
-            return old.model_copy(update={"attachments": left})
-
         with contextlib.suppress(NotFound):
             await self._driver.fence(volume, epoch=epoch)
-            await self._book.update(self._book.volumes, volume, shut_out)
+            await self._note(await self._driver.describe(volume))  # its nodes may have claimed newer epochs
 
     async def disown(self, volumes: Sequence[str], own: Sequence[str]) -> None:
         """Detach an EVM's volumes from everywhere, delete those made with it, and let go of the others."""

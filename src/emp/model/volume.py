@@ -28,13 +28,31 @@ class NbdEndpoint(Model):
     """The name that the server's certificate must carry."""
 
 
+class ClaimPoint(Model):
+    """Where a node says under which epoch it holds its attachment now (``VolumeClaims``)."""
+
+    url: str
+    server_name: str
+    """the common name of the service's certificate"""
+
+
 class Attachment(Model):
-    """One volume opened to one node under one epoch."""
+    """One volume opened to one node. ``epoch`` names it for good; ``claimed`` rises with what its node claims."""
 
     volume: str
     node: Name
     epoch: int
+    """of the owner that it was opened for"""
     endpoint: NbdEndpoint
+    claimed: int = 0
+    """the newest epoch that its node has claimed it under since; 0: none"""
+    claim: ClaimPoint | None = None
+    """None: the service knows no claims"""
+
+    @property
+    def tag(self) -> int:
+        """The epoch that a fence is measured against."""
+        return max(self.epoch, self.claimed)
 
 
 class Volume(Model):

@@ -1,7 +1,8 @@
-"""What the controller needs of a volume driver. The controller alone calls the volume service (the cloud's API).
+"""What the controller needs of a volume driver, and the one call that an agent makes.
 
-Every call is idempotent under (volume, node, epoch). An attachment carries the epoch of the owner that it is for;
-``fence`` makes the service refuse everything older.
+The controller alone calls the volume service (the cloud's API), but for ``claim``. Every call is idempotent under
+(volume, node, epoch). An attachment carries the epoch of the owner that it is for; ``fence`` makes the service refuse
+everything older. A target's attachment is a candidate that changes nothing until its node claims it.
 """
 
 from __future__ import annotations
@@ -39,3 +40,18 @@ class VolumeDriver(Protocol):
     async def fence(self, volume: str, *, epoch: int) -> None:
         """Persist that only attachments of ``epoch`` or newer are served, and close all others."""
         ...
+
+
+class VolumeClaims(Protocol):
+    """A node's agent says that its EVM runs, or runs again, under a new epoch."""
+
+    async def claim(self, attachment: Attachment, *, epoch: int) -> None:
+        """Hold the attachment under ``epoch`` and shut out every older one; nothing where ``attachment.claim`` is None.
+
+        By a target after its ACTIVATED (e_t), by a source after OWN(e_s). Same again, same answer. Raises
+        ``StaleEpoch`` when a newer epoch holds the volume, ``Conflict`` when the attachment has been closed,
+        ``Unavailable`` after which it may be asked again: the guest does not wait for it.
+        """
+        ...
+
+    async def aclose(self) -> None: ...

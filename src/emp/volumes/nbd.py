@@ -1,12 +1,15 @@
-"""The controller's driver for the pool's own volume service (``emp.volumes.server``)."""
+"""The drivers for the pool's own volume service (``emp.volumes.server``): the controller's, and the agent's claims."""
 
 from __future__ import annotations
 
+import ssl
+
 from emp.model.errors import Unavailable
 from emp.model.names import check_name
-from emp.model.volume import Attachment, Volume, VolumeType
-from emp.volumes.server.protocol import PREFIX, CreateVolume, Fence, check_volume_id, new_volume_id
+from emp.model.volume import Attachment, ClaimPoint, Volume, VolumeType
+from emp.volumes.server.protocol import PREFIX, Claim, CreateVolume, Fence, check_volume_id, new_volume_id
 from emp.wire.http import WireClient
+from emp.wire.identity import Identity
 
 
 class NbdVolumeDriver:
@@ -45,6 +48,28 @@ class NbdVolumeDriver:
 
     async def fence(self, volume: str, *, epoch: int) -> None:
         await self._client.request("PUT", f"{_path(volume)}/fence", Fence(epoch=epoch), idempotent=True)
+
+
+class NbdVolumeClaims:
+    """See ``emp.volumes.base.VolumeClaims``. ``tls`` shows the agent's certificate; connections stay open."""
+
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        self._tls = tls
+        self._clients: dict[ClaimPoint, WireClient] = {}
+
+    async def claim(self, attachment: Attachment, *, epoch: int) -> None:
+        point = attachment.claim
+        if point is None:
+            return
+        client = self._clients.get(point)
+        if client is None:
+            server = Identity.parse(point.server_name)
+            client = self._clients[point] = WireClient(point.url, tls=self._tls, server=server)
+        await client.request("PUT", f"{_path(attachment.volume)}/claim", Claim(epoch=epoch), idempotent=True)
+
+    async def aclose(self) -> None:
+        for client in self._clients.values():
+            await client.aclose()
 
 
 def _path(volume: str) -> str:

@@ -1,4 +1,6 @@
-"""The volume service over HTTPS. Only the controller may order; every daemon of the pool may ask how it is."""
+"""The volume service over HTTPS. The controller orders; an agent may claim for its own node; every daemon may ask how
+it is.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from emp.model.errors import Forbidden
 from emp.model.names import Name
 from emp.model.volume import Attachment, Volume
-from emp.volumes.server.protocol import PREFIX, VOLUME_ID, CreateVolume, Fence
+from emp.volumes.server.protocol import PREFIX, VOLUME_ID, Claim, CreateVolume, Fence
 from emp.volumes.server.service import VolumeService
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
-from emp.wire.identity import Role
+from emp.wire.identity import Identity, Role
 
 VolumeId = Annotated[str, Path(pattern=VOLUME_ID)]
 Epoch = Annotated[int, Path(ge=1)]
@@ -37,6 +40,7 @@ def make_app(service: VolumeService) -> FastAPI:
     app = FastAPI(title="EMP volume service", lifespan=lifespan)
     install_error_handlers(app)
     app.include_router(_orders(service))
+    app.include_router(_claims(service))
     app.include_router(_health(service))
     return app
 
@@ -71,6 +75,23 @@ def _orders(service: VolumeService) -> APIRouter:
     @router.put("/{volume}/fence", status_code=204)
     async def fence(volume: VolumeId, order: Fence) -> None:
         await service.fence(volume, epoch=order.epoch)
+
+    return router
+
+
+def _claims(service: VolumeService) -> APIRouter:
+    router = APIRouter(prefix=PREFIX)
+
+    @router.put("/{volume}/claim")
+    async def claim(
+        volume: VolumeId,
+        order: Claim,
+        caller: Annotated[Identity, Depends(require_role(Role.AGENT, Role.CONTROLLER))],
+    ) -> Attachment:
+        node = order.node or caller.name
+        if caller.role is Role.AGENT and caller.name != node:
+            raise Forbidden(f"{caller} does not claim for node {node}", hint="an agent claims for its own node")
+        return await service.claim(volume, node=node, epoch=order.epoch)
 
     return router
 

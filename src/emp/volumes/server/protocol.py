@@ -1,4 +1,4 @@
-"""What travels between the controller and the volume service.
+"""What travels between the controller, or an agent that claims, and the volume service.
 
 ====================================================  =================  ==============  ========================
 ``GET    /v1/volumes``                                                   -> [``Volume``]
@@ -8,9 +8,11 @@
 ``PUT    /v1/volumes/{volume}/attachments/{node}/{epoch}``               -> ``Attachment``  409 ``stale_epoch``
 ``DELETE /v1/volumes/{volume}/attachments/{node}/{epoch}``
 ``PUT    /v1/volumes/{volume}/fence``                 ``Fence``
+``PUT    /v1/volumes/{volume}/claim``                 ``Claim``          -> ``Attachment``  409 ``stale_epoch``
 ====================================================  =================  ==============  ========================
 
-Every order may be given twice: the caller names the volume, so even a lost answer to ``create`` leaves no doubt.
+``claim`` alone is open to agents, each for its own node. Every order may be given twice: the caller names the volume,
+so even a lost answer to ``create`` leaves no doubt.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from pydantic import Field, field_validator
 
 from emp.model.base import Model
 from emp.model.errors import BadInput
-from emp.model.names import SizeBytes, format_size
+from emp.model.names import Name, SizeBytes, format_size
 from emp.model.volume import VolumeType
 
 PREFIX = "/v1/volumes"
@@ -60,3 +62,11 @@ class CreateVolume(Model):
 
 class Fence(Model):
     epoch: int = Field(ge=1)
+
+
+class Claim(Model):
+    """A node's attachment is held under this epoch from now on, and every older one is closed."""
+
+    epoch: int = Field(ge=1)
+    node: Name | None = None
+    """None: the caller's own"""

@@ -26,8 +26,9 @@ from emp.model.errors import (
     StaleEpoch,
     Unavailable,
 )
-from emp.model.volume import Attachment, NbdEndpoint, Volume
+from emp.model.volume import Attachment, ClaimPoint, NbdEndpoint, Volume
 from emp.volumes.server.config import Config
+from emp.volumes.server.epochs import EpochLog
 from emp.volumes.server.export import Export, ExportSpec, end_strays
 from emp.volumes.server.protocol import CreateVolume, check_volume_id, serial_of
 from emp.volumes.server.state import AttachmentRecord, State, VolumeRecord
@@ -60,6 +61,7 @@ class VolumeService:
         self._run = config.state_dir / "run"
         self._tls = config.state_dir / "tls"
         self._state = State(config.state_dir / "state.json")
+        self._epochs = EpochLog(config.state_dir / "epochs.log")
         self._exports: dict[str, Export] = {}
         self._restarts_of_closed = 0
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -133,15 +135,14 @@ class VolumeService:
         async with self._locks[volume]:
             known = self._record(volume)
             if epoch < known.fence:
-                raise StaleEpoch(
-                    f"{volume} is fenced: epoch {epoch} is older than {known.fence}", field="epoch", fence=known.fence
-                )
+                raise _stale(known, epoch)
             record = known.find(node, epoch)
             if record is None:
                 _check_nodes(known, node)
                 record = AttachmentRecord(node=node, epoch=epoch, port=self._free_port())
                 known = known.model_copy(update={"attachments": (*known.attachments, record)})
                 self._state.put(known)
+                self._epochs.note("attach", known.id, node=node, epoch=epoch, tag=record.tag)
                 try:
                     await self._open(known, record)
                 except HostError:
@@ -164,7 +165,32 @@ class VolumeService:
             known = self._record(volume)
             if epoch > known.fence:
                 known = known.model_copy(update={"fence": epoch})
-            await self._close(known, tuple(a for a in known.attachments if a.epoch < known.fence))
+                await self._shut_out(known, "fence", epoch=epoch)
+
+    async def claim(self, volume: str, *, node: str, epoch: int) -> Attachment:
+        """Have ``node`` hold its attachment under ``epoch``, and shut out every older one. Same again, same answer.
+
+        For a target that has activated (its attachment was a candidate until now), and for a source that went back and
+        re-tags the live session of its running guest. It is on disk before anything is closed. Raise ``StaleEpoch``
+        when a newer epoch has been claimed or fenced, ``Conflict`` when nothing is attached to ``node``.
+        """
+        async with self._locks[volume]:
+            known = self._record(volume)
+            if epoch < known.fence:
+                raise _stale(known, epoch)
+            held = max((a for a in known.attachments if a.node == node), key=lambda a: a.tag, default=None)
+            if held is None:
+                raise Conflict(f"{volume} is not attached to {node}", field="node", hint="it has been shut out")
+            if held.tag > epoch:
+                raise StaleEpoch(
+                    f"{node} holds {volume} under {held.tag}, newer than {epoch}", field="epoch", fence=known.fence
+                )
+            claimed = held.model_copy(update={"claimed": epoch})
+            if (known.fence, held.tag) != (epoch, epoch):
+                others = tuple(claimed if a == held else a for a in known.attachments)
+                known = known.model_copy(update={"fence": epoch, "attachments": others})
+                await self._shut_out(known, "claim", node=node, epoch=held.epoch, tag=epoch)
+            return self._attachment(known, claimed)
 
     async def _open(self, known: VolumeRecord, record: AttachmentRecord) -> None:
         name = _export_name(known, record)
@@ -174,11 +200,22 @@ class VolumeService:
 
     async def _close(self, known: VolumeRecord, gone: tuple[AttachmentRecord, ...]) -> None:
         """Put ``known`` without ``gone`` on disk, then end the exports."""
-        left = tuple(a for a in known.attachments if a not in gone)
-        self._state.put(known.model_copy(update={"attachments": left}))
+        self._state.put(_without(known, gone))
+        await self._end(known, gone)
+
+    async def _shut_out(self, known: VolumeRecord, event: str, **what: str | int) -> None:
+        """Put ``known`` without what is older than its fence on disk, then end those exports."""
+        older = tuple(record for record in known.attachments if record.tag < known.fence)
+        self._state.put(_without(known, older))
+        self._epochs.note(event, known.id, **what)
+        await self._end(known, older)
+
+    async def _end(self, known: VolumeRecord, gone: tuple[AttachmentRecord, ...]) -> None:
         exports = [self._exports.pop(_export_name(known, record), None) for record in gone]
         await asyncio.gather(*(export.close() for export in exports if export))
         self._restarts_of_closed += sum(export.restarts for export in exports if export)
+        for record in gone:
+            self._epochs.note("close", known.id, node=record.node, epoch=record.epoch, tag=record.tag)
 
     def _record(self, volume: str) -> VolumeRecord:
         try:
@@ -202,7 +239,19 @@ class VolumeService:
             export=_export_name(known, record),
             tls_hostname=self._credentials.identity.cn,
         )
-        return Attachment(volume=known.id, node=record.node, epoch=record.epoch, endpoint=endpoint)
+        return Attachment(
+            volume=known.id,
+            node=record.node,
+            epoch=record.epoch,
+            endpoint=endpoint,
+            claimed=record.claimed,
+            claim=ClaimPoint(url=self._url, server_name=self._credentials.identity.cn),
+        )
+
+    @property
+    def _url(self) -> str:
+        address = self._config.address
+        return f"https://{f'[{address}]' if ':' in address else address}:{self._config.port}"
 
     def _spec(self, known: VolumeRecord, record: AttachmentRecord) -> ExportSpec:
         name = _export_name(known, record)
@@ -229,6 +278,16 @@ class VolumeService:
             f"all ports from {first} to {last} are taken",
             hint="detach volumes, or widen nbd_ports in the configuration",
         )
+
+
+def _without(known: VolumeRecord, gone: tuple[AttachmentRecord, ...]) -> VolumeRecord:
+    return known.model_copy(update={"attachments": tuple(a for a in known.attachments if a not in gone)})
+
+
+def _stale(known: VolumeRecord, epoch: int) -> StaleEpoch:
+    return StaleEpoch(
+        f"{known.id} is fenced: epoch {epoch} is older than {known.fence}", field="epoch", fence=known.fence
+    )
 
 
 def _export_name(known: VolumeRecord, record: AttachmentRecord) -> str:

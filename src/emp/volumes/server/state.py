@@ -17,6 +17,13 @@ class AttachmentRecord(Model):
     node: Name
     epoch: int
     port: int
+    claimed: int = 0
+    """the newest epoch that its node has claimed it under; 0: none"""
+
+    @property
+    def tag(self) -> int:
+        """What is measured against the fence."""
+        return max(self.epoch, self.claimed)
 
 
 class VolumeRecord(Model):
@@ -24,7 +31,7 @@ class VolumeRecord(Model):
     type: VolumeType
     size_bytes: int
     fence: int = 0
-    """attachments of an older epoch are refused"""
+    """attachments with an older tag are refused"""
     attachments: tuple[AttachmentRecord, ...] = ()
 
     def find(self, node: str, epoch: int) -> AttachmentRecord | None:
