@@ -20,7 +20,7 @@ import pytest
 
 from emp.client.client import Client
 from emp.host.run import run_sync
-from emp.lab import daemons, places, verbs
+from emp.lab import daemons, partition, places, verbs
 from emp.lab.guest_control import Guest
 from emp.lab.topology import VOL
 from emp.model.errors import EmpError, NotFound
@@ -240,7 +240,8 @@ def _delete(client: Client, name: str) -> None:
 
 
 def mend(pool: Pool) -> None:
-    """Thaw the pool's frozen daemons and start its dead ones."""
+    """Mend the pool's network, thaw its frozen daemons and start its dead ones."""
+    partition.heal(pool.files)
     for place in verbs.status(pool.files):
         if place.state == "frozen":
             pool.cont(place.name, place.role)

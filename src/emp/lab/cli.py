@@ -15,13 +15,13 @@ import typer
 
 from emp.cli.output import print_json, print_table
 from emp.cli.session import Json, Session
-from emp.lab import verbs
+from emp.lab import partition, verbs
 from emp.lab.down import down as clear_lab
 from emp.lab.preflight import become_root
 from emp.lab.state import LabFiles, chosen, lab_names
 from emp.lab.up import Options, broken_parts
 from emp.lab.up import up as make_lab
-from emp.model.errors import NotFound
+from emp.model.errors import BadInput, NotFound
 from emp.model.names import format_size, parse_size
 
 app = typer.Typer(
@@ -136,8 +136,10 @@ def status(ctx: typer.Context, name: Name = None, as_json: Json = False) -> None
     files = _lab(ctx, name)
     places = verbs.status(files)
     summary = _summary(files.name)
+    cuts = partition.cuts(files.load().topology)
     if as_json:
-        print_json(summary | {"directory": str(files.directory), "places": [asdict(place) for place in places]})
+        parts = {"places": [asdict(place) for place in places], "cuts": [asdict(one) for one in cuts]}
+        print_json(summary | {"directory": str(files.directory)} | parts)
         return
     print(f"lab {files.name}, {summary['url']}: {summary['state']}")
     rows = [
@@ -145,6 +147,8 @@ def status(ctx: typer.Context, name: Name = None, as_json: Json = False) -> None
         for place in places
     ]
     print_table(("PLACE", "ADDRESS", "DAEMON", "STATE", "PID", "EVMS"), rows, empty="It has no places.")
+    for one in cuts:
+        print(f"cut: {one.source} -> {one.target} ({one.how})")
     print(f"logs are in {files.directory / 'logs'}")
 
 
@@ -182,6 +186,35 @@ def start(ctx: typer.Context, where: Where, role: Role, name: Name = None) -> No
     """Start again a daemon that has died."""
     verbs.start(_lab(ctx, name), where, role)
     print(f"{role} on {where} is started")
+
+
+@app.command()
+def cut(
+    ctx: typer.Context,
+    one: Where,
+    other: Where,
+    one_way: Annotated[bool, typer.Option("--one-way", help="Only what ONE sends to OTHER.")] = False,
+    reject: Annotated[bool, typer.Option("--reject", help="Answer TCP with a reset; else it is dropped.")] = False,
+    name: Name = None,
+) -> None:
+    """Cut the network between two places; frames of EVMs pass."""
+    how = partition.How.REJECT if reject else partition.How.DROP
+    partition.cut(_lab(ctx, name), one, other, one_way=one_way, how=how)
+    print(f"{one} {'->' if one_way else '<->'} {other}: {how}")
+
+
+@app.command()
+def heal(
+    ctx: typer.Context,
+    one: Annotated[str | None, typer.Argument(help="A place; without places every cut is mended.")] = None,
+    other: Annotated[str | None, typer.Argument(help="The other place.")] = None,
+    name: Name = None,
+) -> None:
+    """Mend the network between two places, or everywhere."""
+    if (one is None) != (other is None):
+        raise BadInput("one place alone is no wire", field="other", hint="name two places, or none for every cut")
+    partition.heal(_lab(ctx, name), one, other)
+    print(f"{one} <-> {other}: mended" if one else "every cut is mended")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from emp.host.run import run_sync
 from emp.model.errors import CommandFailed, MissingDependency
 
 WHY = "it makes network namespaces, taps and mounts"
-PROGRAMS = {"ip": "iproute2", "nsenter": "util-linux", "setsid": "util-linux", "sleep": "coreutils"}
+PROGRAMS = {"ip": "iproute2", "nsenter": "util-linux", "setsid": "util-linux", "sleep": "coreutils", "nft": "nftables"}
 QEMU = "qemu-system-x86_64"
 QEMU_MINIMUM = (10, 0)
 KEPT_VARIABLES = ("EMP_LAB_DIR", "EMP_QEMU", "EMP_CONTEXT", "EMP_CONTEXT_DIR", "EMP_CACHE", "NO_COLOR")
