@@ -26,6 +26,7 @@ from emp.model.orders import (
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
 from emp.wire.identity import Role
+from emp.wire.points import route_class
 
 
 class Gate:
@@ -41,6 +42,7 @@ class Gate:
 
 def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
     app = FastAPI(title="EMP agent", docs_url=None, redoc_url=None)
+    app.router.route_class = route_class("agent")
     install_error_handlers(app)
     controller = [Depends(require_role(Role.CONTROLLER))]
     orders = [*controller, Depends(gate)]

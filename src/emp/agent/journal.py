@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from emp import faults
 from emp.migration.records import Ledger, Record, RecordKind, ledgers
 from emp.model.errors import HostError
 
@@ -104,7 +105,11 @@ class Journal:
         view = memoryview(_record_line(self._seq, record))
         while view:
             view = view[os.write(self._fd, view) :]
+        if faults.board:
+            faults.board.hit(f"journal.{record.kind}.before_fsync")
         os.fdatasync(self._fd)
+        if faults.board:
+            faults.board.hit(f"journal.{record.kind}.after_fsync")
         self._broken = False
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from emp import faults
 from emp.agent.journal import Journal
 from emp.migration import admission
 from emp.migration.events import (
@@ -92,7 +93,8 @@ class PeerLink:
         """Send now or not at all: what matters is repeated by the core until it is answered."""
         if self._link is not None:
             try:
-                await self._link.send(message)
+                for _ in range(await _times(message, "send")):
+                    await self._link.send(message)
             except EmpError as error:
                 log.info("link: %s not sent: %s", message.get("type"), error)
 
@@ -102,7 +104,8 @@ class PeerLink:
             if message.get("type") == "clock" and "t2_s" not in message:
                 await link.send({**message, "t2_s": time.time(), "t3_s": time.time()})
             elif event := event_of(message):
-                self._feed(event)
+                for _ in range(await _times(message, "receive")):
+                    self._feed(event)
         if self._link is link:
             self._link = None
             self._feed(LinkLost())
@@ -111,6 +114,11 @@ class PeerLink:
         if self._link is not None:
             link, self._link = self._link, None
             await link.close()
+
+
+async def _times(message: Message, doing: str) -> int:
+    """How often a message is sent or taken: once, unless a fault point says otherwise."""
+    return await faults.board.reach(f"link.{message['type']}.{doing}") if faults.board else faults.ONCE
 
 
 async def measure_clock(link: Link) -> tuple[float, float]:

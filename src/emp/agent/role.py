@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from emp import faults
 from emp.agent.assembly import Assembly
 from emp.agent.journal import Journal, JournalWriteFailed
 from emp.agent.signal import Signal
@@ -83,7 +84,7 @@ class Role(Generic[State]):
             self.state, actions = self._step(before, event)
             for action in actions:
                 try:
-                    await self._act(action)
+                    await self._reach(action)
                 except Exception as error:
                     log.exception("%s: %s", self.state.migration, action)
                     self.feed(AbortAsked(f"{type(action).__name__} failed: {error}"))
@@ -95,6 +96,12 @@ class Role(Generic[State]):
                 self.changed.notify()
         for timer in self._timers.values():
             timer.cancel()
+
+    async def _reach(self, action: Action) -> None:
+        if faults.board is None:
+            await self._act(action)
+        else:
+            await faults.board.around(f"{self.name}.{faults.name_of(action)}", lambda: self._act(action))
 
     async def _act(self, action: Action) -> None:
         match action:

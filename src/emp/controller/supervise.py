@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from emp import faults
 from emp.controller.steps import Steps, Tools
 from emp.controller.tally import Tally
 from emp.migration import supervisor
@@ -91,12 +92,18 @@ class Supervision:
             log.info("migration %s: %s -> %s", self.id, event, self._state.phase)
         self._tally.stands(self._state)
         for action in actions:
-            await self._act(action)
+            await self._reach(action)
         if self._state.phase is not Phase.CLOSED:
             await self._save()
         self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))
         if self._state.phase is not before.phase:
             self._feed_lost_nodes()
+
+    async def _reach(self, action: supervisor.Action) -> None:
+        if faults.board is None:
+            await self._act(action)
+        else:
+            await faults.board.around(f"controller.{faults.name_of(action)}", lambda: self._act(action))
 
     async def _act(self, action: supervisor.Action) -> None:
         match action:

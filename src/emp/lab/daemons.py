@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from emp import faults
 from emp.host.processes import Process
 from emp.lab import scan
 from emp.lab.images import KERNEL_COMMAND_LINE, Image
@@ -163,15 +164,17 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
                 stderr=subprocess.STDOUT,
                 check=True,
                 pass_fds=passed,
-                env=_environment(),
+                env=_environment(state),
             )
     finally:
         if opened is not None:
             opened.close()
 
 
-def _environment() -> dict[str, str]:
+def _environment(state: LabState) -> dict[str, str]:
     keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG") or name.startswith("EMP_")}
+    if state.faults:
+        keep[faults.VARIABLE] = str(HOME / "faults")
     return keep | {"PYTHONPATH": str(source_directory()), "PYTHONUNBUFFERED": "1", "HOME": "/tmp"}
 
 

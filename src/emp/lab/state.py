@@ -55,6 +55,8 @@ class LabState:
     """directories that are made for it"""
     created_at: float
     """seconds since the Unix epoch, for people only"""
+    faults: bool = False
+    """the daemons have their fault points on"""
     complete: bool = False
     """false until ``up`` has seen the pool ready: without that word it was killed"""
 
@@ -87,6 +89,10 @@ class LabFiles:
 
     def spec(self, place: str) -> Path:
         return self.directory / "places" / f"{place}.json"
+
+    def faults(self, place: str) -> Path:
+        """Where the fault points of a place's daemon are armed and counted, if the lab has them on."""
+        return self.data(place) / "faults"
 
     def log(self, place: str, role: str) -> Path:
         return self.directory / "logs" / f"{place}-{role}.log"

@@ -33,6 +33,8 @@ class Options:
     port: int | None = None
     memory_bytes: int = 4 << 30
     vcpus: int = 8
+    faults: bool = False
+    """give every daemon its fault points (``emp.faults``)"""
 
 
 def up(options: Options, say: Say = lambda line: None) -> LabState:
@@ -64,6 +66,7 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                     context=str(contexts.file_of(options.name)),
                     made=[str(path) for path in contexts.missing_directories()],
                     created_at=time.time(),
+                    faults=options.faults,
                 )
                 files.save(state)
                 say(f"making {counted(options.nodes, 'node')}, a controller, a volume server (QEMU {version})")

@@ -12,10 +12,11 @@ from emp.model.node import NodeReport
 from emp.model.orders import HeartbeatReply
 from emp.wire.guard import require_role
 from emp.wire.identity import Identity, Role
+from emp.wire.points import route_class
 
 
 def router(services: Services) -> APIRouter:
-    router = APIRouter(prefix="/v1/agents", tags=["agents"])
+    router = APIRouter(prefix="/v1/agents", tags=["agents"], route_class=route_class("controller"))
 
     @router.post("/{node}/heartbeat")
     async def heartbeat(

@@ -21,6 +21,7 @@ from emp.volumes.server.service import VolumeService
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
 from emp.wire.identity import Identity, Role
+from emp.wire.points import route_class
 
 VolumeId = Annotated[str, Path(pattern=VOLUME_ID)]
 Epoch = Annotated[int, Path(ge=1)]
@@ -46,7 +47,9 @@ def make_app(service: VolumeService) -> FastAPI:
 
 
 def _orders(service: VolumeService) -> APIRouter:
-    router = APIRouter(prefix=PREFIX, dependencies=[Depends(require_role(Role.CONTROLLER))])
+    router = APIRouter(
+        prefix=PREFIX, dependencies=[Depends(require_role(Role.CONTROLLER))], route_class=route_class("volumes")
+    )
 
     @router.get("")
     async def list_volumes() -> list[Volume]:
@@ -80,7 +83,7 @@ def _orders(service: VolumeService) -> APIRouter:
 
 
 def _claims(service: VolumeService) -> APIRouter:
-    router = APIRouter(prefix=PREFIX)
+    router = APIRouter(prefix=PREFIX, route_class=route_class("volumes"))
 
     @router.put("/{volume}/claim")
     async def claim(
