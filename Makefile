@@ -1,13 +1,13 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint bench-idle lock clean
+.PHONY: help setup setup-dev demo test lint bench-idle bench-controller-loss lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
 AS_ROOT := $(PY) scripts/as_root.py "the lab makes network namespaces, taps and mounts"
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what the demo needs: packages, QEMU, Python environment, guest image
 	@scripts/setup
@@ -31,6 +31,10 @@ lint: setup-dev ## Run the checks alone: ruff, mypy --strict, the architecture's
 bench-idle: setup ## Measure ten idle migrations, write build/bench/idle.json
 	@mkdir -p build/bench
 	@$(AS_ROOT) $(PY) bench/idle.py
+
+bench-controller-loss: setup ## Measure blackouts in which the controller dies, write build/bench/controller-loss.json
+	@mkdir -p build/bench
+	@$(AS_ROOT) $(PY) bench/controller_loss.py
 
 lock: ## Pin the requirements anew (needs uv)
 	@uv --version >/dev/null || { echo "make lock needs uv: install it first" >&2; exit 1; }

@@ -113,6 +113,9 @@ class FakeAgent:
         self.hold = asyncio.Event()
         """while it is clear, every order waits at the door"""
         self.hold.set()
+        self.telling = asyncio.Event()
+        """while it is clear, nobody hears how a migration stands"""
+        self.telling.set()
         self.reached = asyncio.Event()
         """an order has come"""
         self.script = Script.free()
@@ -224,6 +227,7 @@ class FakeAgent:
 
         async def watch(request: Request) -> StreamingResponse:
             _check(request)
+            await self.telling.wait()
             part = self._part(request.path_params["name"])
             return StreamingResponse(part.watch(), media_type="text/event-stream")
 

@@ -391,6 +391,21 @@ async def test_a_migration_goes_on_while_the_controller_is_away(pool: Pool) -> N
     assert list(pool.volumes.holders("vol-0001")) == ["n2"]
 
 
+async def test_the_report_has_both_ends_whichever_is_heard_first_after_a_restart(pool: Pool) -> None:
+    await pool.create("web", node="n1")
+    script = pool.agents["n1"].script = Script()
+    begun = await migrate(pool, target="n2")
+    await pool.until(f"/v1/migrations/{begun['id']}", lambda m: m["stage"] == "source-brownout")
+    await pool.stop()
+    for gate in (script.precopy, script.blackout, script.clearing):
+        gate.set()
+    pool.agents["n2"].telling.clear()
+    asyncio.get_running_loop().call_later(0.3, pool.agents["n2"].telling.set)
+    await pool.start()
+    done = await closed(pool, begun)
+    assert done["report"]["vcpu_pause_ms"] == pytest.approx(10.0)
+
+
 async def test_a_restart_in_the_preparation_ends_in_an_abort(pool: Pool) -> None:
     await pool.create("web", volumes=["io2:16MiB"], node="n1")
     pool.agents["n2"].hold.clear()

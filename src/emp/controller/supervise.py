@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 REWATCH_S = 0.5
 """pause before an end that gave no final word is watched again"""
 
-
 LINGER_S = 1.0
 AGAIN_S = 2.0
 """pause before a refused clearing-up is tried again"""
@@ -123,8 +122,19 @@ class Supervision:
                 lost = self._state.outcome is Outcome.LOST
                 await self._steps.record_owner(role, lost=(self._state.cause or "lost") if lost else None)
             case supervisor.Close(outcome, cause):
+                await self._hear_the_other_end()
                 await self._steps.close(outcome, cause, silent=self._lost_roles())
                 log.info("migration %s of %s: %s%s", self.id, self.live.evm, outcome, f" ({cause})" if cause else "")
+
+    async def _hear_the_other_end(self) -> None:
+        """One end's last word can close a migration that this process has only just taken up: the report needs both."""
+        for role in self._tally.unheard:
+            if role in self._lost_roles():
+                continue
+            watch = self._steps.agent(role).watch(self.id)
+            with contextlib.suppress(EmpError, TimeoutError, StopAsyncIteration):
+                async with asyncio.timeout(LINGER_S), contextlib.aclosing(watch) as said:
+                    self._tally.heard(await anext(said))
 
     def _feed_lost_nodes(self) -> None:
         """Tell a phase that has just begun of nodes that were down before it."""

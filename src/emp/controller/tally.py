@@ -70,6 +70,11 @@ class Tally:
     def worth_writing(self) -> bool:
         return any(getattr(self.migration, field) != getattr(self._written, field) for field in _WEIGHTY)
 
+    @property
+    def unheard(self) -> tuple[Role, ...]:
+        """The ends that have not said anything to this process."""
+        return tuple(role for role in Role if role not in self._said)
+
     # -------------------------------------------------------------- how it is put together
 
     def _set(self, **update: object) -> None:
