@@ -235,7 +235,7 @@ def _delete(client: Client, name: str) -> None:
     if open_one is not None:
         with contextlib.suppress(EmpError):
             client.migrations.abort(open_one)
-        list(client.migrations.events(open_one))
+        until(lambda: client.migrations.get(open_one).outcome, f"{open_one} is over")
     client.evms.delete(name, grace_s=0)
 
 
