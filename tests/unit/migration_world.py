@@ -90,7 +90,8 @@ def moves(w: World, s_step: SourceStep = source.step, t_step: TargetStep = targe
             yield from _source(w, e.AbortAsked("asked"), s_step, "fault: ")
             yield from _source(w, TimerFired(Timer.BLACKOUT), s_step, "fault: ")
             if not w.s_inbox:  # a timer is set when nothing else is under way
-                yield from _source(w, TimerFired(Timer.REPEAT), s_step, "")
+                for timer in (Timer.REPEAT, Timer.RETRY, Timer.ANSWER):
+                    yield from _source(w, TimerFired(timer), s_step, "")
     if w.t is not None:
         if w.t_inbox:
             yield from _target(replace(w, t_inbox=w.t_inbox[1:]), w.t_inbox[0], t_step, "")
@@ -168,7 +169,7 @@ def _source_act(w: World, action: Action) -> Iterator[tuple[str, World]]:
                     yield "", broken
             else:
                 yield "", w
-        case e.Run() if w.sq == "comp":
+        case e.Run() if w.sq in ("comp", "run"):
             yield "", _s(_source_runs(w), e.GuestRuns())
         case e.AwaitGuest() if w.sq == "run":
             yield "", _s(w, e.GuestRuns())
@@ -178,6 +179,8 @@ def _source_act(w: World, action: Action) -> Iterator[tuple[str, World]]:
             yield "", replace(w, to_t=w.to_t | {e.GoArrived(2, "p")})
         case e.SendAborted():
             yield "", replace(w, to_t=w.to_t | {e.SourceAborted()})
+        case e.Ask():
+            yield "", replace(w, to_t=w.to_t | {e.PeerAsks("p")})
         case _:
             yield "", w
 
@@ -195,6 +198,8 @@ def _target_act(w: World, action: Action) -> Iterator[tuple[str, World]]:
             yield "", replace(w, to_s=w.to_s | {e.TargetLoaded("p")})
         case e.SendAnswer(word):
             yield "", replace(w, to_s=w.to_s | {e.TargetAnswered(word, "p")})
+        case e.Ask():
+            yield "", replace(w, to_s=w.to_s | {e.PeerAsks("p")})
         case e.SendFailed():
             yield "", replace(w, to_s=w.to_s | {e.TargetFailed("x")})
         case e.OpenPorts():

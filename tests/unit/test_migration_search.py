@@ -68,7 +68,7 @@ def search(
 
 
 def _stuck(worlds: dict[World, tuple[World, str] | None], back: dict[World, list[World]]) -> World | None:
-    fine = [w for w in worlds if (w.sq in EXECUTES) != (w.tq == "run") or _waits_for_a_person(w)]
+    fine = [w for w in worlds if (w.sq in EXECUTES) != (w.tq == "run")]
     reached = set(fine)
     while fine:
         for before in back.get(fine.pop(), ()):
@@ -76,11 +76,6 @@ def _stuck(worlds: dict[World, tuple[World, str] | None], back: dict[World, list
                 reached.add(before)
                 fine.append(before)
     return next((w for w in worlds if w not in reached and _good_copy(w)), None)
-
-
-def _waits_for_a_person(w: World) -> bool:
-    """The source's journal cannot be written (rule R10)."""
-    return w.s is not None and w.s.phase is SourcePhase.STUCK
 
 
 def _good_copy(w: World) -> bool:

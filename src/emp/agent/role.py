@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 State = TypeVar("State", bound=Source | Target)
 
 REPEAT_S = 1.0
+RETRY_S, RETRY_MOST_S = 0.1, 5.0
+"""``cont`` that was refused is sent again after the first, then after twice as long, up to the second"""
+ANSWER_S = 2.0
+"""how long a restarted source waits for its target's answer, its guest paused; a link that is there takes milliseconds"""
 _COALESCE_S = 0.01
 _QUIET_S = 0.1
 """a snapshot of a blackout waits this long, or for the role's end: telling must not take the processor from doing"""
@@ -61,7 +65,7 @@ class Role(Generic[State]):
         self.changed = Signal()
         self._step = step
         self._journal = journal
-        self._deadlines_s = {Timer.REPEAT: REPEAT_S, **deadlines_s}
+        self._deadlines_s = {Timer.REPEAT: REPEAT_S, Timer.ANSWER: ANSWER_S, Timer.RETRY: RETRY_S, **deadlines_s}
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._timers: dict[Timer, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,7 +127,10 @@ class Role(Generic[State]):
         if old := self._timers.get(timer):
             old.cancel()
         loop = asyncio.get_running_loop()
-        self._timers[timer] = loop.call_later(self._deadlines_s[timer], self.feed, TimerFired(timer))
+        after_s = self._deadlines_s[timer]
+        self._timers[timer] = loop.call_later(after_s, self.feed, TimerFired(timer))
+        if timer is Timer.RETRY:
+            self._deadlines_s[timer] = min(2 * after_s, RETRY_MOST_S)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a slow action beside the event loop of this role."""
@@ -175,10 +182,11 @@ class Role(Generic[State]):
             phase=phase,
             stage=stage,
             committed=self.state.committed,
-            cause=self.state.cause,
+            cause="; ".join(filter(None, (self.state.cause, self.state.trouble))) or None,
             progress=self.progress,
             figures=self.figures,
             nonce=self.state.nonce,
+            wants_courier=self.state.wants_courier,
         )
 
     def measured(self, **figures: float | int | None) -> None:

@@ -7,7 +7,7 @@ that names a migration (a question about it is answered from there, with the non
 
 from __future__ import annotations
 
-from emp.migration.events import Word
+from emp.migration.events import GoArrived, SourceAborted, Word
 from emp.migration.records import OWNING, RUNNABLE, Ledger, Record, RecordKind
 from emp.migration.states import Target, TargetPhase
 from emp.model.errors import Conflict, StaleEpoch
@@ -40,6 +40,8 @@ def check_prepare(ledger: Ledger, epoch: int) -> None:
     check_epoch(ledger, epoch)
     if ledger.last and ledger.last.kind in OWNING:
         raise Conflict(f"EVM {ledger.last.evm!r} is already on this node", field="target")
+    if ledger.last and ledger.last.kind is RecordKind.GIVEN:
+        raise Conflict(f"EVM {ledger.last.evm!r} has not left this node yet", field="target", hint="try again later")
 
 
 def check_replaces(older: Target) -> None:
@@ -67,6 +69,19 @@ def word_of(ledger: Ledger, migration: str) -> tuple[Word, str | None] | None:
     """What a repeated GO is answered (rule R1) and its nonce; None: nothing can be sworn (rule R2)."""
     end = ledger.end_of(migration)
     return (_WORDS[end.kind], end.nonce) if end and end.kind in _WORDS else None
+
+
+def reply_of(ledger: Ledger, migration: str) -> GoArrived | SourceAborted | None:
+    """What a target that has loaded everything and asks is told by its source; None: nothing (rule R3).
+
+    GO only while GIVEN is the EVM's last record: after RETIRED it would undo a fence.
+    """
+    end = ledger.end_of(migration)
+    if end and end.kind is RecordKind.OWN:
+        return SourceAborted()
+    if end and end.kind is RecordKind.GIVEN and end is ledger.last and end.nonce:
+        return GoArrived(end.epoch, end.nonce)
+    return None
 
 
 def standing_of(ledger: Ledger, migration: str) -> tuple[Role, RolePhase, Record] | None:

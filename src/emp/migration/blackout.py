@@ -26,7 +26,9 @@ from emp.migration import way_back
 from emp.migration.events import (
     Action,
     Announce,
+    Ask,
     BlockPorts,
+    ClaimVolumes,
     Event,
     GoArrived,
     GuestRuns,
@@ -34,6 +36,8 @@ from emp.migration.events import (
     LinkLost,
     MachineGone,
     OpenPorts,
+    PeerAsks,
+    Retired,
     Run,
     RunRefused,
     RunUnknown,
@@ -46,6 +50,7 @@ from emp.migration.events import (
     Stream,
     StreamMoved,
     TargetAnswered,
+    TargetFailed,
     TargetLoaded,
     Timer,
     TimerFired,
@@ -82,7 +87,11 @@ def source_giving(state: Source, event: Event) -> tuple[Source, tuple[Action, ..
     """GIVEN is being written. No abort from here: the record may be on disk already."""
     match event:
         case Written(RecordKind.GIVEN):
-            return replace(state, phase=SourcePhase.GIVEN), (SendGo(), SetTimer(Timer.REPEAT))
+            return replace(state, phase=SourcePhase.GIVEN, trouble=None), (SendGo(), SetTimer(Timer.REPEAT))
+        case WriteFailed(RecordKind.GIVEN, reason) if state.machine_gone:  # the target's is the only copy left
+            return replace(state, trouble=f"{way_back.UNWRITABLE}: {reason}"), (SetTimer(Timer.REPEAT),)
+        case TimerFired(Timer.REPEAT) if state.machine_gone:
+            return state, (WriteRecord(state.record(RecordKind.GIVEN)),)
         case WriteFailed(RecordKind.GIVEN, reason):
             return way_back.source_returns(state, f"the commit could not be written: {reason}")
         case MachineGone():
@@ -98,8 +107,12 @@ def source_given(state: Source, event: Event) -> tuple[Source, tuple[Action, ...
             return replace(state, phase=SourcePhase.CLEARING), (done,)
         case TargetAnswered(Word.WITHDRAWN, nonce) if nonce == state.nonce:
             return way_back.source_is_rescued(state)
+        case PeerAsks(nonce) if nonce == state.nonce:
+            return state, (SendGo(),)
         case TimerFired(Timer.REPEAT):
-            return state, (SendGo(), SetTimer(Timer.REPEAT))
+            return replace(state, unanswered=True), (SendGo(), SetTimer(Timer.REPEAT))
+        case TargetFailed(reason):  # it keeps its copy, and tries again at the next GO
+            return replace(state, trouble=f"the target: {reason}"), ()
         case MachineGone():
             return replace(state, machine_gone=True), ()
     return state, ()
@@ -112,10 +125,16 @@ def target_loaded(state: Target, event: Event) -> tuple[Target, tuple[Action, ..
             return replace(state, phase=TargetPhase.ACTIVATING), (WriteRecord(state.record(RecordKind.ACTIVATED)),)
         case SourceAborted():
             return way_back.target_withdraws(state, way_back.SOURCE_WENT_BACK)
+        case Retired():
+            return way_back.target_withdraws(state, way_back.RETIRED)
         case MachineGone():
             return way_back.target_fails(state, way_back.TARGET_GONE)
-        case LinkLost() | TimerFired(Timer.REPEAT):
-            return state, (SendLoaded(), SetTimer(Timer.REPEAT))
+        case LinkLost():
+            return state, (SendLoaded(), Ask(), SetTimer(Timer.REPEAT))
+        case TimerFired(Timer.REPEAT):
+            return replace(state, unanswered=True), (SendLoaded(), Ask(), SetTimer(Timer.REPEAT))
+        case PeerAsks(nonce) if nonce == state.nonce:
+            return state, (SendAnswer(Word.WAITING),)
     return state, ()
 
 
@@ -123,12 +142,18 @@ def target_activating(state: Target, event: Event) -> tuple[Target, tuple[Action
     """ACTIVATED is being written; once it is on disk this node owns the EVM."""
     match event:
         case Written(RecordKind.ACTIVATED):
-            return replace(state, phase=TargetPhase.STARTING), (OpenPorts(), Run())
+            return replace(state, phase=TargetPhase.STARTING, trouble=None), (OpenPorts(), Run())
         case WriteFailed(RecordKind.ACTIVATED, reason):
             # The record may be on disk, so this copy may not withdraw; it has not run, so nothing is lost by waiting.
-            return replace(state, phase=TargetPhase.LOADED, cause=reason), (SendFailed(reason), SetTimer(Timer.REPEAT))
+            trouble = f"{way_back.UNWRITABLE}: {reason}"
+            waiting = replace(state, phase=TargetPhase.LOADED, trouble=trouble)
+            return waiting, (SendFailed(trouble), SetTimer(Timer.REPEAT))
         case MachineGone():  # ``cont`` has not been sent, so this very process can swear that the guest never ran
             return way_back.target_withdraws(state, way_back.TARGET_GONE)
+        case Retired():
+            return way_back.target_retires(state)
+        case PeerAsks(nonce) if nonce == state.nonce:
+            return state, (SendAnswer(Word.GOING),)
     return state, ()
 
 
@@ -136,14 +161,18 @@ def target_starting(state: Target, event: Event) -> tuple[Target, tuple[Action, 
     """``cont`` has been sent, once."""
     match event:
         case GuestRuns():
-            return replace(state, phase=TargetPhase.RUNNING, cause=None), (Announce(), SendAnswer(Word.ACTIVATED))
+            runs = replace(state, phase=TargetPhase.RUNNING, trouble=None)
+            return runs, (Announce(), SendAnswer(Word.ACTIVATED), ClaimVolumes())
         case RunRefused(reason):
             return replace(state, phase=TargetPhase.CLEARING, cause=reason), (BlockPorts(), KillMachine())
         case RunUnknown():
-            return replace(state, cause="the hypervisor did not answer whether the guest runs"), (
-                SendAnswer(Word.ACTIVATED),
-            )
+            unknown = replace(state, trouble="the hypervisor did not answer whether the guest runs")
+            return unknown, (SendAnswer(Word.ACTIVATED),)
         case MachineGone():
             return replace(state, phase=TargetPhase.LOST, cause=way_back.TARGET_GONE), (SendAnswer(Word.ACTIVATED),)
+        case Retired():
+            return way_back.target_retires(state)
+        case PeerAsks(nonce) if nonce == state.nonce:
+            return state, (SendAnswer(Word.GOING),)
     # A repeated GO waits: were it answered now and ``cont`` then refused, the source would have cleared its copy.
     return state, ()

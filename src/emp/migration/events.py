@@ -25,12 +25,16 @@ class Stream(StrEnum):
 
 
 class Word(StrEnum):
-    """What the target answers to GO, always from its journal."""
+    """What the target answers. The first two come from its journal and decide; the others only tell where it stands."""
 
     ACTIVATED = "activated"
     """it runs, or has run: the source's copy is stale for ever"""
     WITHDRAWN = "withdrawn"
     """it never ran and never will: the source may go back"""
+    WAITING = "waiting"
+    """it has not run, and no GO has come"""
+    GOING = "going"
+    """GO has come; whether the guest runs is being decided"""
 
 
 class Timer(StrEnum):
@@ -39,7 +43,11 @@ class Timer(StrEnum):
     BLACKOUT = "blackout"
     """of the blackout before the commit"""
     REPEAT = "repeat"
-    """GO, or the question what became of it, is sent again"""
+    """GO, a question or a write of the journal is tried again"""
+    ANSWER = "answer"
+    """a restarted source has asked its target, and waits so long for the answer"""
+    RETRY = "retry"
+    """``cont`` was refused and is tried again, ever less often"""
 
 
 # ------------------------------------------------------------------ events
@@ -48,6 +56,11 @@ class Timer(StrEnum):
 @dataclass(frozen=True)
 class Ordered:
     """The controller's order has arrived: prepare (target) or hand over (source)."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Source: its agent was restarted where only the target can know more."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class TargetLoaded:
 
 @dataclass(frozen=True)
 class TargetAnswered:
-    """Source: the target's word, from its journal."""
+    """Source: the target's word, over the link or by the controller as courier."""
 
     word: Word
     nonce: str
@@ -122,13 +135,27 @@ class SourceAborted:
 
 
 @dataclass(frozen=True)
+class PeerAsks:
+    """The other end asks where this one stands."""
+
+    nonce: str
+
+
+@dataclass(frozen=True)
 class GuestRuns:
     """The guest runs here (QEMU's word)."""
 
 
 @dataclass(frozen=True)
+class GuestEnded:
+    """The guest has shut down or panicked: there is nothing left to run."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class RunRefused:
-    """The only ``cont`` sent was refused with an error: the guest did not run."""
+    """``cont`` was refused with an error: the guest did not run. A target sends it only once."""
 
     reason: str
 
@@ -154,12 +181,18 @@ class AbortAsked:
 
 
 @dataclass(frozen=True)
+class Retired:
+    """RETIRE(k) has come: what is here of the EVM dies, whatever the migration was about to do (rule R8)."""
+
+
+@dataclass(frozen=True)
 class TimerFired:
     timer: Timer
 
 
 Event = (
     Ordered
+    | Resumed
     | MachineReady
     | MachineFailed
     | Written
@@ -170,12 +203,15 @@ Event = (
     | TargetFailed
     | GoArrived
     | SourceAborted
+    | PeerAsks
     | GuestRuns
+    | GuestEnded
     | RunRefused
     | RunUnknown
     | MachineGone
     | LinkLost
     | AbortAsked
+    | Retired
     | TimerFired
 )
 
@@ -237,6 +273,11 @@ class SendAnswer:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """Ask the other end where it stands; dial it where there is no link."""
+
+
+@dataclass(frozen=True)
 class OpenPorts:
     pass
 
@@ -262,6 +303,18 @@ class Announce:
 
 
 @dataclass(frozen=True)
+class ClaimVolumes:
+    """Tell the volume service, until it has heard, that this node owns the EVM: older epochs are shut out there."""
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """The journal of this node is proven to have lost a record: nothing is answered from it any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class KillMachine:
     """Kill this migration's machine, wait for its exit, remove its ports; ``MachineGone`` follows."""
 
@@ -282,11 +335,14 @@ Action = (
     | SendAborted
     | SendFailed
     | SendAnswer
+    | Ask
     | OpenPorts
     | BlockPorts
     | Run
     | AwaitGuest
     | Announce
+    | ClaimVolumes
+    | Quarantine
     | KillMachine
     | SetTimer
 )

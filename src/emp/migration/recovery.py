@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from emp.migration.events import AbortAsked, Event, LinkLost, MachineGone, Stream, StreamMoved, Timer, TimerFired
+from emp.migration import way_back
+from emp.migration.events import (
+    AbortAsked,
+    Event,
+    LinkLost,
+    MachineGone,
+    Resumed,
+    Stream,
+    StreamMoved,
+    Timer,
+    TimerFired,
+)
 from emp.migration.records import Record, RecordKind
 from emp.migration.states import Source, SourcePhase, Target, TargetPhase
-
-RESTARTED = "the source's agent was restarted before the commit"
 
 
 def resume_source(record: Record, *, alive: bool, completed: bool) -> tuple[Source, Event]:
@@ -35,8 +44,10 @@ def resume_source(record: Record, *, alive: bool, completed: bool) -> tuple[Sour
     if record.kind is RecordKind.GIVEN:
         given = replace(state, phase=SourcePhase.GIVEN, completed=True, loaded=True)
         return given, TimerFired(Timer.REPEAT)
-    copying = replace(state, phase=SourcePhase.PRECOPY, completed=completed)
-    return copying, AbortAsked(RESTARTED) if alive else MachineGone()
+    if alive and completed:  # had this journal lost GIVEN, only the target would know (rule R2)
+        return replace(state, phase=SourcePhase.ASKING, completed=True), Resumed()
+    copying = replace(state, phase=SourcePhase.PRECOPY)
+    return copying, AbortAsked(way_back.RESTARTED) if alive else MachineGone()
 
 
 def resume_target(record: Record, *, alive: bool, loaded: bool, broken: bool = False) -> tuple[Target, Event]:

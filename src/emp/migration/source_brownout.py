@@ -24,6 +24,7 @@ from emp.migration import way_back
 from emp.migration.events import (
     AbortAsked,
     Action,
+    Ask,
     ContinueStream,
     Event,
     LinkLost,
@@ -32,6 +33,9 @@ from emp.migration.events import (
     MachineReady,
     MakeMachine,
     Ordered,
+    PeerAsks,
+    Retired,
+    SendAnswer,
     SetTimer,
     SourceAborted,
     StartStream,
@@ -40,6 +44,7 @@ from emp.migration.events import (
     TargetFailed,
     Timer,
     TimerFired,
+    Word,
     WriteFailed,
     WriteRecord,
     Written,
@@ -95,6 +100,8 @@ def target_making(state: Target, event: Event) -> tuple[Target, tuple[Action, ..
             return replace(state, cause=state.cause or reason), ()
         case SourceAborted():
             return replace(state, cause=state.cause or way_back.SOURCE_WENT_BACK), ()
+        case Retired():
+            return replace(state, cause=state.cause or way_back.RETIRED), ()
     return state, ()
 
 
@@ -111,6 +118,8 @@ def target_preparing(state: Target, event: Event) -> tuple[Target, tuple[Action,
             return replace(state, cause=state.cause or reason), ()
         case SourceAborted():
             return replace(state, cause=state.cause or way_back.SOURCE_WENT_BACK), ()
+        case Retired():
+            return replace(state, cause=state.cause or way_back.RETIRED), ()
         case MachineGone():
             return replace(state, cause=state.cause or way_back.TARGET_GONE), ()
     return state, ()
@@ -129,4 +138,12 @@ def target_prepared(state: Target, event: Event) -> tuple[Target, tuple[Action, 
             return way_back.target_fails(state, reason)
         case SourceAborted():
             return way_back.target_withdraws(state, way_back.SOURCE_WENT_BACK)
+        case Retired():
+            return way_back.target_withdraws(state, way_back.RETIRED)
+        case LinkLost():
+            return state, (SetTimer(Timer.REPEAT),)
+        case TimerFired(Timer.REPEAT):  # the source may have gone back before it could say so
+            return state, (Ask(), SetTimer(Timer.REPEAT))
+        case PeerAsks(nonce) if nonce == state.nonce:
+            return state, (SendAnswer(Word.WAITING),)
     return state, ()

@@ -22,6 +22,10 @@ class SourcePhase(StrEnum):
     """committed; GO is repeated until the target answers"""
     CLEARING = "clearing"
     """the target runs: DONE is written, then the machine goes"""
+    ASKING = "asking"
+    """the agent came back to a stream that is complete, before the commit: it asks the target, if that answers"""
+    OVERRULED = "overruled"
+    """the target has GO, and this journal has lost GIVEN: this copy never runs, unless the target withdraws"""
     CANCELLING = "cancelling"
     """the stream is being torn down"""
     RETURNING = "returning"
@@ -33,7 +37,9 @@ class SourcePhase(StrEnum):
     LOST = "lost"
     """the machine is gone: only a cold restart helps"""
     STUCK = "stuck"
-    """the journal cannot be written: the guest stays paused until a person decides (rule R10)"""
+    """OWN(e_s) cannot be written; a paused guest waits for that, or for the target's WITHDRAWN (rule R10)"""
+    RETIRING = "retiring"
+    """RETIRE(k) has come: the machine is being killed"""
 
 
 _SOURCE_SHOWN = {
@@ -43,6 +49,8 @@ _SOURCE_SHOWN = {
     SourcePhase.GIVING: (RolePhase.SWITCHOVER, Stage.BLACKOUT),
     SourcePhase.GIVEN: (RolePhase.GIVEN, Stage.BLACKOUT),
     SourcePhase.CLEARING: (RolePhase.GIVEN, Stage.TARGET_BROWNOUT),
+    SourcePhase.ASKING: (RolePhase.ABORTING, Stage.BLACKOUT),
+    SourcePhase.OVERRULED: (RolePhase.GIVEN, Stage.BLACKOUT),
     SourcePhase.CANCELLING: (RolePhase.ABORTING, Stage.SOURCE_BROWNOUT),
     SourcePhase.RETURNING: (RolePhase.ABORTING, Stage.SOURCE_BROWNOUT),
     SourcePhase.RESUMING: (RolePhase.ABORTING, Stage.SOURCE_BROWNOUT),
@@ -50,7 +58,13 @@ _SOURCE_SHOWN = {
     SourcePhase.ABORTED: (RolePhase.ABORTED, Stage.CLOSED),
     SourcePhase.LOST: (RolePhase.LOST, Stage.CLOSED),
     SourcePhase.STUCK: (RolePhase.ABORTING, Stage.BLACKOUT),
+    SourcePhase.RETIRING: (RolePhase.ABORTING, Stage.BLACKOUT),
 }
+
+
+_SOURCE_COMMITTED = frozenset(
+    {SourcePhase.GIVING, SourcePhase.GIVEN, SourcePhase.CLEARING, SourcePhase.DONE, SourcePhase.OVERRULED}
+)
 
 
 @dataclass(frozen=True)
@@ -71,11 +85,22 @@ class Source:
     loaded: bool = False
     """the target says that it has everything"""
     machine_gone: bool = False
+    withdrawn: bool = False
+    """the target's WITHDRAWN has been heard"""
+    unanswered: bool = False
+    """GO has gone without an answer for so long that a courier may help"""
     cause: str | None = None
+    """why it goes back"""
+    trouble: str | None = None
+    """what keeps it where it is, and what a person can do"""
 
     @property
     def committed(self) -> bool:
-        return self.phase in (SourcePhase.GIVING, SourcePhase.GIVEN, SourcePhase.CLEARING, SourcePhase.DONE)
+        return self.phase in _SOURCE_COMMITTED
+
+    @property
+    def wants_courier(self) -> bool:
+        return self.phase is SourcePhase.GIVEN and self.unanswered
 
     @property
     def shown(self) -> tuple[RolePhase, Stage]:
@@ -121,6 +146,8 @@ class TargetPhase(StrEnum):
     WITHDRAWN = "withdrawn"
     LOST = "lost"
     """ACTIVATED, and the machine is gone or does not say that it runs"""
+    RETIRING = "retiring"
+    """RETIRE(k) has come behind GO: the machine is being killed"""
 
 
 _TARGET_SHOWN = {
@@ -135,6 +162,7 @@ _TARGET_SHOWN = {
     TargetPhase.WITHDRAWING: (RolePhase.ABORTING, Stage.SOURCE_BROWNOUT),
     TargetPhase.WITHDRAWN: (RolePhase.WITHDRAWN, Stage.CLOSED),
     TargetPhase.LOST: (RolePhase.LOST, Stage.CLOSED),
+    TargetPhase.RETIRING: (RolePhase.ABORTING, Stage.BLACKOUT),
 }
 
 
@@ -151,11 +179,19 @@ class Target:
     phase: TargetPhase = TargetPhase.MAKING
     pid: int | None = None
     start_ticks: int | None = None
+    unanswered: bool = False
+    """it has everything, and the source has said nothing for so long that a courier may help"""
     cause: str | None = None
+    trouble: str | None = None
+    """what keeps it where it is, and what a person can do"""
 
     @property
     def committed(self) -> bool:
         return self.phase in (TargetPhase.ACTIVATING, TargetPhase.STARTING, TargetPhase.RUNNING, TargetPhase.LOST)
+
+    @property
+    def wants_courier(self) -> bool:
+        return self.phase is TargetPhase.LOADED and self.unanswered
 
     @property
     def shown(self) -> tuple[RolePhase, Stage]:

@@ -17,6 +17,7 @@ _STAGES = {
     TargetPhase.CLEARING: way_back.target_clearing,
     TargetPhase.WITHDRAWING: way_back.target_withdrawing,
     TargetPhase.WITHDRAWN: way_back.target_withdrawn,
+    TargetPhase.RETIRING: way_back.target_retiring,
 }
 
 

@@ -15,6 +15,7 @@ from emp.migration.events import (
     GoArrived,
     KillMachine,
     MachineGone,
+    PeerAsks,
     SendAnswer,
     SetTimer,
     Timer,
@@ -45,6 +46,6 @@ def source_clearing(state: Source, event: Event) -> tuple[Source, tuple[Action, 
 def target_running(state: Target, event: Event) -> tuple[Target, tuple[Action, ...]]:
     """The EVM lives here. A repeated GO is answered from the journal and sends nothing to the hypervisor (rule R1)."""
     match event:
-        case GoArrived(_, nonce) if nonce == state.nonce:
+        case GoArrived(nonce=nonce) | PeerAsks(nonce) if nonce == state.nonce:
             return state, (SendAnswer(Word.ACTIVATED),)
     return state, ()
