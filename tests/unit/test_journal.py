@@ -90,6 +90,35 @@ async def test_a_write_that_fails_says_that_nothing_is_known(tmp_path: Path) -> 
     again.close()
 
 
+async def test_a_journal_that_was_put_back_is_refused_as_long_as_the_host_remembers(tmp_path: Path) -> None:
+    path, seen = tmp_path / "journal", tmp_path / "run" / "seen"
+    journal = Journal.open(path, seen=seen)
+    for record in (OWN, HANDOVER, BACK, OWN):  # compaction drops some of these
+        await journal.append(record)
+    old = path.read_bytes()
+    await journal.append(Record(RecordKind.STOPPED, "web", 3))
+    journal.close()
+    Journal.open(path, seen=seen).close()  # the same one again
+    path.write_bytes(old)
+    for _ in range(2):
+        with pytest.raises(JournalUntrusted, match=r"up to record 4, and this host has seen .* up to record 5"):
+            Journal.open(path, seen=seen)
+    path.unlink()
+    with pytest.raises(JournalUntrusted, match="gone"):
+        Journal.open(path, seen=seen)
+    seen.unlink()  # as a person does who has looked, or a reboot
+    Journal.open(path, seen=seen).close()
+
+
+async def test_opening_a_journal_does_not_make_it_newer(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    await write(path, OWN, HANDOVER, BACK)
+    for _ in range(3):
+        journal = Journal.open(path)
+        assert journal.standing.seq == 3
+        journal.close()
+
+
 def test_a_compacted_ledger_answers_the_same_questions() -> None:
     ledger = Ledger((OWN, HANDOVER, BACK, Record(RecordKind.STOPPED, "web", 3)))
     assert ledger.compacted().last == ledger.last

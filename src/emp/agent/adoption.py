@@ -7,9 +7,11 @@ last record   its machine is alive        its machine is gone
 ============  ==========================  =====================================================================
 OWN           adopted                     crashed: the controller decides about a cold restart
 ACTIVATED     adopted; run if it stands   crashed
-HANDOVER      the migration is aborted    lost: OWN(e_s), the controller decides
+HANDOVER      the migration is aborted;   lost: OWN(e_s), the controller decides
+              with its stream complete
+              the target is asked first
 GIVEN         GO is sent again            GO is sent again
-PREPARED      waits for its source        WITHDRAWN
+PREPARED      asks its source             WITHDRAWN
 others        killed: it has lost         -
 none          **quarantine**: a machine without a record is not touched, and reported
 ============  ==========================  =====================================================================
@@ -20,6 +22,7 @@ from __future__ import annotations
 import logging
 
 from emp.agent.assembly import Assembly
+from emp.agent.claims import Claims
 from emp.agent.journal import Journal
 from emp.agent.migrations import Migrations
 from emp.agent.residents import Residents
@@ -37,10 +40,11 @@ log = logging.getLogger(__name__)
 class Adoption:
     """One pass at the agent's start, before it takes orders."""
 
-    def __init__(self, journal: Journal, residents: Residents, migrations: Migrations) -> None:
+    def __init__(self, journal: Journal, residents: Residents, migrations: Migrations, claims: Claims) -> None:
         self._journal = journal
         self._residents = residents
         self._migrations = migrations
+        self._claims = claims
 
     async def run(self) -> tuple[str, ...]:
         """Take back what is here; return the names of machines in quarantine."""
@@ -117,6 +121,7 @@ class Adoption:
             if stands or last.kind is RecordKind.ACTIVATED:  # the segment may not have heard that it is here
                 await assembly.announce()
         self._residents.settle(entry, assembly, state)
+        self._claims.begin(entry.volumes, epoch=last.epoch)  # the agent that wrote the record may not have come to it
 
     async def _leaving(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
         if entry.peer is None:
@@ -125,10 +130,13 @@ class Adoption:
         if assembly is None:
             self._residents.note(entry, EvmState.PAUSED, "in a migration")
         else:
-            completed = (await assembly.machine.stream_info()).status is StreamStatus.COMPLETED
-            self._residents.settle(entry, assembly, await assembly.machine.run_state())
-        state, event = resume_source(last, alive=assembly is not None, completed=completed)
-        self._migrations.resume_source(state, entry.peer, event)
+            # Both: a guest that has come back by the target's WITHDRAWN runs after ``completed`` (rule R10).
+            state = await assembly.machine.run_state()
+            completed = state is RunState.POSTMIGRATE
+            completed = completed and (await assembly.machine.stream_info()).status is StreamStatus.COMPLETED
+            self._residents.settle(entry, assembly, state)
+        role, event = resume_source(last, alive=assembly is not None, completed=completed)
+        self._migrations.resume_source(role, entry.peer, event)
 
     async def _arriving(self, last: Record, entry: Entry, assembly: Assembly | None, process: ProcessId | None) -> None:
         same = process is not None and (process.pid, process.start_ticks) == (last.pid, last.start_ticks)

@@ -1,4 +1,10 @@
-"""The agent's HTTPS API (``emp.model.orders`` has the table): only the pool's controller may call it."""
+"""The agent's API: HTTPS for the pool's controller alone (``emp.model.orders`` has the table), and a local socket.
+
+The local one is for root on the node, whose socket's mode guards it: it works without any controller::
+
+    GET  /v1/status                   -> {"node": NodeReport, "roles": [RoleStatus]}
+    POST /v1/migrations/{id}/abort    AbortOrder -> RoleStatus
+"""
 
 from __future__ import annotations
 
@@ -9,12 +15,16 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
+from emp.agent.gate import Gate
 from emp.agent.migrations import Migrations
 from emp.agent.residents import Residents
+from emp.model.base import Model
 from emp.model.errors import Unavailable
 from emp.model.node import EvmReport, NodeReport
 from emp.model.orders import (
     AbortOrder,
+    AnswerOrder,
+    GoOrder,
     HandoverOrder,
     Prepared,
     PrepareOrder,
@@ -29,23 +39,14 @@ from emp.wire.identity import Role
 from emp.wire.points import route_class
 
 
-class Gate:
-    """Orders wait until what was here before has been adopted; a journal that cannot be trusted lets none through."""
-
-    def __init__(self) -> None:
-        self.closed: str | None = "the agent is still adopting what was here before"
-
-    async def __call__(self) -> None:
-        if self.closed:
-            raise Unavailable(self.closed, hint="see: emp node show")
-
-
 def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
     app = FastAPI(title="EMP agent", docs_url=None, redoc_url=None)
     app.router.route_class = route_class("agent")
     install_error_handlers(app)
     controller = [Depends(require_role(Role.CONTROLLER))]
-    orders = [*controller, Depends(gate)]
+    orders = [*controller, Depends(gate.check)]
+    adopted = [*controller, Depends(gate.check_adopted)]
+    """of roles that are running: a quarantine does not disturb those, and shuts the journal behind them"""
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str | None]:
@@ -67,10 +68,9 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
     async def stop(name: str, order: StopOrder) -> EvmReport:
         return await residents.stop(name, order)
 
-    @app.post("/v1/evms/{name}/retire", dependencies=orders)
+    @app.post("/v1/evms/{name}/retire", dependencies=[*controller, Depends(gate.check_retire)])
     async def retire(name: str, order: RetireOrder) -> EvmReport:
-        await migrations.withdraw(name)
-        return await residents.retire(name, order)
+        return await migrations.retire(name, order)
 
     @app.get("/v1/evms/{name}/console", dependencies=orders)
     async def console_output(name: str, backlog: Annotated[bool, Query()] = True) -> StreamingResponse:
@@ -93,18 +93,48 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
     async def hand_over(migration: str, order: HandoverOrder) -> RoleStatus:
         return await migrations.hand_over(order)
 
-    @app.post("/v1/migrations/{migration}/abort", dependencies=orders)
+    @app.post("/v1/migrations/{migration}/abort", dependencies=adopted)
     async def abort(migration: str, order: AbortOrder) -> RoleStatus:
-        return migrations.abort(migration, order)
+        return await migrations.abort(migration, order)
 
-    @app.get("/v1/migrations/{migration}", dependencies=orders)
+    @app.post("/v1/migrations/{migration}/go", dependencies=adopted)
+    async def go(migration: str, order: GoOrder) -> RoleStatus:
+        return await migrations.go(migration, order)
+
+    @app.post("/v1/migrations/{migration}/answer", dependencies=adopted)
+    async def answer(migration: str, order: AnswerOrder) -> RoleStatus:
+        return await migrations.answer(migration, order)
+
+    @app.get("/v1/migrations/{migration}", dependencies=adopted)
     async def status(migration: str) -> RoleStatus:
         return migrations.status(migration)
 
-    @app.get("/v1/migrations/{migration}/watch", dependencies=orders)
+    @app.get("/v1/migrations/{migration}/watch", dependencies=adopted)
     async def watch(migration: str) -> StreamingResponse:
         migrations.status(migration)  # unknown here: a 404 instead of a stream
         return StreamingResponse(_sse(migrations.watch(migration)), media_type="text/event-stream")
+
+    return app
+
+
+class LocalStatus(Model):
+    """What root on the node sees of it."""
+
+    node: NodeReport
+    roles: tuple[RoleStatus, ...]
+
+
+def make_local_app(migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
+    app = FastAPI(title="EMP agent, local", docs_url=None, redoc_url=None)
+    install_error_handlers(app)
+
+    @app.get("/v1/status")
+    async def status() -> LocalStatus:
+        return LocalStatus(node=report(), roles=migrations.statuses())
+
+    @app.post("/v1/migrations/{migration}/abort", dependencies=[Depends(gate.check_adopted)])
+    async def abort(migration: str, order: AbortOrder) -> RoleStatus:
+        return await migrations.abort(migration, order)
 
     return app
 

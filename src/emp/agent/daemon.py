@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from emp import __version__
 from emp.agent import wiring
 from emp.agent.adoption import Adoption
-from emp.agent.api import Gate, make_app
+from emp.agent.api import make_app, make_local_app
 from emp.agent.assembly import Assembler
+from emp.agent.claims import Claims
 from emp.agent.config import AgentConfig
+from emp.agent.gate import Gate
 from emp.agent.heartbeat import Heartbeat
 from emp.agent.images import Images
-from emp.agent.journal import Journal, JournalUntrusted
+from emp.agent.journal import Journal, JournalUntrusted, Standing
+from emp.agent.links import exchange_hello
 from emp.agent.migrations import Dial, Migrations
 from emp.agent.residents import Residents
 from emp.agent.shelf import Shelf
 from emp.hypervisor.base import HypervisorFacts
 from emp.model.node import NodeReport, Versions
-from emp.model.orders import PROTOCOL_VERSION, Peer
+from emp.model.orders import PROTOCOL_VERSION, HeartbeatReply, Peer
 from emp.wire import sockets, tls
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity, Role
@@ -46,12 +49,16 @@ async def run(config: AgentConfig) -> None:
     images = Images(config.images_dir)
     assembler = Assembler(hypervisor, network, images)
     residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
-    migrations = Migrations(journal, residents, _dial(config), stream_host=config.address)
+    claims, gate = Claims(wiring.claims(config)), Gate()
+    gate.distrust = untrusted
+    dial = _dial(config, journal)
+    migrations = Migrations(journal, residents, dial, claims, gate, stream_host=config.address)
     try:
-        await _serve(config, Parts(facts, images, residents, migrations, untrusted), stop)
+        await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate), stop)
     finally:
         log.info("agent of %s stops; its EVMs go on", config.node)
         await migrations.close()
+        await claims.close()
         await residents.close()
         await network.close()
         journal.close()
@@ -61,38 +68,44 @@ async def run(config: AgentConfig) -> None:
 class Parts:
     facts: HypervisorFacts
     images: Images
+    journal: Journal
     residents: Residents
     migrations: Migrations
-    untrusted: str | None
-    """why the journal cannot be trusted: then nothing is touched, nothing is answered, and a person is told"""
+    claims: Claims
+    gate: Gate
 
 
 def _open_journal(config: AgentConfig) -> tuple[Journal, str | None]:
+    """Return the journal, and why it cannot be trusted: then nothing is touched, and a person is told."""
     path = config.state_dir / "journal"
     try:
-        return Journal.open(path), None
+        return Journal.open(path, seen=config.run_dir / "journal-seen"), None
     except JournalUntrusted as error:
         log.critical("%s: %s", path, error)
         return Journal.open(config.run_dir / "quarantine" / "journal"), str(error)
 
 
-def _dial(config: AgentConfig) -> Dial:
+def _dial(config: AgentConfig, journal: Journal) -> Dial:
     context = tls.mutual_client(config.credentials)
 
-    async def dial(peer: Peer, migration: str) -> Link:
+    async def dial(peer: Peer, migration: str) -> tuple[Link, Standing]:
         there = Identity(Role.AGENT, peer.node)
         link = await connect_link(peer.host, peer.link_port, tls=context, peer=there, pool=config.pool)
-        await link.send({"type": "hello", "migration": migration})
-        return link
+        try:
+            return link, await exchange_hello(link, journal, migration)
+        except BaseException:
+            link.abort()
+            raise
 
     return dial
 
 
 async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None:
     server_tls = tls.mutual_server(config.credentials)
-    gate = Gate()
+    gate = parts.gate
     reporter = Reporter(config, parts)
     app = make_app(parts.residents, parts.migrations, gate, reporter.report)
+    local_app = make_local_app(parts.migrations, gate, reporter.report)
     api = Listener(sockets.listen(config.address, config.port, field="port"), server_tls)
     links = sockets.listen(config.address, config.link_port, field="link_port")
     async with contextlib.AsyncExitStack() as stack:
@@ -102,15 +115,19 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
             server=Identity.parse(config.controller_name),
         )
         await stack.enter_async_context(controller)
-        if parts.untrusted is None:
-            strangers = await Adoption(parts.residents.journal, parts.residents, parts.migrations).run()
-            if strangers:
+        local = sockets.listen_unix(config.run_dir / "agent.sock")
+        await stack.enter_async_context(Server(local_app, [Listener(local, None)], pool=config.pool))
+        if gate.distrust is None:
+            adoption = Adoption(parts.journal, parts.residents, parts.migrations, parts.claims)
+            if strangers := await adoption.run():
                 reporter.trouble = f"machines without a record in the journal, not touched: {', '.join(strangers)}"
-        gate.closed = parts.untrusted
+        gate.starting = None
         await stack.enter_async_context(Server(app, [api], pool=config.pool))
         on_link = parts.migrations.take_link
         await stack.enter_async_context(LinkServer(links, tls=server_tls, pool=config.pool, on_link=on_link))
-        beat = Heartbeat(controller, config.node, reporter.report, parts.residents.changed)
+        beat = Heartbeat(
+            controller, config.node, reporter.report, parts.residents.changed, lambda reply: _hear(gate, reply)
+        )
         heart = asyncio.create_task(beat.run(), name="heartbeat")
         log.info("agent of %s serves on %s:%d", config.node, config.address, config.port)
         gc.collect()
@@ -118,6 +135,12 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
         await stop.wait()
         heart.cancel()
         await asyncio.gather(heart, return_exceptions=True)
+
+
+def _hear(gate: Gate, reply: HeartbeatReply) -> None:
+    if reply.quarantine != gate.ordered:
+        log.critical("the controller: %s", reply.quarantine or "the quarantine is over")
+    gate.ordered = reply.quarantine
 
 
 class Reporter:
@@ -131,6 +154,7 @@ class Reporter:
 
     def report(self) -> NodeReport:
         config, facts, residents = self._config, self._parts.facts, self._parts.residents
+        distrust, standing = self._parts.gate.distrust, self._parts.journal.standing
         return NodeReport(
             name=config.node,
             address=config.address,
@@ -150,5 +174,8 @@ class Reporter:
             ),
             evms=residents.reports(),
             boot_id=self._boot_id,
-            journal=self._parts.untrusted or self.trouble,
+            journal=distrust or self.trouble,
+            journal_id="" if distrust else standing.id,
+            journal_seq=0 if distrust else standing.seq,
+            open_roles=self._parts.migrations.open_roles(),
         )

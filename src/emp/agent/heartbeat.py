@@ -21,11 +21,19 @@ _FIRST_S = 0.2
 class Heartbeat:
     """The controller may be away for as long as it likes: the node goes on, and tells again."""
 
-    def __init__(self, client: WireClient, node: str, report: Callable[[], NodeReport], changed: Signal) -> None:
+    def __init__(
+        self,
+        client: WireClient,
+        node: str,
+        report: Callable[[], NodeReport],
+        changed: Signal,
+        on_reply: Callable[[HeartbeatReply], None],
+    ) -> None:
         self._client = client
         self._path = f"/v1/agents/{node}/heartbeat"
         self._report = report
         self._changed = changed
+        self._on_reply = on_reply
 
     async def run(self) -> None:
         """Beat for ever."""
@@ -44,6 +52,7 @@ class Heartbeat:
                 if silent:
                     log.info("the controller hears this node again")
                 silent, interval_s = False, reply.interval_s
+                self._on_reply(reply)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await self._changed.beyond(seen)

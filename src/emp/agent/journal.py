@@ -7,18 +7,20 @@ number and a CRC-32 over the line before it, so that a torn, lost or foreign lin
     {"seq": 1, "kind": "own", "evm": "web", "epoch": 1} <crc>
 
 What ``fdatasync`` confirmed survives. A journal that cannot be trusted is never guessed at: ``JournalUntrusted`` is
-raised, and the agent touches nothing (rule R5).
+raised, and the agent touches nothing (rule R5). Id and number of the last record also stand in a file that survives the
+agent and not the host (``seen``): a disk that was put back to an earlier day under running machines is found out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from emp import faults
@@ -42,31 +44,84 @@ class JournalWriteFailed(HostError):
     code = "journal_write_failed"
 
 
+@dataclass(frozen=True)
+class Standing:
+    """How far a journal is: what its node, its peers and the controller remember of it."""
+
+    id: str
+    seq: int
+
+    def later_than(self, other: Standing) -> bool:
+        """True where ``other`` is another journal, or this one as it was before."""
+        return self.id != other.id or self.seq > other.seq
+
+    def __str__(self) -> str:
+        return f"{self.id} up to record {self.seq}"
+
+
+class Seen:
+    """The last ``Standing`` in a file below the run directory: no sync, for it need not survive the host."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def read(self) -> Standing | None:
+        words = os.pread(self._fd, 128, 0).decode().split()
+        return Standing(words[0], int(words[1])) if len(words) == 2 else None
+
+    def write(self, standing: Standing) -> None:
+        with contextlib.suppress(OSError):  # a full tmpfs costs this memory and nothing else
+            os.pwrite(self._fd, f"{standing.id} {standing.seq:020d}\n".encode(), 0)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
 class Journal:
     """Replays at ``open``, then appends. All writes go through one thread, in order."""
 
-    def __init__(self, path: Path, journal_id: str, seq: int, book: dict[str, Ledger]) -> None:
+    def __init__(self, path: Path, journal_id: str, seq: int, book: dict[str, Ledger], seen: Seen | None) -> None:
         self._path = path
         self._id = journal_id
         self._seq = seq
+        self._confirmed = seq
         self._book = book
         self._broken = False
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self._thread = ThreadPoolExecutor(1, "journal")
+        self._seen = seen
+        self._remember()
 
     @classmethod
-    def open(cls, path: Path) -> Journal:
-        """Replay the journal at ``path``, compact it, and stand ready; make a new one where there is none."""
-        if not path.exists():
+    def open(cls, path: Path, *, seen: Path | None = None) -> Journal:
+        """Replay the journal at ``path``, compact it, and stand ready; make a new one where there is none.
+
+        Raises ``JournalUntrusted``, also for a journal that is behind what the file ``seen`` remembers.
+        """
+        memory = Seen(seen) if seen else None
+        remembered = memory.read() if memory else None
+        if path.exists():
+            journal_id, seq, book = _replay(path.read_bytes())
+        elif remembered is None:
             journal_id, seq, book = secrets.token_hex(8), 0, dict[str, Ledger]()
         else:
-            journal_id, seq, book = _replay(path.read_bytes())
+            raise JournalUntrusted("the journal is gone, and this host has had one since it booted", hint=_ASK)
+        if remembered and remembered.later_than(Standing(journal_id, seq)):
+            raise JournalUntrusted(
+                f"the journal is {journal_id} up to record {seq}, and this host has seen {remembered}", hint=_ASK
+            )
         book = {evm: ledger.compacted() for evm, ledger in book.items()}
-        return cls(path, journal_id, _write_anew(path, journal_id, seq, book), book)
+        return cls(path, journal_id, _write_anew(path, journal_id, seq, book), book, memory)
 
     @property
     def id(self) -> str:
         return self._id
+
+    @property
+    def standing(self) -> Standing:
+        """Id and the highest number that is known to be on disk."""
+        return Standing(self._id, self._confirmed)
 
     @property
     def evms(self) -> tuple[str, ...]:
@@ -111,10 +166,18 @@ class Journal:
         if faults.board:
             faults.board.hit(f"journal.{record.kind}.after_fsync")
         self._broken = False
+        self._confirmed = self._seq
+        self._remember()
+
+    def _remember(self) -> None:
+        if self._seen is not None:
+            self._seen.write(self.standing)
 
     def close(self) -> None:
         self._thread.shutdown()
         os.close(self._fd)
+        if self._seen is not None:
+            self._seen.close()
 
 
 def _line(body: dict[str, object]) -> bytes:
@@ -156,10 +219,14 @@ def _record_line(seq: int, record: Record) -> bytes:
 
 
 def _write_anew(path: Path, journal_id: str, seq: int, book: dict[str, Ledger]) -> int:
-    """Write the whole journal to a new file, put it in place (rename(2) is atomic); return the last number."""
+    """Write the whole journal to a new file, put it in place (rename(2) is atomic); return the last number.
+
+    That stays ``seq``, or an old journal would seem new by being opened: the records kept get the numbers up to it.
+    """
     kept = [record for ledger in book.values() for record in ledger.records]
-    head = _line({"journal": journal_id, "version": VERSION, "seq": seq})
-    lines = [head, *(_record_line(seq + n, record) for n, record in enumerate(kept, 1))]
+    before = seq - len(kept)
+    head = _line({"journal": journal_id, "version": VERSION, "seq": before})
+    lines = [head, *(_record_line(before + n, record) for n, record in enumerate(kept, 1))]
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fresh = path.with_suffix(".new")
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -174,4 +241,4 @@ def _write_anew(path: Path, journal_id: str, seq: int, book: dict[str, Ledger]) 
         os.fsync(directory)
     finally:
         os.close(directory)
-    return seq + len(kept)
+    return seq

@@ -1,18 +1,23 @@
-"""The wire between the two agents of a migration: opened before HANDOVER, used in the blackout, one per migration.
+"""The wire between the two agents of a migration: opened before HANDOVER, used in the blackout.
+
+The source opens it; after a break whoever has something to say or to ask does.
 
 =========  ================  ==========================================================
 message    from -> to        fields
 =========  ================  ==========================================================
-hello      source -> target  migration
+hello      both              migration, journal, seq: who dials says it first
 clock      both              t1_s, then back with t2_s, t3_s (RFC 5905, section 8)
 loaded     target -> source  nonce
 go         source -> target  epoch, nonce
-answer     target -> source  word (``activated`` or ``withdrawn``), nonce
+ask        both              nonce: where do you stand?
+answer     target -> source  word (``emp.migration.events.Word``), nonce
 failed     target -> source  reason
 aborted    source -> target
 =========  ================  ==========================================================
 
-A question about a migration that no role is busy with is answered from the journal.
+A question about a migration that no role is busy with is answered from the journal. ``journal`` and ``seq`` (in every
+message) say how far the sender's journal is: a peer whose journal is not the one it was, or behind what it has been, is
+told nothing and not listened to.
 """
 
 from __future__ import annotations
@@ -24,12 +29,13 @@ from collections.abc import Callable
 from typing import Any
 
 from emp import faults
-from emp.agent.journal import Journal
+from emp.agent.journal import Journal, Standing
 from emp.migration import admission
 from emp.migration.events import (
     Event,
     GoArrived,
     LinkLost,
+    PeerAsks,
     SourceAborted,
     TargetAnswered,
     TargetFailed,
@@ -45,6 +51,7 @@ Message = dict[str, Any]
 
 _CLOCK_ROUNDS = 5
 _CLOCK_S = 2.0
+HELLO_S = 2.0
 
 
 def event_of(message: Message) -> Event | None:
@@ -60,41 +67,91 @@ def event_of(message: Message) -> Event | None:
             return TargetFailed(reason)
         case {"type": "aborted"}:
             return SourceAborted()
+        case {"type": "ask", "nonce": str(nonce)}:
+            return PeerAsks(nonce)
     return None
 
 
-def answer_from_journal(journal: Journal, migration: str, message: Message) -> Message | None:
-    """Return the answer to a late ``go`` (on the target); None where there is nothing to be said."""
-    if message.get("type") not in ("go", "hello"):
+def hello(journal: Journal, migration: str) -> Message:
+    standing = journal.standing
+    return {"type": "hello", "migration": migration, "journal": standing.id, "seq": standing.seq}
+
+
+def standing_in(message: Message) -> Standing | None:
+    """Return how far the peer's journal is, from its ``hello``."""
+    match message:
+        case {"type": "hello", "journal": str(journal), "seq": int(seq)}:
+            return Standing(journal, seq)
+    return None
+
+
+async def exchange_hello(link: Link, journal: Journal, migration: str) -> Standing:
+    """Say hello on a link just dialled, and return how far the peer's journal is. Raises ``Unreachable``."""
+    await link.send(hello(journal, migration))
+    try:
+        async with asyncio.timeout(HELLO_S):
+            reply = await anext(aiter(link), None)
+    except TimeoutError:
+        reply = None
+    if reply is None or (standing := standing_in(reply)) is None:
+        raise Unreachable(f"{link.peer} does not answer on its link, or does not answer for its journal")
+    return standing
+
+
+def answer_from_journal(journal: Journal, migration: str, message: Message, *, peer: str) -> Message | None:
+    """Return what node ``peer`` is told of a migration that no role is busy with; None: nothing can be said.
+
+    On a target this answers GO and a question of its source, on a source a question of its target.
+    """
+    if message.get("type") not in ("go", "ask"):
         return None
     for evm in journal.evms:
-        if sworn := admission.word_of(journal.ledger(evm), migration):
+        ledger = journal.ledger(evm)
+        end = ledger.end_of(migration)
+        if end is None or end.peer != peer:
+            continue
+        if sworn := admission.word_of(ledger, migration):
             word, nonce = sworn
             return {"type": "answer", "word": word.value, "nonce": nonce}
+        if message["type"] == "ask":
+            match admission.reply_of(ledger, migration):
+                case GoArrived(epoch, nonce):
+                    return {"type": "go", "epoch": epoch, "nonce": nonce}
+                case SourceAborted():
+                    return {"type": "aborted"}
     return None
 
 
 class PeerLink:
-    """A role's hold on the link: sends while there is one, feeds what comes, tells when it is lost."""
+    """A role's hold on its peer: sends over the newest link, feeds what comes over any, tells when the last is lost."""
 
-    def __init__(self, feed: Callable[[Event], None]) -> None:
+    def __init__(self, feed: Callable[[Event], None], journal: Journal) -> None:
         self._feed = feed
-        self._link: Link | None = None
+        self._journal = journal
+        self._links: list[Link] = []
+        self._seen: Standing | None = None
+        """the furthest that the peer's journal has been"""
 
     @property
     def up(self) -> bool:
-        return self._link is not None
+        return bool(self._links)
 
-    def attach(self, link: Link) -> None:
-        """Use ``link`` from now on; an older one is forgotten."""
-        self._link = link
+    def attach(self, link: Link, standing: Standing) -> bool:
+        """Use ``link`` from now on; False, and drop it, where the peer's journal has lost what it had."""
+        if self._seen is not None and self._seen.later_than(standing):
+            log.error("%s: its journal is %s, and it has been %s: not believed", link.peer, standing, self._seen)
+            link.abort()
+            return False
+        self._seen = standing
+        self._links.append(link)
+        return True
 
     async def send(self, message: Message) -> None:
         """Send now or not at all: what matters is repeated by the core until it is answered."""
-        if self._link is not None:
+        if self._links:
             try:
                 for _ in range(await _times(message, "send")):
-                    await self._link.send(message)
+                    await self._links[-1].send({**message, "seq": self._journal.standing.seq})
             except EmpError as error:
                 log.info("link: %s not sent: %s", message.get("type"), error)
 
@@ -104,15 +161,21 @@ class PeerLink:
             if message.get("type") == "clock" and "t2_s" not in message:
                 await link.send({**message, "t2_s": time.time(), "t3_s": time.time()})
             elif event := event_of(message):
+                self._note(message.get("seq"))
                 for _ in range(await _times(message, "receive")):
                     self._feed(event)
-        if self._link is link:
-            self._link = None
-            self._feed(LinkLost())
+        if link in self._links:
+            self._links.remove(link)
+            if not self._links:
+                self._feed(LinkLost())
+
+    def _note(self, seq: object) -> None:
+        if isinstance(seq, int) and self._seen is not None and seq > self._seen.seq:
+            self._seen = Standing(self._seen.id, seq)
 
     async def close(self) -> None:
-        if self._link is not None:
-            link, self._link = self._link, None
+        links, self._links = self._links, []
+        for link in links:
             await link.close()
 
 

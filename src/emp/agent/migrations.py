@@ -11,24 +11,31 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembly
-from emp.agent.journal import Journal
-from emp.agent.links import answer_from_journal
+from emp.agent.claims import Claims
+from emp.agent.gate import Gate
+from emp.agent.journal import Journal, Standing
+from emp.agent.links import answer_from_journal, hello, standing_in
 from emp.agent.residents import Residents
 from emp.agent.shelf import Entry
 from emp.agent.source import SourceRole
 from emp.agent.target import TargetRole
-from emp.migration import admission, events
+from emp.migration import admission
+from emp.migration.events import AbortAsked, Event, GoArrived, Retired, SourceAborted, TargetAnswered, Word
 from emp.migration.records import RecordKind
 from emp.migration.states import Source, Target
-from emp.model.errors import Conflict, NotFound, Refused
+from emp.model.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch, Unreachable
 from emp.model.evm import EvmState
 from emp.model.migration import Stage
+from emp.model.node import EvmReport, OpenRole
 from emp.model.orders import (
     AbortOrder,
+    AnswerOrder,
+    GoOrder,
     HandoverOrder,
     Peer,
     Prepared,
     PrepareOrder,
+    RetireOrder,
     RolePhase,
     RoleStatus,
 )
@@ -40,16 +47,25 @@ log = logging.getLogger(__name__)
 
 _REMEMBERED = 256
 
-Dial = Callable[[Peer, str], Awaitable[Link]]
-"""(peer, migration) -> a link on which ``hello`` has been said; raises ``Unreachable``"""
+_DECIDES_S = 2.0
+"""how long the answer to a courier waits for what his message leads to"""
+
+Dial = Callable[[Peer, str], Awaitable[tuple[Link, Standing]]]
+"""(peer, migration) -> a link on which both have said ``hello``, and the peer's journal; raises ``Unreachable``"""
 
 
 class Migrations:
-    def __init__(self, journal: Journal, residents: Residents, dial: Dial, *, stream_host: str) -> None:
+    def __init__(
+        self, journal: Journal, residents: Residents, dial: Dial, claims: Claims, gate: Gate, *, stream_host: str
+    ) -> None:
         self._journal = journal
         self._residents = residents
         self._dial = dial
+        self._claims = claims
+        self._gate = gate
         self._stream_host = stream_host
+        self._called_off: dict[str, None] = {}
+        """migrations that were to be aborted here before their first order came: that comes too late now"""
         self._roles: dict[str, SourceRole | TargetRole] = {}
         self._links: set[asyncio.Task[None]] = set()
 
@@ -60,17 +76,34 @@ class Migrations:
         role = self._roles.get(order.migration)
         if role is None:
             role = await self._new_target(order)
+        return await self._as_target(role).prepared()
+
+    @staticmethod
+    def _as_target(role: SourceRole | TargetRole) -> TargetRole:
         if not isinstance(role, TargetRole):
-            raise Conflict(f"this node is the source of {order.migration}", field="target")
-        return await role.prepared()
+            raise Conflict(f"this node is the source of {role.state.migration}", field="target")
+        return role
+
+    @staticmethod
+    def _as_source(role: SourceRole | TargetRole) -> SourceRole:
+        if not isinstance(role, SourceRole):
+            raise Conflict(f"this node is the target of {role.state.migration}", field="source")
+        return role
+
+    def _check_not_called_off(self, migration: str) -> None:
+        if migration in self._called_off:
+            raise StaleEpoch(f"migration {migration} was called off before this order came", field="migration")
 
     async def _new_target(self, order: PrepareOrder) -> TargetRole:
         name = order.spec.name
         ledger = self._journal.ledger(name)
         admission.check_prepare(ledger, order.epoch)
         await self._withdraw_older(name)
+        if role := self._roles.get(order.migration):
+            return self._as_target(role)
+        self._check_not_called_off(order.migration)
         self._residents.reserve(name, order.spec.memory_bytes)
-        entry = Entry(spec=order.spec, volumes=order.volumes)
+        entry = Entry(spec=order.spec, volumes=order.volumes, peer=order.source)
         self._residents.shelf.put(entry)
         state = Target(name, order.migration, order.source.node, secrets.token_hex(8), order.epoch)
         role = self._target_role(state, entry, multifd_channels=order.multifd_channels)
@@ -82,7 +115,7 @@ class Migrations:
         """Rule R3: a new PREPARE first kills and withdraws every older one."""
         for role in tuple(self._roles.values()):
             if isinstance(role, TargetRole) and role.state.evm == evm and not role.phase.final:
-                role.feed(events.AbortAsked("a newer migration has been ordered"))
+                role.feed(AbortAsked("a newer migration has been ordered"))
                 admission.check_replaces(role.state)
                 await role.until_final()
 
@@ -90,11 +123,11 @@ class Migrations:
         """Begin the migration at its source; the same order again gets the role's present state."""
         role = self._roles.get(order.migration)
         if role is not None:
-            if isinstance(role, TargetRole):
-                raise Conflict(f"this node is the target of {order.migration}", field="source")
-            return role.status
+            return self._as_source(role).status
         resident = self._residents.get(order.evm)
         async with resident.lock:
+            if role := self._roles.get(order.migration):
+                return self._as_source(role).status
             self._check_handover(order)
             last = self._journal.last(order.evm)
             assert last is not None
@@ -108,46 +141,98 @@ class Migrations:
                 order.epoch_source,
             )
             self._residents.shelf.put(resident.entry.model_copy(update={"peer": order.target}))
-            role = self._source_role(state, order, order.target)
-            await role.start()
-            resident.role = role
-            self._remember(role)
+            began = self._source_role(state, order, order.target)
+            self._remember(began)  # so that an abort finds it while the link is being opened
+            try:
+                await began.start()
+            except BaseException:
+                del self._roles[order.migration]
+                raise
+            resident.role = began
         self._residents.changed.notify()
-        return role.status
+        return began.status
 
     def _check_handover(self, order: HandoverOrder) -> None:
         resident = self._residents.get(order.evm)
         ledger = self._journal.ledger(order.evm)
+        self._check_not_called_off(order.migration)
         if resident.role is not None and not resident.role.phase.final:
             raise Conflict(f"EVM {order.evm!r} is already migrating ({resident.role.state.migration})", field="evm")
         admission.check_hand_over(ledger, order.epoch_target)
         if resident.assembly is None or resident.state is not EvmState.RUNNING:
             raise Refused(f"EVM {order.evm!r} is {resident.state}, not running", field="evm", hint="start it first")
 
-    async def withdraw(self, evm: str) -> None:
-        """The EVM is being retired: a target that waits for it withdraws, even one that has loaded everything (R3)."""
-        for role in tuple(self._roles.values()):
-            if isinstance(role, TargetRole) and role.state.evm == evm and not role.state.committed:
-                role.feed(events.SourceAborted())
-                await role.until_final()
-
-    def abort(self, migration: str, order: AbortOrder) -> RoleStatus:
-        """Ask for the way back; answered at once with where it stands. ``committed`` says that it only goes forward."""
+    async def go(self, migration: str, order: GoOrder) -> RoleStatus:
+        """The source's GO, by the controller as courier; answered once it is decided, or after two seconds."""
         role = self._roles.get(migration)
         if role is None:
-            return self.status(migration)
-        if order.source_is_back and isinstance(role, TargetRole):
-            role.feed(events.SourceAborted())
-        else:
-            role.feed(events.AbortAsked(order.reason))
+            return self._from_journal(migration, order.nonce)
+        role = self._as_target(role)
+        if (order.epoch, order.nonce) != (role.state.epoch, role.state.nonce):
+            raise StaleEpoch(f"this is not the GO that {migration} waits for here", field="nonce")
+        role.feed(GoArrived(order.epoch, order.nonce))
+        await role.until(lambda: role.phase.final, timeout_s=_DECIDES_S)
         return role.status
+
+    async def answer(self, migration: str, order: AnswerOrder) -> RoleStatus:
+        """The target's word, by the controller as courier; answered like ``go``."""
+        try:
+            word = Word(order.word)
+        except ValueError:
+            raise BadInput(f"{order.word!r} is no answer to GO", field="word", hint="activated or withdrawn") from None
+        role = self._roles.get(migration)
+        if role is None:
+            return self._from_journal(migration, order.nonce)
+        role = self._as_source(role)
+        if order.nonce != role.state.nonce:
+            raise StaleEpoch(f"this is not the answer that {migration} waits for here", field="nonce")
+        role.feed(TargetAnswered(word, order.nonce))
+        await role.until(lambda: role.phase.final, timeout_s=_DECIDES_S)
+        return role.status
+
+    async def retire(self, evm: str, order: RetireOrder) -> EvmReport:
+        """Whatever this node has of the EVM dies, a part in a migration included (rule R8); then RETIRED(k)."""
+        if not self._residents.has_retired(evm, order):
+            admission.check_epoch(self._journal.ledger(evm), order.epoch)
+            for role in tuple(self._roles.values()):
+                if role.state.evm == evm and not role.phase.final:
+                    role.feed(Retired())
+                    await role.until_final()
+        return await self._residents.retire(evm, order)
+
+    async def abort(self, migration: str, order: AbortOrder) -> RoleStatus:
+        """Ask for the way back; answered once the guest is back, or it is committed, or after ``wait_s`` in any case.
+
+        Raises ``NotFound`` where the migration is not known; then its first order is refused should it still come.
+        """
+        role = self._roles.get(migration)
+        if role is None:
+            return self._call_off(migration)
+        if order.source_is_back and isinstance(role, TargetRole):
+            role.feed(SourceAborted())
+        else:
+            role.feed(AbortAsked(order.reason))
+        await role.until(lambda: role.phase.final or role.state.committed, timeout_s=order.wait_s)
+        if role.phase.final:
+            await role.until_final()
+        return role.status
+
+    def _call_off(self, migration: str) -> RoleStatus:
+        try:
+            return self.status(migration)
+        except NotFound:
+            self._called_off[migration] = None
+            for old in tuple(self._called_off)[:-_REMEMBERED]:
+                del self._called_off[old]
+            raise
 
     # -- what is known
 
     def status(self, migration: str) -> RoleStatus:
-        """Return the role's snapshot, or what the journal says of it; raise ``NotFound``."""
+        """Return the role's snapshot, or what the journal says. Raises ``NotFound``; ``Unavailable`` in quarantine."""
         if role := self._roles.get(migration):
             return role.status
+        self._gate.check_journal()
         for evm in self._journal.evms:
             if standing := admission.standing_of(self._journal.ledger(evm), migration):
                 name, phase, end = standing
@@ -161,6 +246,30 @@ class Migrations:
                     nonce=end.nonce,
                 )
         raise NotFound(f"this node knows nothing of migration {migration!r}", field="migration")
+
+    def _from_journal(self, migration: str, nonce: str) -> RoleStatus:
+        status = self.status(migration)
+        if status.nonce != nonce:
+            raise StaleEpoch(f"{migration} was prepared here under another nonce", field="nonce")
+        return status
+
+    def statuses(self) -> tuple[RoleStatus, ...]:
+        """Every role that this agent remembers, the newest last."""
+        return tuple(role.status for role in self._roles.values())
+
+    def open_roles(self) -> tuple[OpenRole, ...]:
+        """Every part in a migration that is not over here."""
+        return tuple(
+            OpenRole(
+                migration=role.state.migration,
+                evm=role.state.evm,
+                role=role.name,
+                phase=role.phase,
+                epoch=role.state.epoch,
+            )
+            for role in self._roles.values()
+            if not role.phase.final
+        )
 
     async def watch(self, migration: str) -> AsyncIterator[RoleStatus]:
         if role := self._roles.get(migration):
@@ -178,24 +287,29 @@ class Migrations:
         task.add_done_callback(self._links.discard)
 
     async def _serve_link(self, link: Link) -> None:
-        """``hello`` says for which migration it is."""
+        """``hello`` says for which migration it is, and how far the peer's journal is."""
         async for message in link:
-            match message:
-                case {"type": "hello", "migration": str(migration)}:
-                    await self._route(link, migration)
-                    return
+            standing = standing_in(message)
+            if standing is None or not isinstance(migration := message.get("migration"), str):
+                break
+            await link.send(hello(self._journal, migration))
+            await self._route(link, migration, standing)
+            return
         await link.close()
 
-    async def _route(self, link: Link, migration: str) -> None:
+    async def _route(self, link: Link, migration: str, standing: Standing) -> None:
         role = self._roles.get(migration)
-        if isinstance(role, TargetRole) and not role.phase.final:
-            if link.peer != Identity(WireRole.AGENT, role.state.source):
-                log.warning("%s: %s is not its source", migration, link.peer)
+        if role is not None and not role.phase.final:
+            other = role.state.source if isinstance(role, TargetRole) else role.state.target
+            if link.peer != Identity(WireRole.AGENT, other):
+                log.warning("%s: %s has no part in it", migration, link.peer)
                 await link.close()
                 return
-            await role.serve(link)
-        async for message in link:  # over here: the journal has the last word
-            if answer := answer_from_journal(self._journal, migration, message):
+            await role.serve(link, standing)
+        async for message in link:  # over here: the journal has the last word, if it is to be believed
+            if self._gate.closed or link.peer is None:
+                continue
+            if answer := answer_from_journal(self._journal, migration, message, peer=link.peer.name):
                 await link.send(answer)
 
     # -- roles
@@ -209,11 +323,22 @@ class Migrations:
             journal=self._journal,
             assembler=self._residents.assembler,
             stream_host=self._stream_host,
+            dial=lambda: self._dial_peer(entry.peer, state.migration),
             qemu_name=qemu_name,
+            claim=lambda: self._claims.begin(entry.volumes, epoch=state.epoch),
             on_end=self._target_ended,
             assembly=assembly,
             multifd_channels=multifd_channels,
         )
+
+    async def _dial_peer(self, peer: Peer | None, migration: str) -> tuple[Link, Standing]:
+        if peer is None:
+            raise Unreachable("the shelf does not know where the source is")
+        return await self._dial(peer, migration)
+
+    def _distrust(self, reason: str) -> None:
+        self._gate.distrust = self._gate.distrust or reason
+        self._residents.changed.notify()
 
     def _source_role(self, state: Source, order: HandoverOrder | None, peer: Peer) -> SourceRole:
         return SourceRole(
@@ -223,6 +348,8 @@ class Migrations:
             assembly=self._residents.get(state.evm).assembly,
             dial=lambda: self._dial(peer, state.migration),
             qemu_name=qemu_name,
+            claim=lambda: self._claims.begin(self._residents.get(state.evm).entry.volumes, epoch=state.epoch_back),
+            distrust=self._distrust,
             on_end=self._source_ended,
         )
 
@@ -259,14 +386,14 @@ class Migrations:
 
     # -- after a restart of the agent
 
-    def resume_source(self, state: Source, peer: Peer, event: events.Event) -> None:
+    def resume_source(self, state: Source, peer: Peer, event: Event) -> None:
         """HANDOVER or GIVEN was the last record: go on from there."""
         role = self._source_role(state, None, peer)
         self._residents.get(state.evm).role = role
         self._remember(role)
         role.resume(event)
 
-    def resume_target(self, state: Target, entry: Entry, assembly: Assembly | None, event: events.Event) -> None:
+    def resume_target(self, state: Target, entry: Entry, assembly: Assembly | None, event: Event) -> None:
         """PREPARED was the last record: the machine waits, has everything, or is gone."""
         if assembly is not None:
             self._residents.reserve(state.evm, entry.spec.memory_bytes)

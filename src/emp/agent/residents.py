@@ -154,7 +154,7 @@ class Residents:
         """RETIRED(k): whatever of this EVM is here is dead, and an order older than k is refused from now on."""
         last = self.journal.last(name)
         report = EvmReport(name=name, state=EvmState.STOPPED, epoch=order.epoch, reason="retired")
-        if last and last.kind is RecordKind.RETIRED and last.epoch == order.epoch:
+        if self.has_retired(name, order):
             return report
         admission.check_epoch(self.journal.ledger(name), order.epoch)
         if resident := self._residents.get(name):
@@ -167,6 +167,11 @@ class Residents:
         self.shelf.drop(name)
         self.changed.notify()
         return report
+
+    def has_retired(self, name: str, order: RetireOrder) -> bool:
+        """The same order again."""
+        last = self.journal.last(name)
+        return last is not None and (last.kind, last.epoch) == (RecordKind.RETIRED, order.epoch)
 
     @staticmethod
     def _check_not_migrating(resident: Resident) -> None:

@@ -8,6 +8,7 @@ watcher that was away misses nothing that still matters.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Generic, TypeVar
@@ -41,7 +42,7 @@ REPEAT_S = 1.0
 RETRY_S, RETRY_MOST_S = 0.1, 5.0
 """``cont`` that was refused is sent again after the first, then after twice as long, up to the second"""
 ANSWER_S = 2.0
-"""how long a restarted source waits for its target's answer, its guest paused; a link that is there takes milliseconds"""
+"""how long a restarted source waits for its target's answer, its guest paused; a good link takes milliseconds"""
 _COALESCE_S = 0.01
 _QUIET_S = 0.1
 """a snapshot of a blackout waits this long, or for the role's end: telling must not take the processor from doing"""
@@ -204,6 +205,14 @@ class Role(Generic[State]):
             if not self.phase.final and self._main is not None:
                 blackout = self.state.shown[1] is Stage.BLACKOUT
                 await asyncio.wait([self._main], timeout=_QUIET_S if blackout else _COALESCE_S)
+
+    async def until(self, condition: Callable[[], bool], *, timeout_s: float) -> bool:
+        """Return once ``condition`` holds (looked at after each step), or False after ``timeout_s``."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not condition():
+                    await self.changed.beyond(self.changed.version)
+        return condition()
 
     async def until_final(self) -> None:
         """Return when the role is over and everything it had to do is done."""

@@ -12,8 +12,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembly
-from emp.agent.journal import Journal
-from emp.agent.links import PeerLink, measure_clock
+from emp.agent.journal import Journal, Standing
+from emp.agent.links import Message, PeerLink, measure_clock
 from emp.agent.role import Role
 from emp.hypervisor.base import (
     Machine,
@@ -41,8 +41,9 @@ log = logging.getLogger(__name__)
 _PROGRESS_S = 0.2
 _RESUME_S = 10.0
 _REDIAL_S = 0.5
+_ENDED = (RunState.SHUTDOWN, RunState.GUEST_PANICKED)
 
-Dial = Callable[[], Awaitable[Link]]
+Dial = Callable[[], Awaitable[tuple[Link, Standing]]]
 
 
 class SourceRole(Role[Source]):
@@ -57,6 +58,8 @@ class SourceRole(Role[Source]):
         assembly: Assembly | None,
         dial: Dial,
         qemu_name: Callable[[str], str],
+        claim: Callable[[], None],
+        distrust: Callable[[str], None],
         on_end: Callable[[SourceRole], Awaitable[None]],
     ) -> None:
         policy = order.policy if order else Policy()
@@ -69,8 +72,10 @@ class SourceRole(Role[Source]):
         self.assembly = assembly
         self._dial = dial
         self._qemu_name = qemu_name
+        self._claim = claim
+        self._distrust = distrust
         self._on_end = on_end
-        self._peer = PeerLink(self.feed)
+        self._peer = PeerLink(self.feed, journal)
         self._max_blackout_ms = policy.max_blackout_ms
         self._limit_ms = policy.max_blackout_ms
 
@@ -83,14 +88,14 @@ class SourceRole(Role[Source]):
 
     async def start(self) -> None:
         """Open the link, measure its clocks, then begin. Raises ``Unreachable`` if the target's agent is not there."""
-        link = await self._dial()
+        link, standing = await self._dial()
         try:
             offset_ms, error_ms = await measure_clock(link)
         except BaseException:
             link.abort()
             raise
         self.measured(clock_offset_ms=offset_ms, clock_error_ms=error_ms)
-        self._peer.attach(link)
+        self._peer.attach(link, standing)
         self.spawn(self._peer.pump(link))
         self._listen()
         self.begin(Ordered())
@@ -112,15 +117,30 @@ class SourceRole(Role[Source]):
         while not self.phase.final:
             if not self._peer.up:
                 try:
-                    link = await self._dial()
+                    link, standing = await self._dial()
                 except EmpError as error:
                     log.info("%s: no link to the target: %s", self.state.migration, error)
                 else:
-                    self._peer.attach(link)
-                    self.spawn(self._peer.pump(link))
-                    if self.state.phase is SourcePhase.GIVEN:
-                        await self.act(events.SendGo())
+                    if self._peer.attach(link, standing):
+                        self.spawn(self._peer.pump(link))
+                        await self._speak()
             await asyncio.sleep(_REDIAL_S)
+
+    async def serve(self, link: Link, standing: Standing) -> None:
+        """Use ``link``, which the target has opened, until it ends."""
+        if self._peer.attach(link, standing):
+            await self._speak()
+            await self._peer.pump(link)
+
+    async def _speak(self) -> None:
+        """Say over a new link at once what would be said at the next repeat."""
+        match self.state.phase:
+            case SourcePhase.GIVEN:
+                await self.act(events.SendGo())
+            case SourcePhase.ASKING | SourcePhase.OVERRULED:
+                await self.act(events.Ask())
+            case SourcePhase.STUCK:
+                await self.act(events.SendAborted())
 
     # -- what happens
 
@@ -235,17 +255,27 @@ class SourceRole(Role[Source]):
                 self.spawn(self._cancel_stream())
             case events.SendGo():
                 message = {"type": "go", "epoch": self.state.epoch_target, "nonce": self.state.nonce}
-                await self._peer.send(message)
-                if not self._peer.up:
-                    self._redial()
+                await self._send_or_dial(message)
             case events.SendAborted():
                 await self._peer.send({"type": "aborted"})
+            case events.Ask():
+                await self._send_or_dial({"type": "ask", "nonce": self.state.nonce})
+            case events.ClaimVolumes():
+                self._claim()
+            case events.Quarantine(reason):
+                self._distrust(reason)
             case events.Run():
                 await self._run()
             case events.AwaitGuest():
                 self.spawn(self._await_guest())
             case events.KillMachine():
                 self.spawn(self._kill())
+
+    async def _send_or_dial(self, message: Message) -> None:
+        if self._peer.up:
+            await self._peer.send(message)
+        elif not any(task.get_name().endswith("_keep_link") for task in self._tasks):
+            self.spawn(self._keep_link())
 
     async def _start_stream(self) -> None:
         assert self.order is not None
@@ -282,16 +312,29 @@ class SourceRole(Role[Source]):
                 if info.status is StreamStatus.NONE or info.status.ended_badly:
                     self.feed(StreamMoved(Stream.BROKEN))
                     return
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.005)
 
     async def _run(self) -> None:
-        """``cont`` after ``completed``: OWN(e_s) is on disk."""
+        """``cont``: OWN(e_s) is on disk, or the target has sworn that it never ran."""
         try:
             await self.machine.cont()
-        except OutcomeUnknown:
-            self.spawn(self._await_guest())
+        except MachineGone:
+            return  # the GONE event follows
+        except OutcomeUnknown as error:
+            log.warning("%s: cont: %s", self.state.migration, error)
         except EmpError as error:
-            self.feed(events.RunRefused(str(error)))
+            if not await self._guest_has_ended():
+                self.feed(events.RunRefused(str(error)))
+            return
+        self.spawn(self._await_guest())
+
+    async def _guest_has_ended(self) -> bool:
+        with contextlib.suppress(EmpError):
+            state = await self.machine.run_state()
+            if state in _ENDED:
+                self.feed(events.GuestEnded(f"the guest is in the state {state}"))
+                return True
+        return False
 
     async def _await_guest(self) -> None:
         """The hypervisor resumes the guest by itself after a broken stream; RESUMED may have come already."""
@@ -302,22 +345,23 @@ class SourceRole(Role[Source]):
                     if state is RunState.RUNNING:
                         self.feed(events.GuestRuns())
                         return
-                    if state in (RunState.SHUTDOWN, RunState.GUEST_PANICKED, RunState.IO_ERROR):
-                        self.feed(events.RunRefused(state))
+                    if state in _ENDED:
+                        self.feed(events.GuestEnded(f"the guest is in the state {state}"))
+                        return
+                    if state is RunState.IO_ERROR:
+                        self.feed(events.RunRefused(f"the guest is in the state {state}"))
                         return
                     await asyncio.sleep(0.005)
         except TimeoutError:
-            self.feed(events.RunRefused(f"it did not run within {_RESUME_S:.0f} s of the abort"))
+            self.feed(events.RunRefused(f"it did not run within {_RESUME_S:.0f} s"))
         except MachineGone:
             pass  # the GONE event follows
+        except EmpError as error:
+            self.feed(events.RunRefused(str(error)))
 
     async def _kill(self) -> None:
         await self.dismantled(self.assembly)
         self.feed(events.MachineGone())
-
-    def _redial(self) -> None:
-        if not any(task.get_name().endswith("_keep_link") for task in self._tasks):
-            self.spawn(self._keep_link())
 
     def written(self, kind: str) -> None:
         if kind == "given":

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembler, Assembly
-from emp.agent.journal import Journal
+from emp.agent.journal import Journal, Standing
 from emp.agent.links import PeerLink
 from emp.agent.role import REPEAT_S, Role
 from emp.agent.shelf import Entry
@@ -40,7 +40,9 @@ class TargetRole(Role[Target]):
         journal: Journal,
         assembler: Assembler,
         stream_host: str,
+        dial: Callable[[], Awaitable[tuple[Link, Standing]]],
         qemu_name: Callable[[str], str],
+        claim: Callable[[], None],
         on_end: Callable[[TargetRole], Awaitable[None]],
         assembly: Assembly | None = None,
         multifd_channels: int = 2,
@@ -52,9 +54,11 @@ class TargetRole(Role[Target]):
         self._stream_host = stream_host
         self._stream_port: int | None = None
         self._multifd_channels = multifd_channels
+        self._dial = dial
         self._qemu_name = qemu_name
+        self._claim = claim
         self._on_end = on_end
-        self._peer = PeerLink(self.feed)
+        self._peer = PeerLink(self.feed, journal)
 
     # -- beginning
 
@@ -80,11 +84,25 @@ class TargetRole(Role[Target]):
             stream_port=self._stream_port,
         )
 
-    async def serve(self, link: Link) -> None:
+    async def serve(self, link: Link, standing: Standing) -> None:
         """Use ``link``, which the source has opened, until it ends."""
-        self._peer.attach(link)
+        if self._peer.attach(link, standing):
+            if self.state.phase is TargetPhase.LOADED:
+                await self.act(events.SendLoaded())
+            await self._peer.pump(link)
+
+    async def _call_source(self) -> None:
+        """Open a link from here, and ask over it."""
+        try:
+            link, standing = await self._dial()
+        except EmpError as error:
+            log.info("%s: no link to the source: %s", self.state.migration, error)
+            return
+        if not self._peer.attach(link, standing):
+            return
         if self.state.phase is TargetPhase.LOADED:
             await self.act(events.SendLoaded())
+        await self.act(events.Ask())
         await self._peer.pump(link)
 
     # -- what happens
@@ -128,6 +146,13 @@ class TargetRole(Role[Target]):
                 await self._peer.send({"type": "failed", "reason": reason})
             case events.SendAnswer(word):
                 await self._peer.send({"type": "answer", "word": word.value, "nonce": self.state.nonce})
+            case events.Ask():
+                if self._peer.up:
+                    await self._peer.send({"type": "ask", "nonce": self.state.nonce})
+                elif not any(task.get_name().endswith("_call_source") for task in self._tasks):
+                    self.spawn(self._call_source())
+            case events.ClaimVolumes():
+                self._claim()
             case events.OpenPorts():
                 await self._open_ports()
             case events.BlockPorts():

@@ -8,6 +8,9 @@ from emp.hypervisor.qemu.hypervisor import QemuHypervisor
 from emp.model.errors import BadInput
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
+from emp.volumes.base import VolumeClaims
+from emp.volumes.nbd import NbdVolumeClaims
+from emp.wire import tls
 
 
 def hypervisor(config: AgentConfig) -> Hypervisor:
@@ -18,3 +21,7 @@ def network(config: AgentConfig) -> NetworkDriver:
     if config.network.driver == "l2":
         return L2Driver(bridge=config.network.bridge, uplink=config.network.uplink)
     raise BadInput(f"there is no network driver {config.network.driver!r}", field="network.driver", hint="l2")
+
+
+def claims(config: AgentConfig) -> VolumeClaims:
+    return NbdVolumeClaims(tls.mutual_client(config.credentials))

@@ -123,6 +123,8 @@ class Volumes:
             found = await self._driver.describe(volume)
         except NotFound:
             return
+        if self._book.volumes.find(volume):
+            await self._note(found)  # the owner's claim may have closed some already
         for attachment in found.attachments:
             if node in (None, attachment.node) and attachment.epoch != keep_epoch:
                 await self._driver.detach(volume, node=attachment.node, epoch=attachment.epoch)

@@ -6,8 +6,8 @@
   that it never ran, before it says so.
 - An agent **restarted** between ``completed`` and GIVEN asks the target first: had its journal lost GIVEN, the target
   alone would know.
-- Where **OWN(e_s) cannot be written** a paused guest waits: GIVEN may be on disk. The write is tried again for ever, and
-  the target is asked to withdraw: its WITHDRAWN serves as well.
+- Where **OWN(e_s) cannot be written** a paused guest waits: GIVEN may be on disk. The write is tried again for ever,
+  and the target is asked to withdraw: its WITHDRAWN serves as well.
 - The **target** withdraws by itself only while it has not loaded everything, and afterwards only because the source
   aborted or because the one ``cont`` that it sent was refused: its copy may be the last one.
 """
@@ -137,7 +137,7 @@ def _source_owns(state: Source) -> tuple[Source, tuple[Action, ...]]:
 
 
 def source_stuck(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
-    """The record is tried for ever, each time in a new file; GIVEN may be on disk, so that nothing follows from waiting.
+    """The record is tried for ever, each time in a new file: GIVEN may be on disk, so nothing follows from waiting.
 
     The target is told to withdraw all the while: its word lets the guest run even with no record written.
     """
@@ -224,7 +224,7 @@ def source_overruled(state: Source, event: Event) -> tuple[Source, tuple[Action,
 
 
 def source_retires(state: Source) -> tuple[Source, tuple[Action, ...]]:
-    """RETIRE(k) fences every node that could hold authority, this one included: RETIRED(k) follows the machine's exit."""
+    """RETIRE(k) fences every node that could hold authority, this one too: RETIRED(k) follows the machine's exit."""
     return replace(state, phase=SourcePhase.RETIRING, cause=RETIRED, trouble=None), (KillMachine(),)
 
 

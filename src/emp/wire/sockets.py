@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from pathlib import Path
 
 from emp.model.errors import BadInput, Conflict
 
@@ -28,6 +29,16 @@ def listen(host: str, port: int, *, field: str = "listen") -> socket.socket:
                 f"{where} is already taken", field=field, hint="stop the other process, or choose a port"
             ) from None
         raise BadInput(f"cannot listen on {where}: {error.strerror or error}", field=field) from error
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Return a unix socket listening at ``path``, for this user alone (0600); one that was left there is replaced."""
+    path.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(str(path))
+    path.chmod(0o600)  # nobody gets in between: it does not listen yet
+    listening.listen(BACKLOG)
+    return listening
 
 
 def adopt(fd: int, *, field: str = "listen_fd") -> socket.socket:
