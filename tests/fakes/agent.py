@@ -19,9 +19,11 @@ from pydantic import BaseModel
 from emp.model.errors import Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.evm import EvmState
 from emp.model.migration import Progress, Stage
-from emp.model.node import EvmReport, NodeReport, Versions
+from emp.model.node import EvmReport, NodeReport, OpenRole, Versions
 from emp.model.orders import (
     AbortOrder,
+    AnswerOrder,
+    GoOrder,
     HandoverOrder,
     HeartbeatReply,
     Prepared,
@@ -83,6 +85,8 @@ class Script:
     blackout: asyncio.Event = field(default_factory=asyncio.Event)
     clearing: asyncio.Event = field(default_factory=asyncio.Event)
     target_fails: bool = False
+    cut: bool = False
+    """the agents cannot reach each other after the commit"""
 
     @classmethod
     def free(cls) -> Script:
@@ -103,6 +107,11 @@ class FakeAgent:
         self.versions = versions
         self.vcpus = 4
         self.journal: str | None = None
+        self.boot_id = "boot"
+        self.journal_id, self.journal_seq = "", 0
+        self.open_roles: tuple[OpenRole, ...] = ()
+        self.quarantine: str | None = None
+        """what the controller's last answer said"""
         self.evms: dict[str, EvmReport] = {}
         self.epochs: dict[str, int] = {}
         self.orders: list[tuple[str, Any]] = []
@@ -142,13 +151,25 @@ class FakeAgent:
             versions=self.versions,
             evms=tuple(self.evms.values()),
             journal=self.journal,
+            boot_id=self.boot_id,
+            journal_id=self.journal_id,
+            journal_seq=self.journal_seq,
+            open_roles=self.open_roles,
         )
+
+    def reboot(self) -> None:
+        """The node was off: its machines are gone, and its agent is a new process."""
+        self.boot_id += "+"
+        for name in list(self.evms):
+            self.set_state(name, EvmState.CRASHED, "its machine is gone")
 
     async def beat(self) -> HeartbeatReply:
         if self._client is None:
             self._client = self.pool.client_of(self.name)
         path = f"/v1/agents/{self.name}/heartbeat"
-        return await self._client.request("POST", path, self.report(), response_model=HeartbeatReply)
+        reply = await self._client.request("POST", path, self.report(), response_model=HeartbeatReply)
+        self.quarantine = reply.quarantine
+        return reply
 
     async def keep_beating(self) -> None:
         with contextlib.suppress(EmpError):  # the controller is away now and then
@@ -220,6 +241,8 @@ class FakeAgent:
         orders("/v1/migrations/{name}/prepare", "prepare", PrepareOrder, self._prepare)
         orders("/v1/migrations/{name}/handover", "handover", HandoverOrder, self._hand_over)
         orders("/v1/migrations/{name}/abort", "abort", AbortOrder, self._abort)
+        orders("/v1/migrations/{name}/go", "go", GoOrder, self._go)
+        orders("/v1/migrations/{name}/answer", "answer", AnswerOrder, self._answer)
 
         async def node(request: Request) -> Response:
             _check(request)
@@ -330,6 +353,31 @@ class FakeAgent:
         part.abort.set()
         if part.status.role is Role.TARGET and not part.status.phase.final:
             await part.move(RolePhase.WITHDRAWN, Stage.CLOSED, cause=order.reason)
+        elif order.wait_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(order.wait_s), part.changed:
+                    await part.changed.wait_for(lambda: part.status.phase.final or part.status.committed)
+        return part.status
+
+    async def _go(self, migration: str, order: GoOrder) -> RoleStatus:
+        """The source's word, by courier: it runs here from now on."""
+        part = self._part(migration)
+        prepared = part.order
+        assert isinstance(prepared, PrepareOrder)
+        if (order.epoch, order.nonce) != (prepared.epoch, part.status.nonce):
+            raise Conflict("this GO is not of this PREPARED")
+        if not part.status.committed:
+            self.arrive(part.status.evm, order.epoch)
+            figures = {"resumed_at_s": 101.010, "port_open_at_s": 101.012}
+            await part.move(RolePhase.RUNNING, Stage.TARGET_BROWNOUT, committed=True, figures=figures)
+        return part.status
+
+    async def _answer(self, migration: str, order: AnswerOrder) -> RoleStatus:
+        """The target's word, by courier."""
+        part = self._part(migration)
+        if order.word == "activated":
+            self.leave(part.status.evm)
+            await part.move(RolePhase.DONE, Stage.CLOSED, committed=True, wants_courier=False)
         return part.status
 
     async def _play(self, order: HandoverOrder, script: Script) -> None:
@@ -354,7 +402,10 @@ class FakeAgent:
         await source.move(RolePhase.SWITCHOVER, Stage.BLACKOUT, figures={"stopped_at_s": 101.0})
         await script.blackout.wait()
         figures = {"given_at_s": 101.008, "qemu_downtime_ms": 9.0, "qemu_total_ms": 1000.0, "passes": 2}
-        await source.move(RolePhase.GIVEN, Stage.BLACKOUT, committed=True, figures=figures)
+        wants = {"wants_courier": script.cut}
+        await source.move(RolePhase.GIVEN, Stage.BLACKOUT, committed=True, figures=figures, **wants)
+        if script.cut:
+            return
         target_agent.arrive(order.evm, order.epoch_target)
         figures = {"resumed_at_s": 101.010, "port_open_at_s": 101.012}
         await target.move(RolePhase.RUNNING, Stage.TARGET_BROWNOUT, committed=True, figures=figures)

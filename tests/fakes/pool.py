@@ -22,6 +22,7 @@ from emp.wire.secret import Secret
 from emp.wire.serve import Listener, Server
 from emp.wire.tls import mutual_client, mutual_server, public_client
 from tests.fakes.agent import FakeAgent
+from tests.fakes.power import FakePower
 from tests.fakes.values import GIB, versions
 from tests.fakes.volumes import HOST, FakeVolumes
 
@@ -48,6 +49,7 @@ class Pool:
         self.heartbeat_s = 0.05
         self.node_down_s = 10.0  # ``lose`` does not wait for it
         self.volumes = FakeVolumes()
+        self.power = FakePower()
         self.agents: dict[str, FakeAgent] = {}
         self.token = Secret.new()
         self.subnet = {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"}
@@ -88,7 +90,9 @@ class Pool:
         )
 
     async def start(self) -> None:
-        self.controller = await self._controller.enter_async_context(running(self.config(), driver=self.volumes))
+        self.controller = await self._controller.enter_async_context(
+            running(self.config(), driver=self.volumes, fence_driver=self.power)
+        )
         self.api = self.person(self.token)
         for agent in self.agents.values():
             await agent.forget_controller()

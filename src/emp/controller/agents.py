@@ -19,6 +19,8 @@ from emp.model.errors import EmpError, Internal
 from emp.model.node import EvmReport, Node, NodeReport
 from emp.model.orders import (
     AbortOrder,
+    AnswerOrder,
+    GoOrder,
     HandoverOrder,
     Prepared,
     PrepareOrder,
@@ -35,6 +37,8 @@ START_S = 60.0
 """how long a node may take to make a machine"""
 WARM_S = 20.0
 """less than the time after which an idle connection is closed (30 s)"""
+ABORT_MARGIN_S = 5.0
+"""beyond the time that an abort may wait for its decision"""
 MARGIN_S = 15.0
 """beyond the grace that a guest gets to shut down"""
 
@@ -76,6 +80,19 @@ class AgentClient:
     async def abort(self, migration: str, order: AbortOrder) -> RoleStatus:
         """Ask for the way back; asking again changes nothing. ``NotFound`` where the agent knows nothing of it."""
         path = f"/v1/migrations/{migration}/abort"
+        timeout_s = order.wait_s + ABORT_MARGIN_S
+        return await self._wire.request(
+            "POST", path, order, response_model=RoleStatus, idempotent=True, timeout_s=timeout_s
+        )
+
+    async def go(self, migration: str, order: GoOrder) -> RoleStatus:
+        """Carry the source's GO to the target; carrying it again changes nothing."""
+        path = f"/v1/migrations/{migration}/go"
+        return await self._wire.request("POST", path, order, response_model=RoleStatus, idempotent=True)
+
+    async def answer(self, migration: str, order: AnswerOrder) -> RoleStatus:
+        """Carry the target's answer to the source; carrying it again changes nothing."""
+        path = f"/v1/migrations/{migration}/answer"
         return await self._wire.request("POST", path, order, response_model=RoleStatus, idempotent=True)
 
     async def watch(self, migration: str) -> AsyncGenerator[RoleStatus]:

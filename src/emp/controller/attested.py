@@ -11,6 +11,7 @@ from emp.model.evm import Evm, EvmState
 from emp.model.node import EvmReport
 
 ENDED = (EvmState.STOPPED, EvmState.PANICKED, EvmState.CRASHED)
+"""states from which a cold start may follow: the owner has attested that the guest has ended"""
 
 
 def from_owner(evm: Evm, report: EvmReport) -> Evm:

@@ -7,13 +7,16 @@ one that is refused ends the intent: a create is undone, a start leaves the EVM 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from emp.controller import trust
 from emp.controller.addresses import claims
 from emp.controller.agents import AgentClient, Agents
 from emp.controller.book import Book, Intent, Upkeep, Verb, VolumeWish, change, gone
+from emp.controller.fences import Fences
 from emp.controller.nodes import Nodes
 from emp.controller.patience import until_known
 from emp.controller.tasks import all_of
@@ -37,11 +40,12 @@ _BEGUN = (EvmState.RUNNING, EvmState.CREATING)
 
 
 class Boot:
-    def __init__(self, book: Book, nodes: Nodes, agents: Agents, volumes: Volumes) -> None:
+    def __init__(self, book: Book, nodes: Nodes, agents: Agents, volumes: Volumes, fences: Fences) -> None:
         self._book = book
         self._nodes = nodes
         self._agents = agents
         self._volumes = volumes
+        self._fences = fences
 
     async def carry_out(self, name: str, *, resumed: bool = False) -> None:
         """Bring the EVM's intent to its end. ``resumed``: an earlier process may have given the orders already.
@@ -139,22 +143,50 @@ class Boot:
         await self._tidy(name, keep_epoch=intent.epoch)
 
     async def _retire_holders(self, name: str) -> None:
-        """Have every node that could hold authority write RETIRED(k), its machine dead. What they answer is final."""
+        """Have every node that could hold authority give it up: RETIRED(k) in its journal, or a fence (rule R8).
+
+        A fenced node writes RETIRED(k) before its fence is lifted.
+        """
         order = RetireOrder(epoch=self._intent(name).retire_epoch)
         holders = self._upkeep(name).holders
-
-        async def retire(node: str) -> None:
-            try:
-                await self._patiently(name, node, lambda: self._agent(node).retire(name, order))
-            except StaleEpoch as error:
-                raise Conflict(
-                    f"{node} has promised a newer epoch than {order.epoch}: {error.message}",
-                    field="evm",
-                    hint="try again",
-                ) from error
-
-        await all_of(retire(node) for node in holders)
+        await all_of(self._retire(name, node, order) for node in holders)
         await self._book.update(self._book.upkeep, name, lambda u: u.model_copy(update={"holders": ()}))
+
+    async def _retire(self, name: str, node: str, order: RetireOrder) -> None:
+        while not await self._fences.owe(node, name, order.epoch):
+            ordering = asyncio.create_task(self._order_to_retire(name, node, order), name=f"retire {name} on {node}")
+            fenced = asyncio.create_task(self._book.until(lambda: self._is_fenced(node)), name=f"fence of {node}")
+            try:
+                await asyncio.wait([ordering, fenced], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (ordering, fenced):
+                    task.cancel()
+                await asyncio.wait([ordering, fenced])
+            if not ordering.cancelled():
+                ordering.result()
+                return
+
+    async def _order_to_retire(self, name: str, node: str, order: RetireOrder) -> None:
+        async def explain(error: EmpError) -> None:
+            record = self._nodes.find(node)
+            remedy = f"; {trust.remedy(record)}" if record else ""
+            reason = f"waiting for {node}, which may hold it: {error.message}{remedy}"
+            await self._edit_evm(name, lambda evm: evm.model_copy(update={"reason": reason}))
+
+        async def retire() -> None:
+            self._nodes.need_trusted(node)
+            await self._agent(node).retire(name, order)
+
+        try:
+            await until_known(self._book, self._nodes, node, retire, on_wait=explain)
+        except StaleEpoch as error:
+            raise Conflict(
+                f"{node} has promised a newer epoch than {order.epoch}: {error.message}", field="evm", hint="try again"
+            ) from error
+
+    def _is_fenced(self, node: str) -> bool:
+        record = self._nodes.find(node)
+        return record is not None and record.fence is not None
 
     async def _hold(self, name: str, node: str) -> None:
         """Remember that ``node`` may have authority from now on."""
@@ -254,7 +286,12 @@ class Boot:
         async def explain(error: EmpError) -> None:
             await self._edit_evm(name, lambda evm: evm.model_copy(update={"reason": f"waiting: {error.message}"}))
 
-        return await until_known(self._book, self._nodes, node, call, sent=sent, on_wait=explain)
+        async def unless_fenced() -> T:
+            if node is not None and self._is_fenced(node):  # it is off: whatever it was told, it does not do it
+                raise Conflict(f"node {node} is fenced", field="node", hint=f"emp evm recover {name}")
+            return await call()
+
+        return await until_known(self._book, self._nodes, node, unless_fenced, sent=sent, on_wait=explain)
 
     def _agent(self, node: str) -> AgentClient:
         return self._agents.of(self._nodes.get(node))

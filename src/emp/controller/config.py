@@ -6,10 +6,12 @@
      "people": {"host": "10.77.0.1", "port": 7700},
      "credentials": "/etc/emp/controller", "state_dir": "/var/lib/emp", "token_file": "/etc/emp/token",
      "network": {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"},
-     "volumes": {"url": "https://10.77.0.2:7800", "server_name": "volumes-main"}}
+     "volumes": {"url": "https://10.77.0.2:7800", "server_name": "volumes-main"},
+     "fencing": {"driver": "lab", "url": "https://10.77.0.3:7801", "server_name": "power-main"}}
 
 ``address`` and ``port`` are the agents' (mutual TLS). ``people`` may be ``{"fd": N}``: a listening socket that the
-parent hands over. The token file is written with a fresh token when it is not there.
+parent hands over. ``fencing`` is ``{"driver": "manual"}`` where it is left out. The token file is written with a fresh
+token when it is not there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -75,6 +77,24 @@ class VolumeService(Model):
     """the common name of its certificate"""
 
 
+class ManualFencing(Model):
+    driver: Literal["manual"] = "manual"
+
+
+class LabFencing(Model):
+    driver: Literal["lab"]
+    url: str
+    server_name: str = "power-main"
+    """the common name of the switch's certificate"""
+
+
+class Ec2Fencing(Model):
+    driver: Literal["ec2"]
+    region: str
+    instances: dict[Name, str]
+    """node -> instance id"""
+
+
 class Config(Model):
     pool: Name
     address: Ip
@@ -85,6 +105,8 @@ class Config(Model):
     token_file: Path
     network: Network
     volumes: VolumeService
+    fencing: ManualFencing | LabFencing | Ec2Fencing = Field(default=ManualFencing(), discriminator="driver")
+    """how a node is proven off"""
     heartbeat_s: float = Field(default=1.0, gt=0, le=60)
     """how often agents report"""
     node_down_s: float = Field(default=3.5, gt=0, le=600)

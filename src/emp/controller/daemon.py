@@ -16,6 +16,7 @@ from emp.controller.config import Config
 from emp.controller.restart import Restarts
 from emp.controller.services import Services
 from emp.controller.wiring import Controller, open_store, wire
+from emp.fencing.base import FenceDriver
 from emp.model.errors import EmpError
 from emp.volumes.base import VolumeDriver
 from emp.wire.serve import Listener, Server
@@ -53,8 +54,10 @@ async def run(config: Config) -> None:
 
 
 @asynccontextmanager
-async def running(config: Config, *, driver: VolumeDriver | None = None) -> AsyncGenerator[Running]:
-    """Run a controller for the length of the block; ``driver`` stands in for the volume service in tests."""
+async def running(
+    config: Config, *, driver: VolumeDriver | None = None, fence_driver: FenceDriver | None = None
+) -> AsyncGenerator[Running]:
+    """Run a controller for the length of the block; the drivers stand in for services in tests."""
     async with contextlib.AsyncExitStack() as stack:
         people = Listener(_people_socket(config), public_server(config.credentials))
         stack.callback(people.sock.close)
@@ -62,7 +65,7 @@ async def running(config: Config, *, driver: VolumeDriver | None = None) -> Asyn
         stack.callback(agents.sock.close)
         store = await open_store(config)
         stack.push_async_callback(store.close)
-        controller = await wire(config, store, driver=driver)
+        controller = await wire(config, store, driver=driver, fence_driver=fence_driver)
         stack.push_async_callback(controller.close)
         services = controller.services
         await controller.start()

@@ -10,11 +10,14 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from emp.controller import trust
 from emp.controller.addresses import claims
+from emp.controller.attested import ENDED
 from emp.controller.blueprint import Asked, Blueprints
 from emp.controller.book import Book, Intent, Upkeep, Verb, change, new
 from emp.controller.boot import Boot
 from emp.controller.capacity import Capacity
+from emp.controller.migrations import Migrations
 from emp.controller.nodes import Nodes
 from emp.controller.placement import Placed, cannot_run, needs, place, place_on
 from emp.controller.tasks import Tasks
@@ -25,12 +28,20 @@ from emp.model.volume import Volume
 
 PATIENCE_S = 90.0
 DELETE_GRACE_S = 10.0
-STARTABLE = (EvmState.STOPPED, EvmState.PANICKED, EvmState.CRASHED)
 
 
 class Evms:
-    def __init__(self, book: Book, nodes: Nodes, capacity: Capacity, blueprints: Blueprints, boot: Boot) -> None:
+    def __init__(
+        self,
+        book: Book,
+        nodes: Nodes,
+        capacity: Capacity,
+        blueprints: Blueprints,
+        boot: Boot,
+        migrations: Migrations,
+    ) -> None:
         self._book = book
+        self._migrations = migrations
         self._nodes = nodes
         self._capacity = capacity
         self._blueprints = blueprints
@@ -79,16 +90,39 @@ class Evms:
         """Cold start, only of what its owner attests to have ended. By a person: ``request``; by the policy: None."""
         self._check_idle(name)
         evm = self.get(name)
-        if evm.state not in STARTABLE:
-            hint = "its node must say first how it is" if evm.state is EvmState.UNKNOWN else None
-            raise Conflict(f"EVM {name} is {evm.state}", field="evm", hint=hint)
+        if evm.state not in ENDED:
+            hint = f"its node must say first how it is; if that is lost: emp evm recover {name}"
+            raise Conflict(
+                f"EVM {name} is {evm.state}", field="evm", hint=hint if evm.state is EvmState.UNKNOWN else None
+            )
         self._check_holders(name)
+        return await self._cold_start(name, request)
+
+    async def recover(self, name: str, request: EvmStart) -> Evm:
+        """Cold start of what nobody attests: its node is lost, or its migration was (rule R8).
+
+        Only once each node that could hold authority can be asked to retire it, or is fenced: ``NodeDown`` says what is
+        missing, with the command to run. Raises ``Conflict`` for an EVM that runs, or whose migration will end.
+        """
+        evm = self.get(name)
+        self._check_no_intent(name)
+        if evm.migration is None and evm.state not in (*ENDED, EvmState.UNKNOWN):
+            why = f"it is {evm.state} on {evm.owner}"
+            raise Conflict(f"EVM {name} needs no recovery: {why}", field="evm", hint=f"see: emp evm show {name}")
+        self._check_holders(name)
+        if evm.migration is not None:
+            await self._migrations.give_up(evm.migration)
+        return await self._cold_start(name, request)
+
+    async def _cold_start(self, name: str, request: EvmStart | None) -> Evm:
+        evm = self.get(name)
         async with self._capacity.lock:
             placed = self._place_again(evm, request.node if request else None)
             retire_epoch = await self._book.epochs.issue()
             epoch = await self._book.epochs.issue()
             intent = Intent(verb=Verb.START, epoch=epoch, retire_epoch=retire_epoch, node=placed.node.name)
-            await self._intend(name, intent, restarts=0 if request else None)
+            want = True if request else None
+            await self._intend(name, intent, want_running=want, restarts=0 if request else None)
         return await self._finished(name, Verb.START)
 
     def _place_again(self, evm: Evm, node: str | None) -> Placed:
@@ -119,8 +153,11 @@ class Evms:
     async def delete(self, name: str, *, grace_s: float | None = None) -> None:
         """Stop it, retire it, remove what was made with it. Takes over from whatever is being done to it.
 
+        A migration is aborted first, or waited for if it is committed (``OutcomeUnknown`` where that takes too long).
         ``grace_s`` None: time to shut down in order only if it has a volume that outlives it.
         """
+        if (migration := self.get(name).migration) is not None:
+            await self._migrations.end(migration, f"EVM {name} is to be deleted")
         evm = self.get(name)
         self._check_not_migrating(name)
         self._check_holders(name)
@@ -138,6 +175,9 @@ class Evms:
     def _check_idle(self, name: str) -> None:
         self.get(name)
         self._check_not_migrating(name)
+        self._check_no_intent(name)
+
+    def _check_no_intent(self, name: str) -> None:
         intent = self._book.upkeep.get(name).intent
         if intent is not None:
             hint = f"wait, or look at: emp evm show {name}"
@@ -153,13 +193,28 @@ class Evms:
             )
 
     def _check_holders(self, name: str) -> None:
-        """Raise ``NodeDown`` if a node that may hold authority over the EVM cannot be asked to give it up (rule R8)."""
-        for holder in self._book.upkeep.get(name).holders:
-            node = self._nodes.find(holder)
-            if node is None or not node.ready:
-                why = self._nodes.down(node).message if node else f"node {holder} has never reported"
-                hint = f"nobody but {holder} can say that the EVM does not run there: start its agent"
-                raise NodeDown(f"{why}, and may hold EVM {name}", field="evm", hint=hint, node=holder)
+        """Raise ``NodeDown`` if a node that may hold authority over the EVM can neither be asked nor is fenced (R8)."""
+        missing = {holder: why for holder in self._book.upkeep.get(name).holders if (why := self._still_holds(holder))}
+        if missing:
+            nodes = [node for holder in missing if (node := self._nodes.find(holder))]
+            raise NodeDown(
+                f"EVM {name} may run on {' and on '.join(missing)}: {'; '.join(missing.values())}",
+                field="evm",
+                hint="; ".join(map(trust.remedy, nodes)) or "start their agents",
+                nodes=missing,
+            )
+
+    def _still_holds(self, holder: str) -> str | None:
+        """Why a node cannot be asked to give an EVM up; None where it can be, or where it is fenced."""
+        node = self._nodes.find(holder)
+        if node is None:
+            return f"node {holder} has never reported"
+        if node.fence is not None:
+            return None
+        if not node.ready:
+            return self._nodes.down(node).message
+        why = trust.doubt(node)
+        return f"node {holder} cannot speak for it: {why}" if why else None
 
     # -------------------------------------------------------------- carrying out
 

@@ -5,25 +5,26 @@ A plan costs nothing and changes nothing until its record is written; from then 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
 
+from emp.controller.attested import ENDED
 from emp.controller.book import Book, Upkeep, change, gone, new
 from emp.controller.capacity import Capacity
 from emp.controller.config import Network
-from emp.controller.evms import STARTABLE
 from emp.controller.hub import Snapshot
 from emp.controller.placement import Candidate, Placed, Unfit, cordoned, excluded, not_there, place, place_on, untrusted
 from emp.controller.steps import Tools
 from emp.controller.supervise import Supervision
 from emp.controller.tasks import Tasks
 from emp.migration.preflight import Facts, failed, preflight
-from emp.model.errors import BadInput, Conflict, EmpError, Refused
+from emp.model.errors import BadInput, Conflict, EmpError, OutcomeUnknown, Refused
 from emp.model.evm import Evm, EvmState
-from emp.model.migration import Check, Migration, MigrationRequest, Stage
+from emp.model.migration import Check, Migration, MigrationRequest, Outcome, Stage
 from emp.model.node import Node
 from emp.model.volume import Volume
 from emp.store.base import Compacted, EventKind, FutureRevision
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 KEPT = 1000
 """closed migrations that stay in the store"""
+END_S = 60.0
+"""how long a delete waits for the end of a migration"""
 
 
 class Migrations:
@@ -138,7 +141,7 @@ class Migrations:
             self._tools.nodes.need_ready(evm.owner, field="evm")
         if evm.state is not EvmState.RUNNING:
             why = f": {evm.reason}" if evm.reason else ""
-            remedy = f"emp evm start {name}" if evm.state in STARTABLE else f"see: emp evm show {name}"
+            remedy = f"emp evm start {name}" if evm.state in ENDED else f"see: emp evm show {name}"
             raise Conflict(f"EVM {name} is {evm.state}, not running{why}", field="evm", hint=remedy)
         return evm
 
@@ -224,15 +227,63 @@ class Migrations:
         )
 
     async def abort(self, id: str, reason: str) -> Migration:  # noqa: A002
-        """Ask for the way back. Raises ``NotFound``, or ``Conflict`` once it only goes forward."""
+        """Go back, and answer with the decision: the migration ``aborted``, the EVM on its source.
+
+        Asking again gets the same answer. Raises ``NotFound``, ``Conflict`` once it only goes forward or was over
+        before, ``OutcomeUnknown`` where the source does not say within five seconds: it is asked on.
+        """
         migration = self.get(id)
         supervision = self._open.get(id)
-        if supervision is None or migration.stage is Stage.CLOSED:
+        if supervision is not None and not migration.committed and migration.outcome is None:
+            migration = await supervision.abort(reason)
+        if migration.outcome is Outcome.ABORTED and migration.abort_asked:
+            return migration
+        if migration.stage is Stage.CLOSED and not (migration.abort_asked and migration.outcome is Outcome.COMPLETED):
             raise Conflict(f"migration {id} is over: {migration.outcome}", field="migration")
-        if migration.committed:
-            hint = f"the EVM goes to {migration.target}; from there it can be migrated back"
-            raise Conflict(f"migration {id} is committed: it only goes forward", field="migration", hint=hint)
-        return supervision.ask_abort(reason)
+        if migration.outcome is Outcome.ABORTED:
+            return migration
+        hint = f"the EVM goes to {migration.target}; from there it can be migrated back"
+        raise Conflict(f"migration {id} is committed: it only goes forward", field="migration", hint=hint)
+
+    async def end(self, id: str, reason: str) -> None:  # noqa: A002
+        """Have it end, whichever way: aborted if that is still possible, waited for if it is committed.
+
+        Raises ``OutcomeUnknown`` when it is not over within ``END_S``.
+        """
+        supervision = self._open.get(id)
+        if supervision is None:
+            return
+        with contextlib.suppress(Conflict):
+            await self.abort(id, reason)
+        try:
+            async with asyncio.timeout(END_S):
+                await self._book.until(lambda: self._is_closed(id))
+        except TimeoutError:
+            state = "committed" if self.get(id).committed else "not over"
+            hint = f"ask again once it is over: emp migration watch {id}"
+            raise OutcomeUnknown(f"migration {id} is {state} yet", field="migration", hint=hint) from None
+
+    async def give_up(self, id: str) -> None:  # noqa: A002
+        """Close a migration that nothing but a cold restart can end. Raises ``Conflict`` if it will end by itself."""
+        supervision = self._open.get(id)
+        if supervision is None:
+            return
+        if not supervision.needs_recovery:
+            raise Conflict(
+                f"migration {id} is open, and neither end is lost",
+                field="migration",
+                hint=f"it ends by itself: emp migration watch {id}; or: emp migration abort {id}",
+            )
+        await supervision.give_up("given up for a cold restart")
+        await self._book.until(lambda: self._is_closed(id))
+
+    def _is_closed(self, id: str) -> bool:  # noqa: A002
+        migration = self._book.migrations.find(id)
+        return migration is None or migration.stage is Stage.CLOSED
+
+    def is_open(self, id: str) -> bool:  # noqa: A002
+        """Whether the migration is supervised now."""
+        return id in self._open
 
     # -------------------------------------------------------------- supervising
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
+from emp.controller import trust
 from emp.controller.book import Book, Edit
-from emp.model.errors import EmpError, NodeDown
-from emp.model.node import Node, NodeReport
+from emp.model.errors import EmpError, NodeDown, Unavailable
+from emp.model.node import Fence, Node, NodeReport
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class Nodes:
         self._clock = clock
         self._live: dict[str, Node] = {}
         self._beat_at: dict[str, float] = {}
+        self._past: dict[str, set[str]] = {}
+        self._writing = asyncio.Lock()
         self.on_report: list[Listener] = []
         self.on_down: list[Listener] = []
 
@@ -56,10 +59,17 @@ class Nodes:
         return self._live.get(name) or self._book.nodes.get(name, field=field)
 
     def need_ready(self, name: str, *, field: str = "node") -> Node:
-        """Return the node. Raises ``NotFound``, or ``NodeDown`` saying since when."""
+        """Return the node. Raises ``NotFound``, ``NodeDown`` saying since when, or ``Unavailable`` saying why not."""
         node = self.get(name, field=field)
         if not node.ready:
             raise self.down(node, field=field)
+        return self.need_trusted(name, field=field)
+
+    def need_trusted(self, name: str, *, field: str = "node") -> Node:
+        """Return the node if its word is taken. Raises ``NotFound``, or ``Unavailable`` saying why it is not."""
+        node = self.get(name, field=field)
+        if (why := trust.doubt(node)) is not None:
+            raise Unavailable(f"node {name} takes no orders: {why}", field=field, hint=f"see: emp node show {name}")
         return node
 
     def down(self, node: Node, *, field: str | None = None) -> NodeDown:
@@ -74,23 +84,41 @@ class Nodes:
     # -------------------------------------------------------------- writing
 
     async def heartbeat(self, report: NodeReport) -> None:
-        """Take a node's report. Written to the store only where it says something new."""
-        known = self._live.get(report.name)
-        self._beat_at[report.name] = self._clock()
-        node = Node(report=report, cordoned=known.cordoned if known else False, last_seen_at=time.time(), ready=True)
-        self._live[report.name] = node
-        stored = self._book.nodes.find(report.name)
-        if stored is None or not stored.ready or _lasting(stored.report) != _lasting(report):
+        """Take a node's report, unless it came late. Written to the store only where it says something new."""
+        name, known = report.name, self._live.get(report.name)
+        if trust.is_late(known, report) or report.boot_id in self._past.get(name, ()):
+            log.info("a late report of node %s is left out", name)
+            return
+        if known is not None and known.report.boot_id != report.boot_id:
+            self._past.setdefault(name, set()).add(known.report.boot_id)
+        self._beat_at[name] = self._clock()
+        node = self._live[name] = trust.heard(known, report, at_s=time.time())
+        if node.quarantine is not None and (known is None or known.quarantine is None):
+            log.error("node %s is quarantined: %s", name, node.quarantine)
+        stored = self._book.nodes.find(name)
+        if stored is None or _lasting(stored) != _lasting(node):
             if stored is None or not stored.ready:
-                log.info("node %s is ready", report.name)
-            await self._store(node)
-        await _tell(self.on_report, node)
+                log.info("node %s is ready", name)
+            await self._store(name)
+        await _tell(self.on_report, self._live[name])
 
     async def cordon(self, name: str, *, cordoned: bool) -> Node:
         """Let the node take nothing new, or let it again. Raises ``NotFound``."""
-        node = self.get(name).model_copy(update={"cordoned": cordoned})
-        self._live[name] = node
-        await self._store(node)
+        return await self.change(name, lambda node: node.model_copy(update={"cordoned": cordoned}))
+
+    async def change(self, name: str, update: Callable[[Node], Node]) -> Node:
+        """Change what is remembered of a node; on disk before it counts. Raises ``NotFound``, or as the store."""
+        self._live.setdefault(name, self.get(name))
+        async with self._writing:
+            await self._book.write(Edit(self._book.nodes, name, lambda _: update(self._live[name])))
+            self._live[name] = update(self._live[name])
+        return self._live[name]
+
+    async def fenced(self, name: str, fence: Fence) -> Node:
+        """Note the proof that the node is off, and tell of its end."""
+        node = await self.change(name, lambda node: node.model_copy(update={"fence": fence, "ready": False}))
+        log.warning("node %s is fenced (%s, %s)", name, fence.driver, fence.by)
+        await _tell(self.on_down, node)
         return node
 
     async def watch_over(self) -> None:
@@ -114,17 +142,17 @@ class Nodes:
         return min(beats, default=self._clock()) + self._down_after_s - self._clock()
 
     async def _declare_down(self, node: Node) -> None:
-        down = node.model_copy(update={"ready": False})
-        self._live[node.name] = down
+        down = self._live[node.name] = node.model_copy(update={"ready": False})
         log.warning("node %s is down: %s", node.name, since(node))
-        await self._store(down)
+        await self._store(node.name)
         await _tell(self.on_down, down)
 
-    async def _store(self, node: Node) -> None:
+    async def _store(self, name: str) -> None:
         try:
-            await self._book.write(Edit(self._book.nodes, node.name, lambda _: node))
+            async with self._writing:
+                await self._book.write(Edit(self._book.nodes, name, lambda _: self._live[name]))
         except EmpError as error:  # the memory is right; the next change is written again
-            log.error("node %s could not be recorded: %s", node.name, error)
+            log.error("node %s could not be recorded: %s", name, error)
 
 
 def since(node: Node) -> str:
@@ -135,9 +163,10 @@ def since(node: Node) -> str:
     return f"its agent has not answered since {at:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _lasting(report: NodeReport) -> NodeReport:
-    """Return the report without what changes all the time and is told elsewhere."""
-    return report.model_copy(update={"memory_used_bytes": 0, "evms": ()})
+def _lasting(node: Node) -> Node:
+    """Return the node without what changes all the time and is told elsewhere."""
+    report = node.report.model_copy(update={"memory_used_bytes": 0, "evms": (), "open_roles": ()})
+    return node.model_copy(update={"report": report, "last_seen_at": 0.0})
 
 
 async def _tell(listeners: list[Listener], node: Node) -> None:

@@ -56,9 +56,14 @@ async def _breath(book: Book, nodes: Nodes, node: str | None, pause_s: float) ->
         return
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(60.0):
-            await book.until(lambda: _is_ready(nodes, node))
+            await book.until(lambda: _is_ready(nodes, node) or _is_fenced(nodes, node))
 
 
 def _is_ready(nodes: Nodes, name: str) -> bool:
     node = nodes.find(name)
     return node is not None and node.ready
+
+
+def _is_fenced(nodes: Nodes, name: str) -> bool:
+    node = nodes.find(name)
+    return node is not None and node.fence is not None

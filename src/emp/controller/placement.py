@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from emp.controller import trust
 from emp.model.errors import NoPlacement, Refused
 from emp.model.evm import Evm, EvmSpec, EvmState
 from emp.model.migration import Migration
@@ -95,9 +96,8 @@ def cordoned(candidate: Candidate) -> str | None:
 
 
 def untrusted(candidate: Candidate) -> str | None:
-    """A node whose journal cannot be trusted must not get new authority."""
-    reason = candidate.node.report.journal
-    return f"its journal cannot be trusted: {reason}" if reason else None
+    """A node whose word is not taken must not get new authority."""
+    return trust.doubt(candidate.node)
 
 
 def short_of_memory(memory_bytes: int) -> Unfit:

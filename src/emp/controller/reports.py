@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from emp.controller import attested
+from emp.controller import attested, trust
 from emp.controller.book import Book, change
 from emp.controller.nodes import since
 from emp.controller.restart import Restarts
@@ -28,7 +28,10 @@ class Reports:
         self._strangers: set[tuple[str, str]] = set()
 
     async def heard(self, node: Node) -> None:
-        """Fold in a node's report."""
+        """Fold in a node's report, if its word is taken."""
+        if (why := trust.doubt(node)) is not None:
+            await self._silence(node.name, f"node {node.name} cannot speak for it: {why}")
+            return
         told = {report.name: report for report in node.report.evms}
         for name, report in told.items():
             if self._book.evms.find(name) is None:
@@ -40,10 +43,14 @@ class Reports:
                 await self._fold(evm.spec.name, lambda e: self._not_told(e, node.name))
 
     async def lost(self, node: Node) -> None:
-        """The node has stopped reporting."""
-        reason = f"node {node.name} is down: {since(node)}"
+        """The node has stopped reporting, or is fenced."""
+        name = node.name
+        await self._silence(name, f"node {name} is fenced" if node.fence else f"node {name} is down: {since(node)}")
+
+    async def _silence(self, node: str, reason: str) -> None:
+        """How the EVMs of that node are is not known any more."""
         for evm in self._book.evms.all():
-            if evm.owner == node.name:
+            if evm.owner == node and not self._is_busy(evm):
                 await self._fold(evm.spec.name, lambda e: attested.owner_is_silent(e, reason))
 
     def _told(self, evm: Evm, node: str, report: EvmReport) -> Evm:

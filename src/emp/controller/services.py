@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from emp.controller.book import Book
 from emp.controller.console import Consoles
 from emp.controller.evms import Evms
+from emp.controller.fences import Fences
 from emp.controller.metrics import Metrics
 from emp.controller.migrations import Migrations
 from emp.controller.nodes import Nodes
@@ -22,6 +23,7 @@ class Services:
     book: Book
     nodes: Nodes
     volumes: Volumes
+    fences: Fences
     evms: Evms
     migrations: Migrations
     consoles: Consoles

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from emp.controller.agents import AgentClient, Agents
+from emp.controller.attested import ENDED
 from emp.controller.book import Book, change
 from emp.controller.hub import Hub
 from emp.controller.metrics import Metrics
@@ -22,7 +23,18 @@ from emp.controller.volumes import Volumes
 from emp.model.errors import OutcomeUnknown, Unavailable
 from emp.model.evm import Evm, EvmState
 from emp.model.migration import Migration, Outcome
-from emp.model.orders import AbortOrder, HandoverOrder, Peer, PrepareOrder, Role, RoleStatus, VolumeGrant
+from emp.model.orders import (
+    AbortOrder,
+    AnswerOrder,
+    GoOrder,
+    HandoverOrder,
+    Peer,
+    PrepareOrder,
+    Role,
+    RolePhase,
+    RoleStatus,
+    VolumeGrant,
+)
 
 T = TypeVar("T")
 
@@ -94,6 +106,16 @@ class Steps:
         """Ask that end to go back, until it has heard it. Raises ``NotFound`` where it knows of no such migration."""
         return await self._until_known(self.node_of(role), lambda: self.agent(role).abort(self._live.id, order))
 
+    async def carry_go(self) -> RoleStatus:
+        """Give the source's GO to the target, once."""
+        live = self._live
+        return await self.agent(Role.TARGET).go(live.id, GoOrder(epoch=live.epoch_target, nonce=live.nonce or ""))
+
+    async def carry_answer(self, phase: RolePhase) -> RoleStatus:
+        """Give the target's answer to the source, once."""
+        order = AnswerOrder(word=phase.value, nonce=self._live.nonce or "")
+        return await self.agent(Role.SOURCE).answer(self._live.id, order)
+
     async def record_owner(self, role: Role, *, lost: str | None) -> None:
         """Write down who owns the EVM, as that end has attested; ``lost``: why it runs nowhere."""
         live = self._live
@@ -128,8 +150,12 @@ class Steps:
         holders += tuple(node for node in map(self.node_of, silent) if node not in holders)
 
         def free(evm: Evm) -> Evm:
-            state = EvmState.RUNNING if evm.state is EvmState.MIGRATING else evm.state
-            return evm.model_copy(update={"migration": None, "state": state})
+            update: dict[str, object] = {"migration": None}
+            if outcome is Outcome.LOST and evm.state not in ENDED:
+                update |= {"state": EvmState.CRASHED, "reason": cause}
+            elif evm.state is EvmState.MIGRATING:
+                update["state"] = EvmState.RUNNING
+            return evm.model_copy(update=update)
 
         async def write() -> None:
             await book.write(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from emp import faults
+from emp.controller import trust
 from emp.controller.steps import Steps, Tools
 from emp.controller.tally import Tally
 from emp.migration import supervisor
@@ -31,6 +32,10 @@ REWATCH_S = 0.5
 LINGER_S = 1.0
 AGAIN_S = 2.0
 """pause before a refused clearing-up is tried again"""
+COURIER_S = 1.0
+"""pause before a word is carried again"""
+DECIDE_S = 5.0
+"""how long an abort waits for its decision"""
 
 T = TypeVar("T")
 
@@ -45,6 +50,11 @@ class Supervision:
         self._state = Supervisor()
         self._events: asyncio.Queue[supervisor.Event] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._turned = asyncio.Condition()
+        self._unknown: set[Role] = set()
+        """ends whose agent knows nothing of this migration"""
+        self._trouble: dict[Role, EmpError] = {}
+        """why an end could not be told what it has to be told"""
 
     @property
     def live(self) -> Migration:
@@ -56,11 +66,51 @@ class Supervision:
 
     # -------------------------------------------------------------- from outside
 
-    def ask_abort(self, reason: str) -> Migration:
-        """Begin to go back, if that is still possible; return how it stands."""
+    async def abort(self, reason: str) -> Migration:
+        """Begin to go back, if that is still possible, and wait for the decision; return how it stands then.
+
+        Raises ``OutcomeUnknown`` when it is not known within ``DECIDE_S``.
+        """
         self._tally.abort_asked(reason)
         self._feed(supervisor.AbortAsked(reason))
+        try:
+            async with asyncio.timeout(DECIDE_S):
+                await self.until(lambda: self._is_decided)
+        except TimeoutError:
+            raise self._undecided() from None
         return self.live
+
+    @property
+    def _is_decided(self) -> bool:
+        return self.live.committed or self.live.outcome is not None
+
+    def _undecided(self) -> OutcomeUnknown:
+        source = self.live.source
+        trouble = self._trouble.get(Role.SOURCE)
+        why = f"{source} cannot be reached: {trouble.message}" if trouble else f"{source} has not decided yet"
+        return OutcomeUnknown(
+            f"migration {self.id} is asked to go back, and may or may not: {why}",
+            field="migration",
+            hint=f"it is asked again until it answers; on {source} itself: emp agent abort {self.id}; "
+            f"see: emp migration show {self.id}",
+        )
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Return once ``condition`` holds; it is looked at after every turn."""
+        async with self._turned:
+            await self._turned.wait_for(condition)
+
+    @property
+    def needs_recovery(self) -> bool:
+        """Whether an end is lost in a way that nothing but a cold restart helps: fenced, or it has forgotten."""
+        nodes = [self._tools.nodes.find(self._steps.node_of(role)) for role in Role]
+        fenced = any(node is not None and node.fence is not None for node in nodes)
+        return fenced or (self.live.committed and bool(self._unknown))
+
+    async def give_up(self, reason: str) -> None:
+        """Close it as lost: a cold restart follows, which retires both ends first."""
+        self._feed(supervisor.GivenUp(reason))
+        await self.until(lambda: self._state.phase is Phase.CLOSED)
 
     def node_down(self, node: Node) -> None:
         for role in Role:
@@ -90,6 +140,7 @@ class Supervision:
         if actions or self._state != before:
             log.info("migration %s: %s -> %s", self.id, event, self._state.phase)
         self._tally.stands(self._state)
+        self._tally.waits(self._waits_for())
         for action in actions:
             await self._reach(action)
         if self._state.phase is not Phase.CLOSED:
@@ -97,6 +148,24 @@ class Supervision:
         self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))
         if self._state.phase is not before.phase:
             self._feed_lost_nodes()
+        async with self._turned:
+            self._turned.notify_all()
+
+    def _waits_for(self) -> str | None:
+        """What a person should know of a migration that cannot go on, and of what they may do."""
+        lost = [self._steps.node_of(role) for role in self._lost_roles()]
+        if self._state.outcome is Outcome.COMPLETED or self._state.phase not in (Phase.WATCHING, Phase.SETTLING):
+            return None
+        if lost and self._state.phase is Phase.WATCHING:
+            return (
+                f"waits for {' and '.join(lost)}, whose agent does not answer; if that is lost for good: "
+                f"{trust.fence_command(lost[0])}, then emp evm recover {self.live.evm}"
+            )
+        if self._state.wanted:
+            trouble = next(iter(self._trouble.values()), None)
+            ends = f"{self.live.source} and {self.live.target} cannot reach each other"
+            return f"{ends}; {f'nor can they be reached: {trouble.message}' if trouble else 'their words are carried'}"
+        return None
 
     async def _reach(self, action: supervisor.Action) -> None:
         if faults.board is None:
@@ -116,6 +185,10 @@ class Supervision:
                 self._spawn(f"watch {role}", self._watch(role))
             case supervisor.Abort(role, reason, source_is_back):
                 self._spawn(f"abort {role}", self._abort(role, reason, source_is_back))
+            case supervisor.CarryGo():
+                self._spawn("carry go", self._carry(Role.TARGET, self._steps.carry_go))
+            case supervisor.CarryAnswer(phase):
+                self._spawn("carry answer", self._carry(Role.SOURCE, lambda: self._steps.carry_answer(phase)))
             case supervisor.Detach(role):
                 self._spawn("detach", self._detach(role))
             case supervisor.RecordOwner(role):
@@ -167,11 +240,31 @@ class Supervision:
 
     async def _abort(self, role: Role, reason: str, source_is_back: bool) -> None:
         await self._answered("prepare" if role is Role.TARGET else "hand over")
-        order = AbortOrder(reason=reason, source_is_back=source_is_back)
+        wait_s = DECIDE_S if role is Role.SOURCE else 0.0
+        order = AbortOrder(reason=reason, source_is_back=source_is_back, wait_s=wait_s)
         try:
-            self._hear(await self._until_done(lambda: self._steps.abort(role, order)))
+            self._hear(await self._until_done(lambda: self._told(role, lambda: self._steps.abort(role, order))))
         except NotFound:
-            self._feed(Says(role, None))
+            self._hear_nothing(role)
+
+    async def _told(self, role: Role, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Tell that end something, and remember what stands in the way while it does."""
+        try:
+            answer = await call()
+        except EmpError as error:
+            self._trouble[role] = error
+            raise
+        self._trouble.pop(role, None)
+        return answer
+
+    async def _carry(self, role: Role, carry: Callable[[], Coroutine[Any, Any, RoleStatus]]) -> None:
+        """Carry one word to that end; whether it arrived or not, it is looked at again after a while."""
+        try:
+            self._hear(await self._told(role, carry))
+        except EmpError as error:
+            log.info("migration %s: a word to its %s: %s", self.id, role, error)
+        await asyncio.sleep(COURIER_S)
+        asyncio.get_running_loop().call_soon(self._feed, supervisor.CourierDue())  # once this task is over
 
     async def _detach(self, role: Role) -> None:
         await self._answered("attach")
@@ -190,14 +283,28 @@ class Supervision:
                         if status.phase.final:
                             return
             except NotFound:
-                self._feed(Says(role, None))
+                self._hear_nothing(role)
             except EmpError as error:
                 log.info("migration %s: %s", self.id, error)
             await asyncio.sleep(REWATCH_S)
 
     def _hear(self, status: RoleStatus) -> None:
+        if self._is_doubted(status.role):
+            return
+        self._unknown.discard(status.role)
         self._tally.heard(status)
-        self._feed(Says(status.role, status.phase, status.cause))
+        self._feed(Says(status.role, status.phase, status.cause, status.wants_courier))
+
+    def _hear_nothing(self, role: Role) -> None:
+        """Its agent knows nothing of this migration."""
+        if not self._is_doubted(role):
+            self._unknown.add(role)
+            self._feed(Says(role, None))
+
+    def _is_doubted(self, role: Role) -> bool:
+        """Whether the word of that end is not taken."""
+        node = self._tools.nodes.find(self._steps.node_of(role))
+        return node is not None and trust.doubt(node) is not None
 
     async def _until_done(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """What clears up after a migration is repeated until it has happened, whatever stands in its way."""

@@ -13,6 +13,7 @@ from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
 _WEIGHTY = ("stage", "outcome", "cause", "hint", "committed", "abort_asked", "nonce", "report")
 _COMMITTED = (RolePhase.GIVEN, RolePhase.ACTIVATED, RolePhase.DONE, RolePhase.RUNNING)
 _ENDING = (Phase.FINISHING, Phase.DETACHING, Phase.CLOSED)
+_BACK = (Phase.SETTLING, Phase.DETACHING)
 
 
 class Tally:
@@ -47,8 +48,16 @@ class Tally:
         """Take the supervisor's state: why it goes back, and that the last stage has begun."""
         if state.cause is not None and state.outcome is not Outcome.COMPLETED:
             self._set(cause=state.cause)
+        if state.outcome is Outcome.ABORTED and state.phase in _BACK and self.migration.outcome is None:
+            # The EVM is back; what is left is to clear the target, which may take as long as that is away.
+            self._set(outcome=Outcome.ABORTED, report=self._report(None))
         if state.outcome is Outcome.COMPLETED and state.phase in _ENDING and self.migration.stage is not Stage.CLOSED:
             self._set(stage=Stage.TARGET_BROWNOUT, committed=True, cause=None)
+
+    def waits(self, hint: str | None) -> None:
+        """Say what the migration waits for, if for anything."""
+        if self.migration.stage is not Stage.CLOSED:
+            self._set(hint=hint)
 
     def closed(self, outcome: Outcome, cause: str | None, at_s: float) -> Migration:
         """Return the final record; ``at_s`` is the wall clock."""
@@ -88,7 +97,7 @@ class Tally:
             return self.migration.stage
         return source.stage
 
-    def _report(self, at_s: float) -> Report:
+    def _report(self, at_s: float | None) -> Report:
         source, target = self._said.get(Role.SOURCE), self._said.get(Role.TARGET)
         return build_report(
             source.figures if source else None,
@@ -98,4 +107,4 @@ class Tally:
         )
 
 
-_HINTS = {Outcome.LOST: "neither copy could go on; when both nodes answer: emp evm start {evm}"}
+_HINTS = {Outcome.LOST: "neither copy could go on; a cold restart: emp evm recover {evm}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 
 from emp.controller.agents import Agents
@@ -9,9 +10,10 @@ from emp.controller.blueprint import Blueprints
 from emp.controller.book import Book
 from emp.controller.boot import Boot
 from emp.controller.capacity import Capacity
-from emp.controller.config import Config
+from emp.controller.config import Config, Ec2Fencing, LabFencing
 from emp.controller.console import Consoles
 from emp.controller.evms import Evms
+from emp.controller.fences import Fences
 from emp.controller.hub import Hub
 from emp.controller.metrics import Metrics
 from emp.controller.migrations import Migrations
@@ -20,7 +22,12 @@ from emp.controller.reports import Reports
 from emp.controller.restart import Restarts
 from emp.controller.services import Services
 from emp.controller.steps import Tools
+from emp.controller.sweep import Sweep
 from emp.controller.volumes import Volumes
+from emp.fencing.base import FenceDriver
+from emp.fencing.ec2 import Ec2Fence
+from emp.fencing.lab import LabFence
+from emp.fencing.manual import ManualFence
 from emp.model.errors import NotFound
 from emp.store.base import Store
 from emp.store.sqlite import SqliteStore
@@ -39,6 +46,7 @@ class Controller:
     services: Services
     agents: Agents
     restarts: Restarts
+    sweep: Sweep
     volume_client: WireClient | None
 
     async def start(self) -> None:
@@ -51,6 +59,8 @@ class Controller:
         """Stop acting. Nothing happens to any EVM."""
         self.services.consoles.close()
         await self.restarts.close()
+        await self.sweep.close()
+        await self.services.fences.close()
         await self.services.migrations.close()
         await self.services.evms.close()
         await self.agents.aclose()
@@ -62,8 +72,10 @@ async def open_store(config: Config) -> Store:
     return await SqliteStore.open(config.state_dir / "controller.db")
 
 
-async def wire(config: Config, store: Store, *, driver: VolumeDriver | None = None) -> Controller:
-    """Return the controller of ``store``, its records loaded; ``driver`` stands in for the volume service in tests."""
+async def wire(
+    config: Config, store: Store, *, driver: VolumeDriver | None = None, fence_driver: FenceDriver | None = None
+) -> Controller:
+    """Return the controller of ``store``, its records loaded; the drivers stand in for services in tests."""
     tls = mutual_client(config.credentials)
     book = Book(store)
     await book.load()
@@ -76,11 +88,14 @@ async def wire(config: Config, store: Store, *, driver: VolumeDriver | None = No
     agents, hub, metrics = Agents(tls), Hub(), Metrics(book, nodes)
     volumes, capacity = Volumes(book, driver), Capacity(book, nodes)
     blueprints = Blueprints(book, nodes, capacity, volumes, config.network)
-    evms = Evms(book, nodes, capacity, blueprints, Boot(book, nodes, agents, volumes))
+    fences = Fences(book, nodes, agents, fence_driver or _fence_driver(config, tls))
     migrations = Migrations(Tools(book, nodes, agents, volumes, hub, metrics), capacity, config.network)
+    boot = Boot(book, nodes, agents, volumes, fences)
+    evms = Evms(book, nodes, capacity, blueprints, boot, migrations)
     restarts = Restarts(book, evms.start)
     reports = Reports(book, restarts)
-    nodes.on_report.append(reports.heard)
+    sweep = Sweep(book, agents, migrations)
+    nodes.on_report += [reports.heard, fences.heard, sweep.heard]
     nodes.on_down += [reports.lost, migrations.node_down]
     services = Services(
         pool=config.pool,
@@ -89,12 +104,23 @@ async def wire(config: Config, store: Store, *, driver: VolumeDriver | None = No
         book=book,
         nodes=nodes,
         volumes=volumes,
+        fences=fences,
         evms=evms,
         migrations=migrations,
         consoles=Consoles(book, nodes, agents, hub),
         metrics=metrics,
     )
-    return Controller(services, agents, restarts, client)
+    return Controller(services, agents, restarts, sweep, client)
+
+
+def _fence_driver(config: Config, tls: ssl.SSLContext) -> FenceDriver:
+    match config.fencing:
+        case LabFencing(url=url, server_name=name):
+            return LabFence(WireClient(url, tls=tls, server=Identity.parse(name)), url)
+        case Ec2Fencing(region=region, instances=instances):
+            return Ec2Fence(instances, region=region)
+        case _:
+            return ManualFence()
 
 
 def _token(config: Config) -> Secret:

@@ -7,8 +7,11 @@
          +------------+-----------+----------+----> SETTLING -> DETACHING -> CLOSED     aborted, or lost
 
 A migration is closed only by the target's ACTIVATED, the target's WITHDRAWN or the source's OWN(e_s); never by a
-timeout (rule R11). The controller may die at any moment: ``Resumed`` makes it look at both ends again, and they are
-right.
+timeout (rule R11). Or a person gives it up for a cold restart, which begins with RETIRED(k) or a fence at both ends
+(R8). The controller may die at any moment: ``Resumed`` makes it look at both ends again, and they are right.
+
+Where the two ends cannot reach each other it is their courier: it carries the source's GO to the target and the
+target's answer back, again and again while one of them wants it. It carries words and makes none.
 """
 
 from __future__ import annotations
@@ -47,6 +50,12 @@ class Supervisor:
     cause: str | None = None
     handed: bool = False
     """the source may have got the order"""
+    given: bool = False
+    """the source has said GIVEN: GO may be carried"""
+    wanted: frozenset[Role] = frozenset()
+    """the ends that want a courier now"""
+    answer: RolePhase | None = None
+    """the target's, ACTIVATED or WITHDRAWN, while the source waits for it"""
 
 
 # ------------------------------------------------------------------ events
@@ -89,6 +98,7 @@ class Says:
     role: Role
     phase: RolePhase | None
     cause: str | None = None
+    wants_courier: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,18 @@ class NodeLost:
     """The node's agent does not answer any more."""
 
     role: Role
+
+
+@dataclass(frozen=True)
+class CourierDue:
+    """About a second has passed since a word was carried."""
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """A person has ordered a cold restart, and each end can be retired or is fenced (rule R8)."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,19 @@ class Detached:
     pass
 
 
-Event = Begun | Resumed | Attached | TargetPrepared | StepFailed | Says | NodeLost | AbortAsked | Detached
+Event = (
+    Begun
+    | Resumed
+    | Attached
+    | TargetPrepared
+    | StepFailed
+    | Says
+    | NodeLost
+    | CourierDue
+    | GivenUp
+    | AbortAsked
+    | Detached
+)
 
 # ------------------------------------------------------------------ actions
 
@@ -146,6 +180,19 @@ class Abort:
 
 
 @dataclass(frozen=True)
+class CarryGo:
+    """Give the source's GO to the target; what it says comes back as ``Says``, and ``CourierDue`` a second later."""
+
+
+@dataclass(frozen=True)
+class CarryAnswer:
+    """Give the target's answer to GO to the source; ``CourierDue`` follows a second later."""
+
+    phase: RolePhase
+    """ACTIVATED or WITHDRAWN"""
+
+
+@dataclass(frozen=True)
 class RecordOwner:
     """Write the owner that has been attested: the target under e_t, or the source under e_s (or as before)."""
 
@@ -165,14 +212,55 @@ class Close:
     cause: str | None
 
 
-Action = Attach | Prepare | HandOver | Watch | Abort | RecordOwner | Detach | Close
+Action = Attach | Prepare | HandOver | Watch | Abort | CarryGo | CarryAnswer | RecordOwner | Detach | Close
 
 
 def step(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action, ...]]:
     """Return the next state and what the controller must do now."""
     if state.phase is Phase.CLOSED:
         return state, ()
+    state, carried = _carry(state, event)
+    state, actions = _step(state, event)
+    return state, (*actions, *carried)
+
+
+def _carry(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action, ...]]:
+    """The courier: what an end that cannot reach its peer is told, now and again until it stops asking."""
     match event:
+        case Says(role, phase, _, wants):
+            wanted = state.wanted | {role} if wants else state.wanted - {role}
+            given = state.given or (role, phase) == (Role.SOURCE, RolePhase.GIVEN)
+            answer = _ANSWERS.get(phase, state.answer) if role is Role.TARGET and phase else state.answer
+            news = wanted - state.wanted or (given, answer) != (state.given, state.answer)
+            state = replace(state, wanted=wanted, given=given, answer=answer)
+            return state, _word(state) if news else ()
+        case CourierDue():
+            return state, _word(state)
+    return state, ()
+
+
+def _word(state: Supervisor) -> tuple[Action, ...]:
+    if not (state.given and state.wanted) or state.phase is Phase.CLOSED:
+        return ()
+    if state.answer is None:
+        return (CarryGo(),)
+    return (CarryAnswer(state.answer),) if Role.SOURCE in state.wanted else ()
+
+
+_ANSWERS = {
+    RolePhase.ACTIVATED: RolePhase.ACTIVATED,
+    RolePhase.RUNNING: RolePhase.ACTIVATED,
+    RolePhase.LOST: RolePhase.ACTIVATED,
+    RolePhase.WITHDRAWN: RolePhase.WITHDRAWN,
+}
+
+
+def _step(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action, ...]]:
+    match event:
+        case GivenUp(reason):
+            return replace(state, phase=Phase.CLOSED, outcome=Outcome.LOST, cause=reason), (
+                Close(Outcome.LOST, reason),
+            )
         case Resumed(prepared):
             return _resume(state, prepared)
         case Says(Role.TARGET, RolePhase.RUNNING):

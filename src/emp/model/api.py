@@ -7,10 +7,13 @@
 ``GET    /v1/nodes/{name}``                    -> ``Node``
 ``POST   /v1/nodes/{name}/cordon``             -> ``Node``                                  takes nothing new
 ``POST   /v1/nodes/{name}/uncordon``           -> ``Node``
+``POST   /v1/nodes/{name}/fence``              ``FenceRequest`` -> ``Node``                 proven off
+``POST   /v1/nodes/{name}/readmit``            ``ReadmitRequest`` -> ``Node``               its journal counts again
 ``GET    /v1/evms``                            -> ``Listing[Evm]``
 ``POST   /v1/evms``                            ``EvmCreate`` -> ``Evm`` (201)               once its QEMU runs
 ``GET    /v1/evms/{name}``                     -> ``Evm``
 ``POST   /v1/evms/{name}/start``               ``EvmStart`` -> ``Evm``                      cold start
+``POST   /v1/evms/{name}/recover``             ``EvmStart`` -> ``Evm``                      behind fences (R8)
 ``POST   /v1/evms/{name}/stop``                ``EvmStop`` -> ``Evm``
 ``DELETE /v1/evms/{name}?grace_s=``            -> nothing (204)
 ``GET    /v1/evms/{name}/console``             -> bytes, for as long as the EVM lives       follows its migrations
@@ -19,7 +22,7 @@
 ``GET    /v1/migrations?evm=``                 -> ``Listing[Migration]``                    newest first
 ``GET    /v1/migrations/{id}``                 -> ``Migration``                             with live progress
 ``GET    /v1/migrations/{id}/events``          -> SSE of ``Migration``                      ends when it is closed
-``POST   /v1/migrations/{id}/abort``           ``AbortRequest`` -> ``Migration``            asked, not yet done
+``POST   /v1/migrations/{id}/abort``           ``AbortRequest`` -> ``Migration``            back on the source
 ``GET    /v1/volumes``                         -> ``Listing[Volume]``
 ``POST   /v1/volumes``                         ``VolumeCreate`` -> ``Volume`` (201)
 ``GET    /v1/volumes/{id}``                    -> ``Volume``
@@ -104,6 +107,21 @@ class EvmStop(Model):
 
     grace_s: float = Field(default=20.0, ge=0, le=600)
     """time that the guest gets after the power button; 0 = power off at once"""
+
+
+class FenceRequest(Model):
+    """Body of ``POST /v1/nodes/{name}/fence``."""
+
+    confirm: bool = False
+    """False: 422, and its message says what would be done"""
+    reason: str = Field(default="asked by a person", min_length=1, max_length=200)
+
+
+class ReadmitRequest(Model):
+    """Body of ``POST /v1/nodes/{name}/readmit``."""
+
+    confirm: bool = False
+    """False: 422, and its message says what it would mean"""
 
 
 class AbortRequest(Model):

@@ -21,6 +21,7 @@
     ├── HostError                 500 / 10  a command, netlink or QEMU on a node failed
     │   ├── CommandFailed
     │   ├── HypervisorError
+    │   ├── FenceFailed                     the node is not proven off
     │   └── MissingDependency               QEMU absent or too old, no root, ...
     └── Internal                  500 / 1
 
@@ -164,6 +165,12 @@ class HypervisorError(HostError):
     """QEMU refused or died; ``details`` has the QMP class or the log's tail where there is one."""
 
     code = "hypervisor_error"
+
+
+class FenceFailed(HostError):
+    """The node is not proven off: nothing that it could still do may be taken for done."""
+
+    code = "fence_failed"
 
 
 class MissingDependency(HostError):

@@ -82,6 +82,10 @@ class Fence(Model):
     by: str
     at_s: float
     """seconds since the Unix epoch, for people only"""
+    boot_id: str = ""
+    """of the agent process that it ended: a report of that one is a late word of the dead"""
+    retire: dict[Name, int] = Field(default_factory=dict)
+    """EVM -> k, for each that was taken from the node meanwhile: the fence is lifted once its agent has RETIRED(k)"""
 
 
 class Node(Model):

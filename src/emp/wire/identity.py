@@ -23,6 +23,8 @@ class Role(StrEnum):
     CONTROLLER = "controller"
     AGENT = "agent"
     VOLUMES = "volumes"
+    POWER = "power"
+    """The power switch of the pool's nodes (a BMC, or the lab's)"""
     QEMU = "qemu"
     """A node's QEMU processes: good for the migration stream and NBD, refused by every daemon."""
 

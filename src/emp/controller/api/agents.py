@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends
 
+from emp.controller import trust
 from emp.controller.services import Services
 from emp.model.errors import BadInput, Forbidden
 from emp.model.node import NodeReport
@@ -28,6 +29,7 @@ def router(services: Services) -> APIRouter:
         if report.name != node:
             raise BadInput(f"the report is of {report.name}, not of {node}", field="name")
         await services.nodes.heartbeat(report)
-        return HeartbeatReply(interval_s=services.heartbeat_s)
+        known = services.nodes.find(node)
+        return HeartbeatReply(interval_s=services.heartbeat_s, quarantine=trust.closed(known) if known else None)
 
     return router

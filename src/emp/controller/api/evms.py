@@ -34,6 +34,12 @@ def router(services: Services) -> APIRouter:
         """Cold start of an EVM that is stopped, crashed or panicked by its owner's word."""
         return await evms.start(name, request or EvmStart())
 
+    @router.post("/{name}/recover")
+    async def recover_evm(name: str, request: EvmStart | None = None) -> Evm:
+        """Cold restart of an EVM whose node is lost, or whose migration was: only once each node that could run it has
+        given it up or is fenced. What is missing is said, with the command to run."""
+        return await evms.recover(name, request or EvmStart())
+
     @router.post("/{name}/stop")
     async def stop_evm(name: str, request: EvmStop | None = None) -> Evm:
         return await evms.stop(name, request or EvmStop())

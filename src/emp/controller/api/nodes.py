@@ -1,11 +1,11 @@
-"""Nodes: list, show, cordon, uncordon."""
+"""Nodes: list, show, cordon, uncordon, fence, readmit."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
 from emp.controller.services import Services
-from emp.model.api import Listing
+from emp.model.api import FenceRequest, Listing, ReadmitRequest
 from emp.model.node import Node
 
 
@@ -28,5 +28,17 @@ def router(services: Services) -> APIRouter:
     @router.post("/{name}/uncordon")
     async def uncordon_node(name: str) -> Node:
         return await services.nodes.cordon(name, cordoned=False)
+
+    @router.post("/{name}/fence")
+    async def fence_node(name: str, request: FenceRequest | None = None) -> Node:
+        """Proves the node off, so that its EVMs may be started elsewhere; lifted by itself once the node is back and
+        has given them up. Without ``confirm`` it says what it would do."""
+        asked = request or FenceRequest()
+        return await services.fences.fence(name, confirm=asked.confirm, reason=asked.reason)
+
+    @router.post("/{name}/readmit")
+    async def readmit_node(name: str, request: ReadmitRequest | None = None) -> Node:
+        """Takes the journal that a quarantined node has now for its own; without ``confirm`` says what that means."""
+        return await services.fences.readmit(name, confirm=(request or ReadmitRequest()).confirm)
 
     return router

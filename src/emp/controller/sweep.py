@@ -1,0 +1,74 @@
+"""Clears what a node still has of a migration that is over, at the node's next report.
+
+An end that was away to the last is told how the migration ended, as often as it reports that it does not know:
+
+- a **target** of an aborted migration: ``aborted``, and that the source is back. A closed abort means that the source's
+  OWN(e_s) was seen, or that it never got the order, so even a copy that has loaded everything goes.
+- a **source** of a completed one: the target's answer, ACTIVATED.
+- an end of a migration of which there is no record: to go back. A target that has loaded everything stays, unless
+  another node runs the EVM under a newer epoch: the missing record may have known better.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from emp.controller import trust
+from emp.controller.agents import Agents
+from emp.controller.book import Book
+from emp.controller.migrations import Migrations
+from emp.controller.tasks import Tasks
+from emp.model.evm import EvmState
+from emp.model.migration import Migration, Outcome
+from emp.model.node import Node, OpenRole
+from emp.model.orders import AbortOrder, AnswerOrder, Role, RolePhase
+
+log = logging.getLogger(__name__)
+
+OVER = "the migration is over"
+
+
+class Sweep:
+    def __init__(self, book: Book, agents: Agents, migrations: Migrations) -> None:
+        self._book = book
+        self._agents = agents
+        self._migrations = migrations
+        self._tasks = Tasks("sweep")
+
+    async def heard(self, node: Node) -> None:
+        """Tell a node that has reported how what it still waits for has ended."""
+        if trust.doubt(node) is not None:
+            return
+        for role in node.report.open_roles:
+            key = f"{role.migration} on {node.name}"
+            if not self._migrations.is_open(role.migration) and not self._tasks.has(key):
+                self._tasks.start(key, self._tell(node, role))
+
+    async def close(self) -> None:
+        await self._tasks.close()
+
+    async def _tell(self, node: Node, role: OpenRole) -> None:
+        migration, agent = self._book.migrations.find(role.migration), self._agents.of(node)
+        order = end_of(migration, role, runs_elsewhere=self._runs_elsewhere(node, role))
+        log.warning("%s still has the %s of %s: %r", node.name, role.role, role.migration, order)
+        match order:
+            case AbortOrder():
+                await agent.abort(role.migration, order)
+            case AnswerOrder():
+                await agent.answer(role.migration, order)
+
+    def _runs_elsewhere(self, node: Node, role: OpenRole) -> bool:
+        """Whether another node attests the EVM under an epoch that this role's came before."""
+        evm = self._book.evms.find(role.evm)
+        return evm is not None and evm.owner != node.name and evm.epoch > role.epoch and evm.state is EvmState.RUNNING
+
+
+def end_of(migration: Migration | None, role: OpenRole, *, runs_elsewhere: bool) -> AbortOrder | AnswerOrder | None:
+    """Return what that end of a migration that is over must be told; None where its own end is near. Pure."""
+    if migration is None or migration.outcome is Outcome.LOST:
+        return AbortOrder(reason=OVER, source_is_back=runs_elsewhere)
+    if migration.outcome is Outcome.ABORTED:
+        return AbortOrder(reason=migration.cause or OVER, source_is_back=role.role == Role.TARGET)
+    if role.role == Role.SOURCE:
+        return AnswerOrder(word=RolePhase.ACTIVATED.value, nonce=migration.nonce or "")
+    return None
