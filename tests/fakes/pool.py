@@ -151,7 +151,7 @@ class Pool:
     async def create(self, name: str = "web", **body: Any) -> Any:
         return await self.post("/v1/evms", {"name": name, **body})
 
-    async def until(self, path: str, condition: Callable[[Any], bool], timeout_s: float = 5.0) -> Any:
+    async def until(self, path: str, condition: Callable[[Any], bool], timeout_s: float = 30.0) -> Any:
         """Return what ``path`` shows once ``condition`` holds for it; each look is an answer of the controller."""
         last: Any = None
         try:

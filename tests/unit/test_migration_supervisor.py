@@ -11,10 +11,14 @@ from emp.migration.supervisor import (
     Attach,
     Attached,
     Begun,
+    CarryAnswer,
+    CarryGo,
     Close,
+    CourierDue,
     Detach,
     Detached,
     Event,
+    GivenUp,
     HandOver,
     NodeLost,
     Phase,
@@ -137,3 +141,60 @@ def test_an_abort_after_the_evm_runs_on_the_target_changes_nothing() -> None:
     running, _ = play(*HANDED, Says(T, RolePhase.RUNNING))
     state, done = play(AbortAsked("late"), state=running)
     assert (state, done) == (running, [])
+
+
+# ------------------------------------------------------------------ the courier
+
+GIVEN = Says(S, RolePhase.GIVEN, wants_courier=True)
+LOADED = Says(T, RolePhase.SWITCHOVER, wants_courier=True)
+
+
+def test_the_sources_go_is_carried_and_the_targets_answer_brought_back() -> None:
+    state, done = play(*HANDED, GIVEN)
+    assert done[-1] == CarryGo()
+    state, done = play(CourierDue(), GIVEN, state=state)
+    assert done == [CarryGo()], "again, once the pause is over and not at every word"
+    state, done = play(Says(T, RolePhase.RUNNING), CourierDue(), state=state)
+    assert done == [RecordOwner(T), CarryAnswer(RolePhase.ACTIVATED), CarryAnswer(RolePhase.ACTIVATED)]
+    _state, done = play(Says(S, RolePhase.DONE), CourierDue(), Detached(), state=state)
+    assert done == [Detach(S), Close(Outcome.COMPLETED, None)]
+
+
+def test_a_withdrawal_is_carried_back_too_and_the_source_is_rescued() -> None:
+    state, _ = play(*HANDED, GIVEN)
+    state, done = play(Says(T, RolePhase.WITHDRAWN, "cont was refused"), state=state)
+    assert done == [Abort(S, "cont was refused"), CarryAnswer(RolePhase.WITHDRAWN)]
+    _state, done = play(Says(S, RolePhase.ABORTED, "rescued"), CourierDue(), state=state)
+    assert not any(isinstance(action, CarryGo | CarryAnswer) for action in done)
+
+
+def test_nothing_is_carried_that_nobody_has_said() -> None:
+    """A target that waits is told neither GO nor abort before the source has said which."""
+    state, done = play(*HANDED, LOADED, CourierDue())
+    assert not any(isinstance(action, CarryGo | Abort) for action in done)
+    _state, done = play(Says(S, RolePhase.GIVEN), state=state)
+    assert done == [CarryGo()], "the source can reach nobody else either, or the target would not ask"
+
+
+def test_a_target_that_waits_is_told_that_the_source_is_back() -> None:
+    _state, done = play(*HANDED, LOADED, Says(S, RolePhase.ABORTED, "T_d"))
+    assert Abort(T, "T_d", source_is_back=True) in done
+    assert CarryGo() not in done
+
+
+def test_an_end_that_needs_no_courier_gets_none() -> None:
+    _state, done = play(*HANDED, Says(S, RolePhase.GIVEN), CourierDue(), Says(T, RolePhase.RUNNING), CourierDue())
+    assert not any(isinstance(action, CarryGo | CarryAnswer) for action in done)
+
+
+def test_a_restarted_controller_carries_on() -> None:
+    _state, done = play(Resumed(prepared=True), GIVEN)
+    assert done == [Watch(S), Watch(T), CarryGo()]
+
+
+@pytest.mark.parametrize("happened", [(Begun(),), HANDED, (*HANDED, GIVEN), (*HANDED, Says(S, RolePhase.ABORTED))])
+def test_given_up_is_lost_in_every_phase_and_nothing_follows(happened: tuple[Event, ...]) -> None:
+    state, _ = play(*happened)
+    state, done = play(GivenUp("a cold restart"), GIVEN, Says(T, RolePhase.RUNNING), CourierDue(), state=state)
+    assert done == [Close(Outcome.LOST, "a cold restart")]
+    assert state.phase is Phase.CLOSED
