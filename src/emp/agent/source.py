@@ -283,7 +283,9 @@ class SourceRole(Role[Source]):
         self._limit_ms = switchover_limit_ms(0, policy.max_blackout_ms)
         limits = StreamLimits(policy.max_bandwidth_bytes_per_s, self._limit_ms, policy.multifd_channels)
         self.measured(precopy_began_at_s=_now_s())
+        guard_s = policy.blackout_deadline_s + policy.guard_margin_s  # so that it acts only when this agent does not
         try:
+            await self.machine.guard_stream(pre_switchover_s=guard_s, device_s=guard_s)
             await self.machine.send_stream(
                 host=prepared.stream_host,
                 port=prepared.stream_port,
@@ -345,6 +347,8 @@ class SourceRole(Role[Source]):
                     if state is RunState.RUNNING:
                         self.feed(events.GuestRuns())
                         return
+                    if state is RunState.FINISH_MIGRATE:
+                        await self.machine.cancel_stream()  # it failed in pre-switchover: QEMU must be let go of
                     if state in _ENDED:
                         self.feed(events.GuestEnded(f"the guest is in the state {state}"))
                         return

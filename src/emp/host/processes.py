@@ -108,18 +108,21 @@ def spawn(
     log: Path,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | None = None,
 ) -> Process:
     """Start a program that outlives us: a session of its own, standard output and error appended to ``log``.
 
-    Raises ``MissingDependency`` if there is no such program. Whether it gets anywhere is for the caller to find out.
+    ``stdin``, ``stdout``: descriptors that it gets instead of nothing and the log. Raises ``MissingDependency`` if
+    there is no such program. Whether it gets anywhere is for the caller to find out.
     """
     with log.open("ab") as output:
         try:
             child = subprocess.Popen(
                 argv,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                stdin=stdin,
+                stdout=output if stdout is None else stdout,
+                stderr=output,
                 start_new_session=True,
                 pass_fds=pass_fds,
                 env=env,

@@ -195,6 +195,14 @@ class Machine(Protocol):
         """
         ...
 
+    async def guard_stream(self, *, pre_switchover_s: float, device_s: float) -> None:
+        """Source, before ``send_stream``: have a process that outlives this one watch the switchover (rule R12).
+
+        If the stream stays in ``pre-switchover`` or ``device`` for longer than allowed, it cuts and cancels it, so
+        that the guest runs again. Returns once it watches; raises ``HypervisorError`` if it does not get there.
+        """
+        ...
+
     async def send_stream(self, *, host: str, port: int, target: str, limits: StreamLimits) -> None:
         """Source: begin pre-copy to ``host:port``, whose certificate must be for ``target``; returns when begun."""
         ...

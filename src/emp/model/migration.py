@@ -45,6 +45,8 @@ class Policy(Model):
     multifd_channels: int = Field(default=2, ge=1, le=16)
     blackout_deadline_s: float = Field(default=10.0, gt=0)
     """a blackout that has not committed by then is aborted"""
+    guard_margin_s: float = Field(default=2.0, ge=0.5)
+    """time beyond ``blackout_deadline_s`` after which a process of its own cancels what a dead agent does not"""
 
 
 class MigrationRequest(Model):

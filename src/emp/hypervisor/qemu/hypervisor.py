@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from emp.host.processes import Process, spawn
 from emp.hypervisor.base import HypervisorFacts, LaunchPlan, ProcessId
 from emp.hypervisor.qemu import binary as qemu_binary
+from emp.hypervisor.qemu import guarding
 from emp.hypervisor.qemu.command_line import Descriptors, check_plan, command_line
 from emp.hypervisor.qemu.guest_config import guest_config
 from emp.hypervisor.qemu.machine import QemuMachine, end_process
@@ -182,6 +183,7 @@ class QemuHypervisor:
         stranger = Process(process.pid, process.start_ticks)
         is_its = record is not None and record.process() == stranger
         await end_process(stranger, name)
+        await guarding.end(directory)
         if record is not None and is_its:
             directory.remove_launch(record.launch)
 

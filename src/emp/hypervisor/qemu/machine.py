@@ -23,7 +23,7 @@ from emp.hypervisor.base import (
     StreamInfo,
     StreamLimits,
 )
-from emp.hypervisor.qemu import stream
+from emp.hypervisor.qemu import guarding, stream
 from emp.hypervisor.qemu.command_line import tls_credentials
 from emp.hypervisor.qemu.ending import ending
 from emp.hypervisor.qemu.events import Broadcast, Watcher, run_state
@@ -33,6 +33,7 @@ from emp.model.errors import EmpError, HypervisorError, OutcomeUnknown
 
 KILL_TIMEOUT_S = 30.0
 DRAIN_TIMEOUT_S = 1.0
+CANCEL_S = 0.1
 _STREAM_OBJECT = "stream-"
 
 
@@ -64,6 +65,7 @@ class QemuMachine:
         self._has_loaded = False
         """has been seen out of ``inmigrate``"""
         self._watch: asyncio.Task[None] | None = None
+        self._guardian: guarding.Guardian | None = None
 
     @property
     def name(self) -> str:
@@ -171,6 +173,12 @@ class QemuMachine:
             raise HypervisorError(f"{self.name} does not listen on {host}: {self._last_words()}")
         return port
 
+    async def guard_stream(self, *, pre_switchover_s: float, device_s: float) -> None:
+        await self._let_guard_go()
+        self._guardian = await guarding.start(
+            self._directory, uid=self._record.uid, pre_switchover_s=pre_switchover_s, device_s=device_s
+        )
+
     async def send_stream(self, *, host: str, port: int, target: str, limits: StreamLimits) -> None:
         rates = stream.rate_parameters(limits)
         creds = await self._renew_credentials("client")
@@ -194,13 +202,25 @@ class QemuMachine:
         await self._ask("migrate-continue", {"state": "pre-switchover"})
 
     async def cancel_stream(self) -> None:
+        # Not ``yank`` first: QEMU 10.0 in pre-switchover takes a cut connection for a failed migration, but goes on
+        # waiting there with the guest paused, and then no cancel moves it any more. That is also what it does by itself
+        # when the stream breaks there, so at the end it is let go of (refused unless the migration has failed).
+        cancelling = asyncio.create_task(self._ask("migrate_cancel", session=self._cancel))
         try:
-            await self._ask("yank", stream.YANK, session=self._cancel, oob=True)
+            await asyncio.wait({cancelling}, timeout=CANCEL_S)  # stuck in a write it answers nothing in band
+            await self._unless_refused("yank", stream.YANK, oob=True)
+            await cancelling
+        finally:
+            cancelling.cancel()
+            await asyncio.wait({cancelling})
+        await self._unless_refused("migrate-continue", stream.FAILED)
+
+    async def _unless_refused(self, command: str, arguments: Mapping[str, Any], *, oob: bool = False) -> None:
+        try:
+            await self._ask(command, arguments, session=self._cancel, oob=oob)
         except HypervisorError as error:
             if not error.details.get("sent"):
                 raise
-            # refused: there is no connection to cut
-        await self._ask("migrate_cancel", session=self._cancel)
 
     async def tap_fds(self) -> tuple[int, ...]:
         taken: list[int] = []
@@ -220,15 +240,23 @@ class QemuMachine:
         await end_process(self._process, self.name)
         if self._watch is not None:
             await asyncio.wait({self._watch})
+        await self._let_guard_go()
+        await guarding.end(self._directory)
         self._directory.remove_launch(self._record.launch)
 
     async def close(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait({self._watch})
+        await self._let_guard_go()
         await self._control.close()
         await self._cancel.close()
         self._broadcast.close()
+
+    async def _let_guard_go(self) -> None:
+        if self._guardian is not None:
+            guardian, self._guardian = self._guardian, None
+            await guardian.close()
 
     async def _set_capabilities(self) -> None:
         known = [entry["capability"] for entry in await self._ask("query-migrate-capabilities")]

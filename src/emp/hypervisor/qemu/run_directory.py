@@ -10,7 +10,8 @@
       console        root      0600   the guest's serial console
       config         root:GID  0440   what the guest reads through fw_cfg
       tls/           root:GID  0710   copies of the node's certificate and key for this QEMU
-      log            root      0600   QEMU's standard output and error
+      log            root      0600   QEMU's standard output and error, and its guard's
+      guard.json     root      0600   the guard process of the latest migration: pid and start time
 
 QEMU gets the sockets, the log and this directory as open descriptors. It can therefore write nothing here, whatever
 happens to it, and no directory above needs to be open to its uid.
@@ -53,6 +54,7 @@ ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
 _SOCKET_PATH_LIMIT_BYTES = 107
 _LOG_TAIL_BYTES = 2000
 _RECORD = "machine.json"
+_GUARD = "guard.json"
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,17 @@ class RunDirectory:
             return Record(**(fields | {"tap_fds": tuple(fields["tap_fds"])}))
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def write_guard(self, process: Process) -> None:
+        _write(self.path / _GUARD, json.dumps(asdict(process)).encode(), None, 0o600)
+
+    def guard_process(self) -> Process | None:
+        """Return the guard's process if it is alive."""
+        try:
+            process = Process(**json.loads((self.path / _GUARD).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+        return process if process.alive else None
 
     def log_tail(self) -> str:
         """Return the end of QEMU's log, on one line."""

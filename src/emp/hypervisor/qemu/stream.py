@@ -11,6 +11,8 @@ from emp.model.errors import BadInput
 CAPABILITIES = ("events", "return-path", "pause-before-switchover", "validate-uuid", "multifd", "late-block-activate")
 """On at both ends. Without ``return-path``, ``completed`` does not mean that the target has loaded."""
 YANK = {"instances": [{"type": "migration"}]}
+FAILED = {"state": "failed"}
+"""``migrate-continue``'s word for the state that it is to continue from"""
 
 
 def capabilities(known: Iterable[str]) -> dict[str, Any]:
