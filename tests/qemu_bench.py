@@ -17,9 +17,10 @@ import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 from uuid import uuid4
 
-from emp.host.tap import open_tap
+from emp.host.tap import open_tap, tap_interface
 from emp.hypervisor.base import LaunchPlan, Machine, MachineEvent, MachineEventKind, StreamLimits, StreamStatus
 from emp.hypervisor.qemu import QemuHypervisor, QemuMachine
 from emp.model.evm import EvmSpec, Nic
@@ -212,6 +213,22 @@ class Bench:
         source = await self.booted()
         return source, await self.right.hypervisor.launch(self.plan(self.specs["one"], incoming=True))
 
+    def console(self, machine: Machine) -> contextlib.AbstractAsyncContextManager[Console]:
+        return console(machine)
+
+    def sigkill(self, machine: Machine) -> None:
+        """Its process dies, as seen from outside."""
+        os.kill(machine.process.pid, signal.SIGKILL)
+
+    def is_its_tap(self, descriptor: int) -> bool:
+        """Whether a descriptor, which is closed here, is of a tap of one of the plans."""
+        interface = tap_interface(descriptor)
+        os.close(descriptor)
+        return interface in self.tap_names
+
+    def frozen(self, machine: Machine) -> contextlib.AbstractContextManager[None]:
+        return frozen(machine)
+
     async def close(self) -> None:
         for node in self.nodes.values():
             for name, process in (await node.hypervisor.found()).items():
@@ -242,8 +259,15 @@ def frozen(machine: Machine) -> Iterator[None]:
             os.kill(machine.process.pid, signal.SIGCONT)
 
 
+class Named(Protocol):
+    """A node, real or fake."""
+
+    @property
+    def identity(self) -> str: ...
+
+
 async def start_stream(
-    source: Machine, target: Machine, *, to: Node, source_name: str, limits: StreamLimits | None = None
+    source: Machine, target: Machine, *, to: Named, source_name: str, limits: StreamLimits | None = None
 ) -> None:
     """Connect the two and start pre-copy."""
     port = await target.listen_for_stream(host=LOOPBACK, source=source_name)

@@ -7,14 +7,12 @@ console. The tests below use nothing else but ``emp.hypervisor.base``.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from emp.host.tap import tap_interface
 from emp.hypervisor.base import (
     Machine,
     MachineEventKind,
@@ -25,20 +23,22 @@ from emp.hypervisor.base import (
     StreamStatus,
 )
 from emp.model.errors import BadInput, Conflict, HypervisorError
-from tests.qemu_bench import LOOPBACK, Bench, bench, console, is_kind, is_stream, start_stream, until
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="machines can be started by root only")
+from tests.fakes.bench import FakeBench, fake_bench
+from tests.qemu_bench import LOOPBACK, Bench, bench, is_kind, is_stream, start_stream, until
 
 KIND = MachineEventKind
+AnyBench = Bench | FakeBench
 
 
-@pytest.fixture(params=["qemu"])
-async def nodes(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
-    async with bench(tmp_path) as made:
+@pytest.fixture(params=["qemu", "fake"])
+async def nodes(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[AnyBench]:
+    if request.param == "qemu" and os.geteuid() != 0:
+        pytest.skip("machines can be started by root only")
+    async with bench(tmp_path) if request.param == "qemu" else fake_bench() as made:
         yield made
 
 
-async def at_switchover(nodes: Bench) -> tuple[Machine, Machine]:
+async def at_switchover(nodes: AnyBench) -> tuple[Machine, Machine]:
     """Return both with the source held in pre-switchover."""
     source, target = await nodes.pair()
     events = source.events()
@@ -47,7 +47,7 @@ async def at_switchover(nodes: Bench) -> tuple[Machine, Machine]:
     return source, target
 
 
-async def moved(nodes: Bench) -> tuple[Machine, Machine]:
+async def moved(nodes: AnyBench) -> tuple[Machine, Machine]:
     """Return both when the target has loaded everything and neither runs."""
     source, target = await at_switchover(nodes)
     sent, loaded = source.events(), target.events()
@@ -57,13 +57,13 @@ async def moved(nodes: Bench) -> tuple[Machine, Machine]:
     return source, target
 
 
-async def counts_on(machine: Machine, count: str) -> None:
-    async with console(machine) as guest:
+async def counts_on(nodes: AnyBench, machine: Machine, count: str) -> None:
+    async with nodes.console(machine) as guest:
         assert await guest.ask() == count
 
 
 class TestLaunch:
-    async def test_boots_the_guest(self, nodes: Bench) -> None:
+    async def test_boots_the_guest(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         assert machine.name == "one"
         assert await machine.run_state() is RunState.RUNNING
@@ -71,28 +71,28 @@ class TestLaunch:
         assert await nodes.left.hypervisor.found() == {"one": machine.process}
         await machine.kill()
 
-    async def test_refuses_a_second_machine_of_the_same_name(self, nodes: Bench) -> None:
+    async def test_refuses_a_second_machine_of_the_same_name(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         with pytest.raises(Conflict):
             await nodes.left.hypervisor.launch(nodes.plan(await nodes.spec()))
-        await counts_on(machine, "0")
+        await counts_on(nodes, machine, "0")
         await machine.kill()
 
-    async def test_says_which_field_of_the_plan_is_wrong(self, nodes: Bench) -> None:
+    async def test_says_which_field_of_the_plan_is_wrong(self, nodes: AnyBench) -> None:
         plan = nodes.plan(await nodes.spec())
         with pytest.raises(BadInput) as error:
             await nodes.left.hypervisor.launch(replace(plan, tap_fds=()))
         assert error.value.field == "tap_fds"
         assert await nodes.left.hypervisor.found() == {}
 
-    async def test_names_what_new_machines_should_be(self, nodes: Bench) -> None:
+    async def test_names_what_new_machines_should_be(self, nodes: AnyBench) -> None:
         facts = await nodes.left.hypervisor.facts()
         assert facts.default_machine in facts.machines
         assert facts.default_cpu_model in facts.cpu_models
 
 
 class TestRunning:
-    async def test_tells_every_listener_of_stop_and_resume_in_order(self, nodes: Bench) -> None:
+    async def test_tells_every_listener_of_stop_and_resume_in_order(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         listeners = machine.events(), machine.events()
         await machine.stop()
@@ -105,7 +105,7 @@ class TestRunning:
             assert seen[0].at_s <= seen[1].at_s
         await machine.kill()
 
-    async def test_events_begin_with_the_call(self, nodes: Bench) -> None:
+    async def test_events_begin_with_the_call(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         await machine.stop()
         late = machine.events()
@@ -113,7 +113,7 @@ class TestRunning:
         assert [event.kind for event in await until(late, is_kind(KIND.RESUMED))] == [KIND.RESUMED]
         await machine.kill()
 
-    async def test_a_guest_that_shuts_down_stays_to_be_looked_at(self, nodes: Bench) -> None:
+    async def test_a_guest_that_shuts_down_stays_to_be_looked_at(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         events = machine.events()
         await machine.power_button()
@@ -122,42 +122,39 @@ class TestRunning:
         assert await machine.run_state() is RunState.SHUTDOWN
         await machine.kill()
 
-    async def test_a_guest_that_reboots_goes_on_in_the_same_machine(self, nodes: Bench) -> None:
+    async def test_a_guest_that_reboots_goes_on_in_the_same_machine(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         events = machine.events()
-        async with console(machine) as guest:
+        async with nodes.console(machine) as guest:
             await guest.say("r")
             await until(events, is_kind(KIND.GUEST_RESET))
             assert await guest.read() == "R"
         assert await machine.run_state() is RunState.RUNNING
         await machine.kill()
 
-    async def test_a_guest_that_panics_is_paused(self, nodes: Bench) -> None:
+    async def test_a_guest_that_panics_is_paused(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         events = machine.events()
-        async with console(machine) as guest:
+        async with nodes.console(machine) as guest:
             await guest.say("p")
         await until(events, is_kind(KIND.GUEST_PANICKED))
         await until(events, is_kind(KIND.STOPPED))
         assert await machine.run_state() is RunState.GUEST_PANICKED
         await machine.kill()
 
-    async def test_gives_copies_of_its_taps(self, nodes: Bench) -> None:
+    async def test_gives_copies_of_its_taps(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         taps = await machine.tap_fds()
-        for tap in taps:
-            assert tap_interface(tap) in nodes.tap_names
-            os.close(tap)
-        assert len(taps) == 1
+        assert [nodes.is_its_tap(tap) for tap in taps] == [True]
         await machine.kill()
 
 
 class TestEnd:
-    async def test_gone_comes_last_for_every_listener_early_and_late(self, nodes: Bench) -> None:
+    async def test_gone_comes_last_for_every_listener_early_and_late(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         early = machine.events()
         await machine.stop()
-        os.kill(machine.process.pid, signal.SIGKILL)
+        nodes.sigkill(machine)
         assert [event.kind async for event in early] == [KIND.STOPPED, KIND.GONE]
         assert [event.kind async for event in machine.events()] == [KIND.GONE]
         with pytest.raises(MachineGone):
@@ -166,7 +163,7 @@ class TestEnd:
             await machine.tap_fds()
         await machine.kill()
 
-    async def test_kill_ends_it_and_may_be_repeated(self, nodes: Bench) -> None:
+    async def test_kill_ends_it_and_may_be_repeated(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         await machine.kill()
         await machine.kill()
@@ -177,33 +174,33 @@ class TestEnd:
         assert await again.run_state() is RunState.RUNNING
         await again.kill()
 
-    async def test_a_dead_one_is_not_found(self, nodes: Bench) -> None:
+    async def test_a_dead_one_is_not_found(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         gone = machine.events()
-        os.kill(machine.process.pid, signal.SIGKILL)
+        nodes.sigkill(machine)
         await until(gone, is_kind(KIND.GONE))
         assert await nodes.left.hypervisor.found() == {}
 
 
 class TestAdoption:
-    async def test_the_guest_does_not_notice(self, nodes: Bench) -> None:
+    async def test_the_guest_does_not_notice(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         spec = nodes.specs["one"]
         await machine.close()
-        await counts_on(machine, "0")
+        await counts_on(nodes, machine, "0")
         found = await nodes.left.hypervisor.found()
         assert found == {"one": machine.process}
         adopted = await nodes.left.hypervisor.adopt(spec, found["one"])
         assert await adopted.run_state() is RunState.RUNNING
-        await counts_on(adopted, "1")
+        await counts_on(nodes, adopted, "1")
         events = adopted.events()
         await adopted.stop()
         await until(events, is_kind(KIND.STOPPED))
         (tap,) = await adopted.tap_fds()
-        os.close(tap)
+        assert nodes.is_its_tap(tap)
         await adopted.kill()
 
-    async def test_only_the_very_process_and_evm(self, nodes: Bench) -> None:
+    async def test_only_the_very_process_and_evm(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         other_evm = await nodes.spec()
         with pytest.raises(HypervisorError):
@@ -212,17 +209,17 @@ class TestAdoption:
         with pytest.raises(HypervisorError):
             await nodes.left.hypervisor.adopt(other_evm, later)
         await nodes.left.hypervisor.kill_stranger("one", later)
-        await counts_on(machine, "0")
+        await counts_on(nodes, machine, "0")
         await machine.kill()
 
-    async def test_a_stranger_can_be_killed(self, nodes: Bench) -> None:
+    async def test_a_stranger_can_be_killed(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         await machine.close()
         await nodes.left.hypervisor.kill_stranger("one", machine.process)
         await nodes.left.hypervisor.kill_stranger("one", machine.process)
         assert await nodes.left.hypervisor.found() == {}
 
-    async def test_closed_means_no_more_events(self, nodes: Bench) -> None:
+    async def test_closed_means_no_more_events(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         events = machine.events()
         await machine.close()
@@ -231,9 +228,9 @@ class TestAdoption:
 
 
 class TestMigration:
-    async def test_moves_the_guest(self, nodes: Bench) -> None:
+    async def test_moves_the_guest(self, nodes: AnyBench) -> None:
         source, target = await nodes.pair()
-        await counts_on(source, "0")
+        await counts_on(nodes, source, "0")
         sent, loaded = source.events(), target.events()
         await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity)
         at_source = await until(sent, is_stream(StreamStatus.PRE_SWITCHOVER))
@@ -247,7 +244,7 @@ class TestMigration:
         await target.cont()
         await until(loaded, is_kind(KIND.RESUMED))
         await source.kill()
-        await counts_on(target, "1")
+        await counts_on(nodes, target, "1")
         assert [event.stream for event in at_source if event.stream] == [
             StreamStatus.SETUP,
             StreamStatus.ACTIVE,
@@ -264,7 +261,7 @@ class TestMigration:
         assert KIND.RESUMED not in [event.kind for event in at_target]
         await target.kill()
 
-    async def test_figures(self, nodes: Bench) -> None:
+    async def test_figures(self, nodes: AnyBench) -> None:
         source, target = await moved(nodes)
         info = await source.stream_info()
         assert info.status is StreamStatus.COMPLETED
@@ -278,11 +275,11 @@ class TestMigration:
         await source.kill()
         await target.kill()
 
-    async def test_and_back_again(self, nodes: Bench) -> None:
+    async def test_and_back_again(self, nodes: AnyBench) -> None:
         spec = await nodes.spec()
         here, there = nodes.left, nodes.right
         machine = await here.hypervisor.launch(nodes.plan(spec))
-        async with console(machine) as guest:
+        async with nodes.console(machine) as guest:
             assert await guest.read() == "R"
         for count in "012":
             waiting = await there.hypervisor.launch(nodes.plan(spec, incoming=True))
@@ -294,11 +291,11 @@ class TestMigration:
             await until(loaded, is_stream(StreamStatus.COMPLETED))
             await waiting.cont()
             await machine.kill()
-            await counts_on(waiting, count)
+            await counts_on(nodes, waiting, count)
             machine, here, there = waiting, there, here
         await machine.kill()
 
-    async def test_with_as_many_channels_as_agreed(self, nodes: Bench) -> None:
+    async def test_with_as_many_channels_as_agreed(self, nodes: AnyBench) -> None:
         source, target = await nodes.pair()
         sent, loaded = source.events(), target.events()
         port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity, multifd_channels=4)
@@ -310,7 +307,7 @@ class TestMigration:
         await source.kill()
         await target.kill()
 
-    async def test_a_waiting_target_cannot_be_started(self, nodes: Bench) -> None:
+    async def test_a_waiting_target_cannot_be_started(self, nodes: AnyBench) -> None:
         source, target = await nodes.pair()
         with pytest.raises(HypervisorError):
             await target.cont()
@@ -325,9 +322,9 @@ class TestMigration:
         await source.kill()
         await target.kill()
 
-    async def test_cancel_in_precopy_leaves_the_guest_running(self, nodes: Bench) -> None:
+    async def test_cancel_in_precopy_leaves_the_guest_running(self, nodes: AnyBench) -> None:
         source, target = await nodes.pair()
-        async with console(source) as guest:
+        async with nodes.console(source) as guest:
             assert await guest.ask("d") == "0"  # dirties memory faster than this limit lets it be sent
             events = source.events()
             slowly = StreamLimits(max_bandwidth_bytes_per_s=16 << 20, downtime_limit_ms=1)
@@ -342,13 +339,13 @@ class TestMigration:
         await source.kill()
         await target.kill()
 
-    async def test_cancel_at_the_switchover_resumes_the_source(self, nodes: Bench) -> None:
+    async def test_cancel_at_the_switchover_resumes_the_source(self, nodes: AnyBench) -> None:
         source, target = await at_switchover(nodes)
         events = source.events()
         await source.cancel_stream()
         await until(events, is_kind(KIND.RESUMED))
         assert await source.run_state() is RunState.RUNNING
-        await counts_on(source, "0")
+        await counts_on(nodes, source, "0")
         await target.kill()
         # and it can be tried again
         target = await nodes.right.hypervisor.launch(nodes.plan(nodes.specs["one"], incoming=True))
@@ -358,10 +355,10 @@ class TestMigration:
         await until(events, is_stream(StreamStatus.COMPLETED))
         await target.cont()
         await source.kill()
-        await counts_on(target, "1")
+        await counts_on(nodes, target, "1")
         await target.kill()
 
-    async def test_cancel_after_completion_changes_nothing(self, nodes: Bench) -> None:
+    async def test_cancel_after_completion_changes_nothing(self, nodes: AnyBench) -> None:
         source, target = await moved(nodes)
         await source.cancel_stream()
         assert await source.run_state() is RunState.POSTMIGRATE
@@ -369,18 +366,18 @@ class TestMigration:
         assert await target.run_state() is RunState.PAUSED
         await source.cont()  # the way back, for those who may
         await target.kill()
-        await counts_on(source, "0")
+        await counts_on(nodes, source, "0")
         await source.kill()
 
-    async def test_nothing_to_cancel_is_no_error(self, nodes: Bench) -> None:
+    async def test_nothing_to_cancel_is_no_error(self, nodes: AnyBench) -> None:
         machine = await nodes.booted()
         await machine.cancel_stream()
-        await counts_on(machine, "0")
+        await counts_on(nodes, machine, "0")
         await machine.kill()
 
-    async def test_limits_can_be_changed_on_the_way(self, nodes: Bench) -> None:
+    async def test_limits_can_be_changed_on_the_way(self, nodes: AnyBench) -> None:
         source, target = await nodes.pair()
-        async with console(source) as guest:
+        async with nodes.console(source) as guest:
             assert await guest.ask("d") == "0"
         events = source.events()
         strict = StreamLimits(max_bandwidth_bytes_per_s=64 << 20, downtime_limit_ms=1)
@@ -395,7 +392,7 @@ class TestMigration:
         await target.kill()
 
     @pytest.mark.parametrize("died", ["before", "at the switchover"])
-    async def test_a_target_that_dies_costs_nothing(self, nodes: Bench, died: str) -> None:
+    async def test_a_target_that_dies_costs_nothing(self, nodes: AnyBench, died: str) -> None:
         source, target = await nodes.pair()
         events = source.events()
         if died == "before":
@@ -412,10 +409,10 @@ class TestMigration:
         if died != "before":
             await until(events, is_kind(KIND.RESUMED))
         assert await source.run_state() is RunState.RUNNING
-        await counts_on(source, "0")
+        await counts_on(nodes, source, "0")
         await source.kill()
 
-    async def test_a_source_that_dies_leaves_a_target_that_never_runs(self, nodes: Bench) -> None:
+    async def test_a_source_that_dies_leaves_a_target_that_never_runs(self, nodes: AnyBench) -> None:
         source, target = await at_switchover(nodes)
         events = target.events()
         await source.kill()
@@ -425,7 +422,7 @@ class TestMigration:
             await target.cont()
         await target.kill()
 
-    async def test_the_target_hears_only_the_named_source(self, nodes: Bench) -> None:
+    async def test_the_target_hears_only_the_named_source(self, nodes: AnyBench) -> None:
         source, target = await nodes.pair()
         stranger_node = nodes.node("stranger")
         stranger = await stranger_node.hypervisor.launch(nodes.plan(nodes.specs["one"]))
@@ -442,22 +439,22 @@ class TestMigration:
         await until(loaded, is_stream(StreamStatus.COMPLETED))
         await until(sent, is_stream(StreamStatus.COMPLETED))
         await target.cont()
-        await counts_on(target, "0")
+        await counts_on(nodes, target, "0")
         for machine in (source, target, stranger):
             await machine.kill()
 
-    async def test_the_source_speaks_only_to_the_named_target(self, nodes: Bench) -> None:
+    async def test_the_source_speaks_only_to_the_named_target(self, nodes: AnyBench) -> None:
         source, target = await nodes.pair()
         events = source.events()
         port = await target.listen_for_stream(host=LOOPBACK, source=nodes.left.identity)
         await source.send_stream(host=LOOPBACK, port=port, target="agent-somebody-else", limits=StreamLimits())
         await until(events, is_stream(StreamStatus.FAILED))
         assert await source.run_state() is RunState.RUNNING
-        await counts_on(source, "0")
+        await counts_on(nodes, source, "0")
         await source.kill()
         await target.kill()
 
-    async def test_a_stream_of_another_evm_is_refused(self, nodes: Bench) -> None:
+    async def test_a_stream_of_another_evm_is_refused(self, nodes: AnyBench) -> None:
         source = await nodes.booted()
         target = await nodes.right.hypervisor.launch(nodes.plan(await nodes.spec(), incoming=True))
         events = source.events()
