@@ -63,6 +63,9 @@ class Fabric:
     def watch_run(self, qemu: FakeQemu) -> None:
         """Its vCPUs begin to execute."""
 
+    def watch_advance(self, qemu: FakeQemu) -> None:
+        """Its guest has been executing until now."""
+
     def watch_write(self, qemu: FakeQemu, volume: str) -> None:
         """Its guest has written to ``volume`` and the write was acknowledged."""
 

@@ -113,6 +113,7 @@ class FakeQemu:
         now = self.fabric.now()
         self.guest = replace(self.guest, ticks=self.guest.ticks + (now - self._since) * TICKS_PER_S)
         self._since = now
+        self.fabric.watch_advance(self)
         for device in self.plan.volumes:
             self.fabric.watch_write(self, device.volume)
 
