@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from emp.agent import daemon as agent_daemon
 from emp.agent.adoption import Adoption
-from emp.agent.api import Gate, make_app
+from emp.agent.api import make_app
 from emp.agent.assembly import Assembler
+from emp.agent.claims import Claims
 from emp.agent.config import AgentConfig
+from emp.agent.gate import Gate
 from emp.agent.heartbeat import Heartbeat
+from emp.agent.journal import Standing
+from emp.agent.links import exchange_hello
 from emp.agent.migrations import Migrations
 from emp.agent.residents import Residents
 from emp.agent.shelf import Shelf
@@ -23,7 +27,7 @@ from emp.controller.services import Services
 from emp.controller.wiring import wire
 from emp.model.node import Node
 from emp.model.orders import Peer
-from emp.volumes.nbd import NbdVolumeDriver
+from emp.volumes.nbd import NbdVolumeClaims, NbdVolumeDriver
 from emp.volumes.server.app import make_app as make_volumes_app
 from emp.volumes.server.config import Config as VolumesConfig
 from emp.volumes.server.service import VolumeService as Volumes
@@ -113,33 +117,41 @@ class AgentDaemon(Daemon):
         )
 
     async def run(self, process: Process) -> None:
-        config, world = self.config(), self.world
+        config, net = self.config(), self.world.net
+        me = Identity(Role.AGENT, self.host)
         facts = await self.hypervisor.facts()
-        journal, untrusted = agent_daemon._open_journal(config)
+        journal, untrusted = agent_daemon._open_journal(config)  # noqa: SLF001 - as ``run`` does
         images: Any = SimImages()
         assembler = Assembler(self.hypervisor, self.network, images)
         residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
-        migrations = Migrations(journal, residents, self._dial, stream_host=config.address)
-        parts = agent_daemon.Parts(facts, images, residents, migrations, untrusted)
-        reporter, gate = agent_daemon.Reporter(config, parts), Gate()
+        volumes: Any = SimWire(net, me, self.host, "vol")
+        claims, gate = Claims(NbdVolumeClaims(volumes)), Gate()
+        gate.distrust = untrusted
+
+        async def dial(peer: Peer, migration: str) -> tuple[Any, Standing]:
+            link: Any = await net.dial(self.host, me, peer.node, Identity(Role.AGENT, peer.node))
+            try:
+                return link, await exchange_hello(link, journal, migration)
+            except BaseException:
+                link.abort()
+                raise
+
+        migrations = Migrations(journal, residents, dial, claims, gate, stream_host=config.address)
+        parts = agent_daemon.Parts(facts, images, journal, residents, migrations, claims, gate)
+        reporter = agent_daemon.Reporter(config, parts)
         app = make_app(residents, migrations, gate, reporter.report)
         if untrusted is None:
-            strangers = await Adoption(journal, residents, migrations).run()
+            strangers = await Adoption(journal, residents, migrations, claims).run()
             if strangers:
                 reporter.trouble = f"machines without a record in the journal: {', '.join(strangers)}"
-        gate.closed = untrusted
+        gate.starting = None
         self.residents, self.migrations = residents, migrations
         self.serve(process, app)
-        world.net.link_servers[self.host] = process, migrations.take_link
-        me = Identity(Role.AGENT, self.host)
-        client: Any = SimWire(world.net, me, self.host, "ctl")
-        await Heartbeat(client, self.host, reporter.report, residents.changed).run()
-
-    async def _dial(self, peer: Peer, migration: str) -> Any:
-        net, me = self.world.net, Identity(Role.AGENT, self.host)
-        link = await net.dial(self.host, me, peer.node, Identity(Role.AGENT, peer.node))
-        await link.send({"type": "hello", "migration": migration})
-        return link
+        net.link_servers[self.host] = process, migrations.take_link
+        client: Any = SimWire(net, me, self.host, "ctl")
+        hear = agent_daemon._hear  # noqa: SLF001 - as ``run`` does
+        beat = Heartbeat(client, self.host, reporter.report, residents.changed, lambda reply: hear(gate, reply))
+        await beat.run()
 
 
 class SimAgentClient(AgentClient):

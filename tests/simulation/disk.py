@@ -34,9 +34,10 @@ class Disk:
     on_sync: Callable[[str], None] = lambda _: None
     syncs: bool = True
     """False: fsync does nothing (a planted bug)"""
-    before_names: dict[str, File] = field(default_factory=dict)
 
     def lose_power(self) -> None:
+        """What lies in memory is gone (``run/``, on a tmpfs), and so is what was not synced."""
+        self.files = {name: file for name, file in self.files.items() if "/run/" not in name}
         for file in self.files.values():
             if self.rng.random() < 0.7:  # the kernel may have written it out by itself
                 del file.data[file.synced :]
@@ -128,6 +129,18 @@ class FakeOs:
         assert file is not None
         _trouble(disk, "ENOSPC")
         file.data += bytes(data)
+        return len(data)
+
+    def pread(self, fd: int, count: int, offset: int) -> bytes:
+        _, file, _ = self._open[fd]
+        return bytes(file.data[offset : offset + count]) if file else b""
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        here()
+        disk, file, _ = self._open[fd]
+        assert file is not None
+        _trouble(disk, "ENOSPC")
+        file.data[offset : offset + len(data)] = data
         return len(data)
 
     def fdatasync(self, fd: int) -> None:

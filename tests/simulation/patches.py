@@ -19,6 +19,7 @@ import emp.agent.shelf
 import emp.controller.api.agents
 import emp.controller.app
 import emp.controller.wiring
+import emp.volumes.nbd
 import emp.volumes.server.app
 import emp.volumes.server.service
 import emp.volumes.server.state
@@ -68,6 +69,7 @@ def install() -> None:
         _patch(module, "install_error_handlers", lambda _: None)
     for module in (emp.controller.api.agents, emp.volumes.server.app):
         _patch(module, "APIRouter", RouteTable)
+    _patch(emp.volumes.nbd, "WireClient", lambda url, *, tls, server: tls)  # the agent's claims get theirs as ``tls``
     _patch(emp.controller.wiring, "mutual_client", lambda _: None)
     _patch(emp.controller.wiring, "Agents", lambda _: GROUND.agents())
     _patch(emp.controller.wiring, "_token", lambda _: None)
@@ -76,11 +78,17 @@ def install() -> None:
     _patch(service, "end_strays", _end_strays)
     for name in ("write_tls_directory", "make_private_dir", "_make_sparse"):
         _patch(service, name, lambda *_: None)
+    _patch(service, "EpochLog", lambda _: _NoLog())
     _patch(service, "_lock", lambda _: None)
     _patch(service, "_is_free", lambda *_: True)
     _patch(emp.volumes.server.state, "read_private", _read)
     _patch(emp.volumes.server.state, "write_private", _write)
     logging.raiseExceptions = True
+
+
+class _NoLog:
+    def note(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 def _patch(module: Any, name: str, value: Any) -> None:

@@ -38,6 +38,7 @@ class RouteTable:
         self._prefix = prefix
         self._dependencies = tuple(dependencies)
         self.routes: list[Route] = []
+        self.router = SimpleNamespace()
 
     def _add(self, method: str, path: str, dependencies: Sequence[Depends] = (), **_: Any) -> Callable[[Any], Any]:
         def add(endpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,8 @@
+"""Bugs that somebody might make. Each is planted in the daemons on purpose: the simulation must find it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+MUTANTS: dict[str, Callable[[], None]] = {}
