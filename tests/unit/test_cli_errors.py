@@ -21,7 +21,7 @@ EXIT_CODES = {
     "EmpError": 1, "BadInput": 2, "NotFound": 3, "Conflict": 4, "AlreadyExists": 4, "StaleEpoch": 4, "Refused": 5,
     "NoPlacement": 5, "Unauthenticated": 6, "Forbidden": 6, "Unavailable": 7, "NodeDown": 7, "Unreachable": 7,
     "StoreUnavailable": 7, "OutcomeUnknown": 8, "MigrationAborted": 9, "HostError": 10, "CommandFailed": 10,
-    "HypervisorError": 10, "MissingDependency": 10, "Internal": 1,
+    "HypervisorError": 10, "FenceFailed": 10, "MissingDependency": 10, "Internal": 1,
 }  # fmt: skip
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Header, Request, Response
 from fastapi.responses import StreamingResponse
 
-from emp.model.api import AbortRequest, Listing
-from emp.model.errors import Conflict, NotFound
+from emp.model.api import AbortRequest, FenceRequest, Listing, ReadmitRequest
+from emp.model.errors import BadInput, Conflict, NotFound
 from emp.model.evm import EvmState
 from emp.model.migration import MigrationRequest
-from tests.unit.test_cli_canned import COPYING, VOL, WEB
+from emp.model.node import Fence
+from tests.unit.test_cli_canned import ABORTED, VOL, WEB
 
 if TYPE_CHECKING:
     from tests.unit.test_cli_pool import Controller
@@ -38,6 +39,24 @@ def routes(pool: Controller) -> None:
     def node(name: str) -> Any:
         return _get(pool.nodes, name, "node")
 
+    @app.post("/v1/nodes/{name}/fence")
+    def fence(name: str, request: FenceRequest) -> Any:
+        node = _get(pool.nodes, name, "node")
+        if not request.confirm:
+            raise BadInput(
+                "fencing it switches n1 off", field="confirm", hint=f"do it: emp node fence {name} --confirm"
+            )
+        proof = Fence(driver="lab", by=request.reason, at_s=1_700_000_000.0, retire={"web": 8})
+        pool.nodes[name] = node.model_copy(update={"fence": proof, "ready": False})
+        return pool.nodes[name]
+
+    @app.post("/v1/nodes/{name}/readmit")
+    def readmit(name: str, request: ReadmitRequest) -> Any:
+        if not request.confirm:
+            raise BadInput("it takes that journal for the truth", field="confirm")
+        pool.nodes[name] = _get(pool.nodes, name, "node").model_copy(update={"quarantine": None})
+        return pool.nodes[name]
+
     @app.post("/v1/nodes/{name}/{verb}")
     def cordon(name: str, verb: str) -> Any:
         pool.nodes[name] = _get(pool.nodes, name, "node").model_copy(update={"cordoned": verb == "cordon"})
@@ -49,6 +68,7 @@ def routes(pool: Controller) -> None:
 
     @app.get("/v1/evms/{name}")
     @app.post("/v1/evms/{name}/start")
+    @app.post("/v1/evms/{name}/recover")
     @app.post("/v1/evms/{name}/stop")
     def evm(name: str) -> Any:
         return _get(pool.evms, name, "evm")
@@ -93,7 +113,7 @@ def routes(pool: Controller) -> None:
 
     @app.post("/v1/migrations/{name}/abort")
     def abort(name: str, request: AbortRequest) -> Any:
-        return COPYING.model_copy(update={"abort_asked": request.reason})
+        return ABORTED.model_copy(update={"abort_asked": request.reason})
 
     @app.get("/v1/volumes")
     def volumes() -> Any:

@@ -34,6 +34,7 @@ READ: dict[str, tuple[str, list[str], Any]] = {
     "evm list": ("evm list", ["web", "running", "n1", "10.77.1.1", "512 MiB"], [WEB]),
     "evm show": ("evm show web", ["10.77.1.2/16", "shop", "vol-1", "pc-q35-10.0", "epoch 7"], WEB),
     "evm start": ("evm start web --node n1", ["EVM web runs on n1"], WEB),
+    "evm recover": ("evm recover web --node n1", ["EVM web runs on n1"], WEB),
     "evm stop": ("evm stop web --grace 0", ["EVM web is running"], WEB),
     "evm create": ("evm create web", ["EVM web runs on n1", "10.77.1.1", "10.77.1.2  shop"], WEB),
     "volume list": ("volume list", ["vol-1", "io2", "1 GiB", "web", "n1"], [VOL]),
@@ -114,6 +115,28 @@ def test_cordon_and_uncordon(pool: Controller, emp: Emp) -> None:
     assert "takes no EVM" in emp("node cordon n1")[1]
     assert "cordoned" in emp("node list")[1]
     assert json.loads(emp("node uncordon n1 --json")[1])["cordoned"] is False
+
+
+def test_a_fence_needs_a_confirmation_and_is_shown(pool: Controller, emp: Emp) -> None:
+    code, out, err = emp("node fence n1")
+    assert (code, out) == (2, "")
+    assert "switches n1 off" in err and "do it: emp node fence n1 --confirm" in err
+    code, out, err = emp("node fence n1 --confirm --reason burnt")
+    assert (code, out, err) == (0, "node n1 is fenced; start its EVMs elsewhere: emp evm recover EVM\n", "")
+    assert pool.told[-1] == ("POST /v1/nodes/n1/fence", {"confirm": True, "reason": "burnt"})
+    assert "fenced" in emp("node list")[1]
+    shown = emp("node show n1")[1]
+    assert "burnt" in shown and "lifted once it is back and has given up: web" in shown
+    assert json.loads(emp("node fence n1 --confirm --json")[1])["fence"]["retire"] == {"web": 8}
+
+
+def test_a_quarantine_is_shown_until_a_person_readmits_the_node(pool: Controller, emp: Emp) -> None:
+    pool.nodes["n1"] = N1.model_copy(update={"quarantine": "its journal is another one than it had"})
+    assert "quarantined" in emp("node list")[1]
+    assert "another one than it had" in emp("node show n1")[1]
+    assert emp("node readmit n1")[0] == 2
+    assert "is readmitted" in emp("node readmit n1 --confirm")[1]
+    assert "quarantine" not in emp("node show n1")[1]
 
 
 def test_a_node_that_is_down_says_since_when(pool: Controller, emp: Emp) -> None:

@@ -299,6 +299,20 @@ async def test_the_word_of_a_quarantined_end_moves_no_migration(pool: Pool) -> N
     await pool.until(path, lambda m: m["outcome"] == "completed")
 
 
+def test_what_an_agent_distrusts_by_itself_needs_no_readmission_once_it_is_repaired() -> None:
+    first = trust.heard(None, a_report("n1", journal_id="j", journal_seq=9), at_s=0.0)
+    torn = a_report("n1", boot_id="c", journal="line 9 is torn", journal_id="a makeshift one", journal_seq=0)
+    distrusted = trust.heard(first, torn, at_s=0.0)
+    assert trust.doubt(distrusted) == "its journal cannot be trusted: line 9 is torn"
+    assert "start its agent again" in trust.remedy(distrusted)
+    repaired = trust.heard(distrusted, a_report("n1", boot_id="d", journal_id="j", journal_seq=9), at_s=0.0)
+    assert trust.doubt(repaired) is None
+    behind = trust.heard(distrusted, a_report("n1", boot_id="d", journal_id="j", journal_seq=8), at_s=0.0)
+    assert behind.quarantine
+    stranger = trust.heard(None, torn, at_s=0.0)
+    assert (stranger.journal_id, stranger.journal_seq) == ("", 0)
+
+
 def test_a_report_that_was_overtaken_is_no_older_journal() -> None:
     known = a_node("n1", journal_id="j", journal_seq=9, boot_id="b").model_copy(
         update={"journal_id": "j", "journal_seq": 9}

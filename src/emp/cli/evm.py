@@ -139,6 +139,20 @@ def start(
 
 
 @app.command()
+def recover(
+    ctx: typer.Context,
+    name: Name,
+    node: Annotated[str | None, typer.Option(help="Where; left out, where it was if that fits.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Boot an EVM whose node, or whose migration, is lost. Says which node must be fenced first."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        evm = client.evms.recover(name, node=node)
+    _print(evm, f"EVM {evm.spec.name} runs on {evm.owner}", as_json)
+
+
+@app.command()
 def stop(ctx: typer.Context, name: Name, grace: Grace = None, as_json: Json = False) -> None:
     """Shut an EVM down, and keep it down."""
     session: Session = ctx.obj

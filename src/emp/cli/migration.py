@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -102,14 +101,11 @@ def abort(
     as_json: Json = False,
 ) -> None:
     """Bring the EVM back to its source, and say when it is; or say that the migration is committed."""
-    from emp.cli.decide import follow_abort
+    from emp.cli.decide import abort_and_tell
 
     session: Session = ctx.obj
     with session.client() as client:
-        migration = client.migrations.abort(_open(client, which), reason=reason)
-        if not as_json:
-            print(f"{migration.id}: asked to bring {migration.evm} back to {migration.source}", file=sys.stderr)
-        follow_abort(session, client, migration, as_json=as_json)
+        abort_and_tell(session, client, _open(client, which), reason=reason, as_json=as_json)
 
 
 def _find(client: Client, which: str) -> Migration:

@@ -66,6 +66,8 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
             ("emp", f"{versions.emp}, protocol {versions.protocol}"),
             ("images", " ".join(sorted(versions.images)) or "none"),
             ("journal", report.journal),
+            ("fence", _fence(node)),
+            ("quarantine", node.quarantine),
         ]
     )
 
@@ -88,6 +90,44 @@ def uncordon(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
     _print(node, f"node {node.name} takes EVMs again", as_json)
 
 
+@app.command()
+def fence(
+    ctx: typer.Context,
+    name: Name,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Do it; without this, say what would be done.")] = False,
+    reason: Annotated[str | None, typer.Option(help="Who asks and why; goes into the node's record.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove a lost node off, so that its EVMs may be started elsewhere: emp evm recover. Lifted once it is back."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        node = client.nodes.fence(name, confirm=confirm, reason=reason)
+    _print(node, f"node {node.name} is fenced; start its EVMs elsewhere: emp evm recover EVM", as_json)
+
+
+@app.command()
+def readmit(
+    ctx: typer.Context,
+    name: Name,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Do it; without this, say what it means.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take the journal that a quarantined node has now for its own."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        node = client.nodes.readmit(name, confirm=confirm)
+    _print(node, f"node {node.name} is readmitted: what its journal says counts again", as_json)
+
+
+def _fence(node: Node) -> str | None:
+    """Return who proved the node off, and what it has to give up before the fence is lifted."""
+    if node.fence is None:
+        return None
+    proof = f"{node.fence.driver}, {clock(node.fence.at_s)}: {node.fence.by}"
+    owed = ", ".join(sorted(node.fence.retire))
+    return f"{proof}\nlifted once it is back and has given up: {owed}" if owed else f"{proof}\nlifted once it is back"
+
+
 def _print(node: Node, text: str, as_json: bool) -> None:
     if as_json:
         print_json(node)
@@ -97,6 +137,10 @@ def _print(node: Node, text: str, as_json: bool) -> None:
 
 def _state(node: Node) -> str:
     """Return how a node is, in words; ready nodes may be cordoned too."""
+    if node.fence is not None:
+        return "fenced"
+    if node.quarantine is not None:
+        return "quarantined"
     if not node.ready:
         return f"down since {clock(node.last_seen_at)}" if node.last_seen_at else "down"
     if node.report.journal:

@@ -37,6 +37,10 @@ class Evms(Noun):
         """Cold start, on ``node`` if that is said. Raises ``Conflict`` if it is not stopped, ``NodeDown``, ..."""
         return self.ask(_evm, "POST", f"{_path(name)}/start", without_none(node=node), timeout_s=ORDER_S)
 
+    def recover(self, name: str, *, node: str | None = None) -> Evm:
+        """Cold start of an EVM whose node or migration is lost; ``NodeDown`` says which node must be fenced first."""
+        return self.ask(_evm, "POST", f"{_path(name)}/recover", without_none(node=node), timeout_s=ORDER_S)
+
     def stop(self, name: str, *, grace_s: float | None = None) -> Evm:
         """Shut it down; ``grace_s`` seconds after the power button it is powered off, 0: at once."""
         body = without_none(grace_s=grace_s)

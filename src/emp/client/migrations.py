@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from emp.model.migration import Migration
 
 
+ABORT_S = 20.0
+"""an abort is answered within five seconds, if only with ``OutcomeUnknown``"""
+
+
 class Migrations(Noun):
     def start(
         self,
@@ -62,11 +66,13 @@ class Migrations(Noun):
                 return
 
     def abort(self, id: str, *, reason: str | None = None) -> Migration:  # noqa: A002
-        """Ask for the way back; the answer is how it stands now, ``events`` tell what comes of it.
+        """Go back, and return the migration once it is decided: ``outcome`` aborted, the EVM on its source.
 
-        Raises ``NotFound``, or ``Conflict`` when it is over or only goes forward.
+        Raises ``NotFound``, ``Conflict`` when it is over or only goes forward, ``OutcomeUnknown`` when the source does
+        not say within five seconds.
         """
-        return self.ask(_migration, "POST", f"{_path(id)}/abort", without_none(reason=reason))
+        body = without_none(reason=reason)
+        return self.ask(_migration, "POST", f"{_path(id)}/abort", body, timeout_s=ABORT_S)
 
 
 def _path(id: str) -> str:  # noqa: A002

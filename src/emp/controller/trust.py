@@ -13,19 +13,19 @@ from emp.model.node import Node, NodeReport
 def heard(known: Node | None, report: NodeReport, *, at_s: float) -> Node:
     """Return the node's record with its newest report folded in; ``at_s`` is the wall clock, for people."""
     if known is None:
-        memory = {"journal_id": report.journal_id, "journal_seq": report.journal_seq}
-        return Node(report=report, last_seen_at=at_s).model_copy(update=memory)
+        node = Node(report=report, last_seen_at=at_s)
+        return node if report.journal is not None else readmitted(node)
     update: dict[str, object] = {"report": report, "last_seen_at": at_s, "ready": True}
     if (doubt := _journal_doubt(known, report)) is not None:
         update["quarantine"] = known.quarantine or doubt
-    elif known.quarantine is None and report.journal_id:
+    elif known.quarantine is None and report.journal_id and report.journal is None:
         update |= {"journal_id": report.journal_id, "journal_seq": report.journal_seq}
     return known.model_copy(update=update)
 
 
 def _journal_doubt(known: Node, report: NodeReport) -> str | None:
-    if not known.journal_id or not report.journal_id:
-        return None
+    if not known.journal_id or not report.journal_id or report.journal is not None:
+        return None  # what its agent distrusts by itself says nothing of the journal that it had
     if report.journal_id != known.journal_id:
         return "its journal is another one than it had: lost, or another machine's"
     if report.journal_seq < known.journal_seq:
@@ -72,8 +72,12 @@ def closed(node: Node) -> str | None:
 def remedy(node: Node) -> str:
     """What a person does about a node that cannot be asked to give an EVM up."""
     name = node.name
-    if node.quarantine is not None or node.report.journal is not None:
+    if node.quarantine is not None:
         return f"look at its journal, then: emp node readmit {name} --confirm; or switch it off: {fence_command(name)}"
+    if node.report.journal is not None:
+        return (
+            f"repair its journal and start its agent again (docs/journal.md); or switch it off: {fence_command(name)}"
+        )
     return f"start its agent; if the node is lost for good: {fence_command(name)}"
 
 
