@@ -1,0 +1,68 @@
+"""A node that dies for good with an EVM on it: refused, fenced, started elsewhere, and what its return is told."""
+
+from __future__ import annotations
+
+import json
+
+from emp.client.client import Client
+from emp.lab.journal_check import check_journal
+from emp.model.evm import EvmState
+from emp.model.node import Node
+from tests.lab.conftest import Pool
+from tests.lab.pool import Subject, subject, until
+from tests.lab.test_migration import volume_file
+
+
+def die(evm: Subject, node: str) -> None:
+    """The node loses all that ran on it at once."""
+    evm.pool.kill(node, "agent")
+    for name in [one.spec.name for one in evm.client.evms.list().items if one.owner == node]:
+        evm.pool.kill(node, f"qemu:{name}")
+    until(lambda: not node_of(evm.client, node).ready, f"{node} is found down")
+
+
+def node_of(client: Client, name: str) -> Node:
+    return client.nodes.get(name)
+
+
+def acked(evm: Subject) -> int:
+    return int(evm.guest().ask("journal status")[0]["acked_seq"])
+
+
+def test_a_lost_nodes_evm_runs_elsewhere_behind_a_fence_and_the_node_comes_back(pool: Pool) -> None:
+    with subject(pool, node="n3", volumes=["io2:16MiB"]) as evm:
+        (volume,) = evm.volumes
+        first_boot, first_epoch = evm.boot_id, evm.record.epoch
+        evm.start_journal(volume, 100)
+        written = until(lambda: acked(evm) if acked(evm) >= 50 else None, "records are written")
+        die(evm, "n3")
+        assert evm.wait(EvmState.UNKNOWN).owner == "n3"
+
+        refused = pool.emp("evm", "recover", evm.name, "--json", check=False)
+        assert refused.returncode == 7, refused.stderr
+        assert f"EVM {evm.name} may run on n3" in json.loads(refused.stderr)["message"]
+        assert "emp node fence n3 --confirm" in json.loads(refused.stderr)["hint"]
+        assert evm.qemus() == {}
+
+        said = pool.emp("node", "fence", "n3", check=False)
+        assert said.returncode == 2
+        assert evm.name in said.stderr and "emp node fence n3 --confirm" in said.stderr
+        fenced = pool.json("node", "fence", "n3", "--confirm", "--reason", "a test has killed it")
+        assert fenced["fence"]["by"] == "a test has killed it"
+
+        recovered = pool.json("evm", "recover", evm.name)
+        new_home = recovered["owner"]
+        assert (new_home != "n3", recovered["state"]) == (True, "running")
+        assert recovered["epoch"] > node_of(evm.client, "n3").fence.retire[evm.name] > first_epoch  # type: ignore[union-attr]
+        evm.reboots(first_boot)
+        report = check_journal(volume_file(pool.files, volume))
+        assert (report.ok, report.missing(written)) == (True, 0), report
+
+        pool.start("n3", "agent")
+        back = until(lambda: ((n := node_of(evm.client, "n3")).fence is None and n) or None, "the fence is lifted")
+        assert back.quarantine is None
+        evm.check_only_on(new_home)
+        epochs = [attachment.epoch for volume in evm.volumes for attachment in volume.attachments]
+        assert epochs == [recovered["epoch"]]
+        evm.migrate("n3")
+        evm.check_only_on("n3")
