@@ -18,6 +18,7 @@ import pytest
 
 from emp.lab.state import LabFiles, lab_names
 from emp.model.evm import EvmState
+from emp.model.migration import Outcome
 from tests.lab.conftest import EMP, Pool, run_lab
 from tests.lab.pool import WAIT_S, Subject, agent_away, subject, until
 
@@ -154,19 +155,29 @@ def test_an_evm_that_is_already_migrating(pool: Pool) -> None:
         said = refusal(pool, "migrate", moving.name, "--to", "n3")
         others = [
             refusal(pool, "evm", verb, moving.name, *options)
-            for verb, *options in (["stop", "--grace", "0"], ["delete"], ["start"])
+            for verb, *options in (["stop", "--grace", "0"], ["recover"], ["start"])
         ]
-        moving.client.migrations.abort(under_way.id)
+        back = [pool.emp("migration", "abort", under_way.id).stdout for _ in range(2)]
         moving.end_of(under_way)
-        too_late = refusal(pool, "migration", "abort", under_way.id)
         moving.check_only_on("n1")
     assert (said.exit_code, said.field) == (4, "evm")
     assert f"already migrating ({under_way.id})" in said.error
     assert f"emp migration watch {under_way.id}" in (said.hint or "")
     for other in others:
-        assert (other.exit_code, other.field) == (4, "evm")
+        assert other.exit_code == 4
         assert under_way.id in other.error
-    assert (too_late.exit_code, "is over" in too_late.error) == (4, True)
+    for answer in back:
+        assert answer.startswith(f"{under_way.id}: {moving.name} is back on n1, running")
+
+
+def test_an_evm_that_is_deleted_while_it_migrates(pool: Pool) -> None:
+    with subject(pool, node="n1", volumes=["io2:16MiB"], boots=False) as moving:
+        under_way = moving.begin_slow("n2")
+        (volume,) = moving.record.spec.volumes
+        pool.emp("evm", "delete", moving.name)
+        assert moving.client.migrations.get(under_way.id).outcome is Outcome.ABORTED
+        assert moving.qemus() == {}
+        assert volume not in [each.id for each in moving.client.volumes.list().items]
 
 
 # ---- names and sizes -------------------------------------------------------------------------------------------------
