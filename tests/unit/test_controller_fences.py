@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from emp.controller import trust
+from emp.controller.patience import until_known
 from emp.fencing.manual import ManualFence
 from emp.model.errors import BadInput, Conflict, FenceFailed, NodeDown, NoPlacement, NotFound, Refused, Unavailable
 from emp.model.evm import EvmState
@@ -206,6 +207,40 @@ async def test_an_evm_that_runs_needs_no_recovery(pool: Pool) -> None:
     await pool.create("web", node="n1")
     with pytest.raises(Conflict, match="needs no recovery: it is running on n1"):
         await pool.post("/v1/evms/web/recover")
+
+
+async def test_a_fenced_node_is_asked_now_and_then_and_not_all_the_time(pool: Pool) -> None:
+    assert pool.controller is not None
+    await pool.lose("n2")
+    await fence(pool, "n2")
+    asked = 0
+
+    async def ask() -> None:
+        nonlocal asked
+        asked += 1
+        raise Unavailable("no answer")
+
+    services = pool.controller.services
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await until_known(services.book, services.nodes, "n2", ask)
+    assert 1 < asked < 5
+
+
+async def test_a_migration_is_not_given_up_for_an_evm_that_fits_nowhere(pool: Pool) -> None:
+    await pool.create("web", node="n1")
+    pool.agents["n1"].script = Script()
+    begun = await pool.post("/v1/evms/web/migrations", {"target": "n2"})
+    path = f"/v1/migrations/{begun['id']}"
+    await pool.until(path, lambda m: m["stage"] == "source-brownout")
+    await pool.lose("n1")
+    await fence(pool)
+    await pool.post("/v1/nodes/n2/cordon")
+    with pytest.raises(NoPlacement, match="n2: cordoned"):
+        await pool.post("/v1/evms/web/recover")
+    assert (await pool.get(path))["stage"] != "closed"
+    await pool.post("/v1/nodes/n2/uncordon")
+    assert (await pool.post("/v1/evms/web/recover"))["owner"] == "n2"
 
 
 # ------------------------------------------------------------------ a migration that was lost

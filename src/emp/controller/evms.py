@@ -111,6 +111,7 @@ class Evms:
             raise Conflict(f"EVM {name} needs no recovery: {why}", field="evm", hint=f"see: emp evm show {name}")
         self._check_holders(name)
         if evm.migration is not None:
+            self._place_again(evm, request.node)  # a migration is not given up for nothing
             await self._migrations.give_up(evm.migration)
         return await self._cold_start(name, request)
 

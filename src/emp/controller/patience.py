@@ -50,8 +50,8 @@ async def until_known(
 
 
 async def _breath(book: Book, nodes: Nodes, node: str | None, pause_s: float) -> None:
-    """Wait a while, or, if ``node`` is down, until it is back."""
-    if node is None or _is_ready(nodes, node):
+    """Wait a while, or, if ``node`` is down, until it is back or fenced."""
+    if node is None or _is_ready(nodes, node) or _is_fenced(nodes, node):
         await asyncio.sleep(pause_s)
         return
     with contextlib.suppress(TimeoutError):
