@@ -53,7 +53,8 @@ def isolate() -> None:
 
     must(libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET), "entering namespaces for the tests")
     must(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None), "keeping the tests' mounts to themselves")
-    NETNS.mkdir(exist_ok=True)
-    must(libc.mount(b"emp-tests", bytes(NETNS), b"tmpfs", 0, None), "hiding the machine's named namespaces")
+    # All of /run: a mount on the machine's own /run/netns is gone as soon as somebody removes that directory.
+    must(libc.mount(b"emp-tests", b"/run", b"tmpfs", 0, b"mode=0755"), "hiding the machine's named namespaces")
+    NETNS.mkdir()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
