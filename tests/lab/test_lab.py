@@ -109,7 +109,7 @@ def test_nothing_of_one_place_is_visible_in_another(pool: Pool) -> None:
     assert marking.stdout.readline() == "marked\n"
     seen = {
         where: json.loads(pool.run_in(where, sys.executable, "-c", FIND_MARKS, mark).stdout)
-        for where in ("n1", "n2", "n3", "ctl", "vol", "client")
+        for where in ("n1", "n2", "n3", "ctl", "vol", "client", "bmc")
     }
     marking.communicate()
     pool.run_in("n1", "sh", "-c", f"rm -f /var/lib/emp/{mark}*")
@@ -206,6 +206,7 @@ def test_each_place_has_its_own_credentials_only(pool: Pool) -> None:
     expected = {
         "ctl": {"controller-main"},
         "vol": {"volumes-main"},
+        "bmc": {"power-main"},
         "n1": {"agent-n1", "qemu-n1"},
         "n2": {"agent-n2", "qemu-n2"},
         "client": set(),
@@ -241,7 +242,7 @@ def test_status_and_list_show_every_place(pool: Pool) -> None:
     status = json.loads(run_lab("status", "--name", pool.name, "--json").stdout)
     assert status["state"] == "up"
     assert {place["name"]: place["state"] for place in status["places"]} == dict.fromkeys(
-        ("ctl", "vol", "client", "n1", "n2", "n3"), "running"
+        ("ctl", "vol", "client", "bmc", "n1", "n2", "n3"), "running"
     )
     assert [lab["name"] for lab in json.loads(run_lab("list", "--json").stdout)["items"]] == [pool.name]
     text = run_lab("status", "--name", pool.name).stdout
@@ -311,10 +312,10 @@ def test_an_evms_qemu_is_found_by_name_and_killed(pool: Pool, new_evm: Callable[
 @pytest.mark.parametrize(
     ("verb", "where", "role", "status", "says"),
     [
-        ("kill", "n9", "agent", 3, "there are ctl, vol, client, n1"),
+        ("kill", "n9", "agent", 3, "there are ctl, vol, client, bmc, n1"),
         ("kill", "n1", "controller", 3, "n1 has the agent"),
         ("kill", "client", "agent", 3, "client has no daemon"),
-        ("stop", "n1", "kernel", 2, "agent, controller, volumes, or qemu:EVM"),
+        ("stop", "n1", "kernel", 2, "agent, controller, volumes, power, or qemu:EVM"),
         ("stop", "n1", "qemu:", 2, "qemu:EVM"),
         ("kill", "n1", "qemu:nobody", 3, "not running"),
         ("kill", "ctl", "qemu:web", 3, "runs no EVMs"),
@@ -511,6 +512,21 @@ def test_a_stranger_in_the_labs_network_does_not_keep_it_alive(cleared: LabFiles
     assert stranger.wait(timeout=20) == -signal.SIGKILL
     assert reaper.wait(timeout=20) == 0
     assert nothing_is_left_of(NAME)
+
+
+def test_what_others_have_mounted_where_namespaces_are_named_stays(lab_home: Path) -> None:
+    """To remove a directory detaches what other mount namespaces have mounted there."""
+    places.NAMESPACES.mkdir(exist_ok=True)
+    script = f"mount -t tmpfs others {places.NAMESPACES} && echo mounted && read _; exec cat /proc/self/mountinfo"
+    others = subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert others.stdout is not None
+    assert others.stdout.readline() == "mounted\n"
+    topology = Topology(NAME, 1)
+    places.wire(topology)
+    places.unwire(topology)
+    assert " - tmpfs others " in others.communicate("\n")[0]
 
 
 # ---- several ---------------------------------------------------------------------------------------------------------

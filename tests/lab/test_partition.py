@@ -176,7 +176,7 @@ def test_a_node_that_the_controller_cannot_hear_is_down_until_it_is_mended(wires
     ("words", "status", "says"),
     [
         (["cut", "n1", "n1"], 2, "no wire from n1 to itself"),
-        (["cut", "n1", "n9"], 3, "there are ctl, vol, client, n1"),
+        (["cut", "n1", "n9"], 3, "there are ctl, vol, client, bmc, n1"),
         (["heal", "n1"], 2, "name two places"),
     ],
 )

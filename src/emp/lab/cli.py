@@ -16,6 +16,7 @@ import typer
 from emp.cli.output import print_json, print_table
 from emp.cli.session import Json, Session
 from emp.lab import partition, verbs
+from emp.lab import power as power_switch
 from emp.lab.down import down as clear_lab
 from emp.lab.preflight import become_root
 from emp.lab.state import LabFiles, chosen, lab_names
@@ -33,8 +34,8 @@ app = typer.Typer(
 DEFAULT_NAME = "lab"
 
 Name = Annotated[str | None, typer.Option("--name", help="Which lab; needed only where there are several.")]
-Where = Annotated[str, typer.Argument(help="A node (n1, n2, ...), ctl, vol or client.")]
-Role = Annotated[str, typer.Argument(help="agent, controller, volumes, or qemu:EVM.")]
+Where = Annotated[str, typer.Argument(help="A node (n1, n2, ...), ctl, vol, bmc or client.")]
+Role = Annotated[str, typer.Argument(help="agent, controller, volumes, power, or qemu:EVM.")]
 
 
 @app.callback()
@@ -215,6 +216,18 @@ def heal(
         raise BadInput("one place alone is no wire", field="other", hint="name two places, or none for every cut")
     partition.heal(_lab(ctx, name), one, other)
     print(f"{one} <-> {other}: mended" if one else "every cut is mended")
+
+
+@app.command()
+def power(
+    ctx: typer.Context,
+    node: Annotated[str, typer.Argument(help="A node: n1, n2, ...")],
+    state: Annotated[power_switch.Power, typer.Argument(help="What it is to be.")],
+    name: Name = None,
+) -> None:
+    """Pull a node's plug, or boot it again with its disk as it was."""
+    power_switch.switch(_lab(ctx, name), node, state)
+    print(f"{node} is {state}")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from emp import faults
 from emp.host.processes import Process
 from emp.lab import scan
 from emp.lab.images import KERNEL_COMMAND_LINE, Image
-from emp.lab.places import enter_argv, init_of, source_directory
+from emp.lab.places import NAMESPACES, enter_argv, init_of, source_directory
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import (
     AGENT_PORT,
@@ -33,6 +33,7 @@ from emp.lab.topology import (
     EVM_LAST,
     LINK_PORT,
     NBD_PORTS,
+    POWER_PORT,
     SUBNET,
     UPLINK,
     VOL,
@@ -46,7 +47,12 @@ from emp.wire.pki import Role as Identity
 from emp.wire.secret import Secret
 from emp.wire.sockets import listen
 
-MODULES = {Role.AGENT: "emp.agent", Role.CONTROLLER: "emp.controller", Role.VOLUMES: "emp.volumes.server"}
+MODULES = {
+    Role.AGENT: "emp.agent",
+    Role.CONTROLLER: "emp.controller",
+    Role.VOLUMES: "emp.volumes.server",
+    Role.POWER: "emp.lab.bmc",
+}
 HOST = "127.0.0.1"
 HOME = Path("/var/lib/emp")
 """of every daemon, as seen from its place"""
@@ -69,7 +75,7 @@ def prepare(files: LabFiles, state: LabState, image: Image) -> bytes:
             authority.issue(Identity.QEMU, name, [place.address]).write(home / "pki-qemu")
             _install(image, home / "images" / image.name)
         if place.role is not Role.CONTROLLER:  # whose configuration names a descriptor, new at each start
-            _write_config(files, place, _config(state, place))
+            _write_config(files, place, _config(files, state, place))
     Secret.new().write(files.data(CTL.name) / "token")
     return authority.ca_pem
 
@@ -87,7 +93,10 @@ def _install(image: Image, directory: Path) -> None:
     (directory / "image.json").write_text(json.dumps(record))
 
 
-def _config(state: LabState, place: Place) -> dict[str, Any]:
+def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
+    if place.role is Role.POWER:  # which sees the machine's files
+        credentials = str(files.data(place.name) / "pki")
+        return {"pool": state.name, "address": place.address, "port": POWER_PORT, "credentials": credentials}
     common = {"pool": state.name, "address": place.address, "credentials": f"{HOME}/pki", "state_dir": str(HOME)}
     if place.role is Role.VOLUMES:
         return common | {"port": VOLUMES_PORT, "nbd_ports": list(NBD_PORTS)}
@@ -148,13 +157,9 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
         if people is None:
             people = opened = people_socket(state.port)
         passed = (people.fileno(),)
-        _write_config(files, place, _config(state, place) | {"people": {"fd": people.fileno()}})
+        _write_config(files, place, _config(files, state, place) | {"people": {"fd": people.fileno()}})
     # setsid --fork leaves the daemon to process 1 of its place, which reaps it: nothing of ours stays behind.
-    argv = [
-        *enter_argv(init_of(files, place.name)),
-        *("setsid", "--fork", sys.executable, "-m", MODULES[place.role]),
-        *("--config", str(HOME / _config_name(place.role))),
-    ]
+    argv = [*_enter_argv(files, state, place), "setsid", "--fork", sys.executable, *_arguments(files, place)]
     try:
         with files.log(place.name, place.role).open("ab") as log:
             subprocess.run(
@@ -164,24 +169,46 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
                 stderr=subprocess.STDOUT,
                 check=True,
                 pass_fds=passed,
-                env=_environment(state),
+                env=_environment(state, place),
             )
     finally:
         if opened is not None:
             opened.close()
 
 
-def _environment(state: LabState) -> dict[str, str]:
+def _enter_argv(files: LabFiles, state: LabState, place: Place) -> list[str]:
+    if place.role is Role.POWER:
+        return ["nsenter", f"--net={NAMESPACES / state.topology.namespace(place.name)}", "--"]
+    return enter_argv(init_of(files, place.name))
+
+
+def _arguments(files: LabFiles, place: Place) -> list[str]:
+    assert place.role is not None
+    home = files.data(place.name) if place.role is Role.POWER else HOME
+    return ["-m", MODULES[place.role], "--config", str(home / _config_name(place.role))]
+
+
+def _environment(state: LabState, place: Place) -> dict[str, str]:
     keep = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG") or name.startswith("EMP_")}
-    if state.faults:
+    if state.faults and place.role is not Role.POWER:
         keep[faults.VARIABLE] = str(HOME / "faults")
     return keep | {"PYTHONPATH": str(source_directory()), "PYTHONUNBUFFERED": "1", "HOME": "/tmp"}
 
 
 def daemons(files: LabFiles, place: Place) -> list[scan.Running]:
     """Return the live processes of a place's daemon and QEMUs, parents first."""
+    if place.role is Role.POWER:
+        wanted = tuple(_arguments(files, place))
+        return [found for found in scan.running(_may_be_bmc) if found.argv[-len(wanted) :] == wanted]
     inode = scan.namespace_inode(f"/proc/{init_of(files, place.name).pid}/ns/pid")
     return [] if inode is None else scan.in_pid_namespace(inode)
+
+
+def _may_be_bmc(path: str) -> bool:
+    try:
+        return MODULES[Role.POWER].encode() in Path(path, "cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def started(files: LabFiles, place: Place) -> bool:
@@ -192,7 +219,7 @@ def started(files: LabFiles, place: Place) -> bool:
 
 
 def find(files: LabFiles, where: str, role: str) -> Process | None:
-    """Return the process of ``role`` (agent, controller, volumes, ``qemu:EVM``) in a place; None if it is not running.
+    """Return the process of ``role`` in a place; None if it is not running. A QEMU's role is ``qemu:EVM``.
 
     Raises ``BadInput`` for a role that is none, ``NotFound`` for a place that has no such daemon.
     """
@@ -213,9 +240,8 @@ def daemon_role(place: Place, role: str) -> Role:
     if role.startswith("qemu:") and role != "qemu:":
         raise NotFound(f"{place.name} runs no EVMs", field="where", hint="name a node, such as n1")
     if role not in set(Role):
-        raise BadInput(
-            f"{role[:40]!r} is no role", field="role", hint="agent, controller, volumes, or qemu:EVM with an EVM's name"
-        )
+        hint = "agent, controller, volumes, power, or qemu:EVM with an EVM's name"
+        raise BadInput(f"{role[:40]!r} is no role", field="role", hint=hint)
     if role != place.role:
         has = f"the {place.role}" if place.role else "no daemon"
         raise NotFound(f"there is no {role} on {place.name}", field="role", hint=f"{place.name} has {has}")

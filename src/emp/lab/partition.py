@@ -68,6 +68,11 @@ def heal(files: LabFiles, one: str | None = None, other: str | None = None) -> N
         _install(topology, left)
 
 
+def renew(topology: Topology) -> None:
+    """Put the cuts in force on a cable that is new."""
+    _install(topology, _installed(topology))
+
+
 def cuts(topology: Topology) -> list[Cut]:
     """Return what is cut now, read from the kernel."""
     names = {place.address: place.name for place in topology.places}

@@ -19,7 +19,7 @@ from emp.lab import init, scan
 from emp.lab.kernel import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, unmount, unshare
 from emp.lab.preflight import QEMU
 from emp.lab.state import LabFiles
-from emp.lab.topology import FABRIC, Place, Topology, place_commands
+from emp.lab.topology import FABRIC, Place, Topology, place_commands, plug_command
 from emp.model.errors import Conflict, HostError
 
 NAMESPACES = Path("/run/netns")
@@ -39,19 +39,41 @@ def check_free(topology: Topology) -> None:
 def wire(topology: Topology) -> None:
     """Make the network namespaces, cables, switch and addresses. Raises ``HostError``."""
     NAMESPACES.mkdir(parents=True, exist_ok=True)
-    problems: list[OSError] = []
-    # Network namespaces belong to threads: this one leaves ours for each new one, and ends in the last.
-    maker = threading.Thread(target=_make_namespaces, args=(topology.namespaces, problems))
-    maker.start()
-    maker.join()
-    if problems:
-        raise HostError(f"cannot make a network namespace: {problems[0]}")
+    _make_namespaces(topology.namespaces)
     _ip(topology.namespace(FABRIC), topology.fabric_commands())
     for place in topology.places:
         _ip(topology.namespace(place.name), place_commands(place))
 
 
-def _make_namespaces(names: Iterable[str], problems: list[OSError]) -> None:
+def rewire(topology: Topology, place: Place) -> None:
+    """Give a place a network as new, not plugged in: addresses, filters and queues of the old one are gone."""
+    name = topology.namespace(place.name)
+    _remove_namespace(name)
+    _make_namespaces([name])
+    fabric = topology.namespace(FABRIC)
+    links = json.loads(run_sync("ip", "-n", fabric, "-json", "link", "show"))
+    if any(link["ifname"] == place.name for link in links):  # the kernel clears the old namespace at its leisure
+        _ip(fabric, [f"link delete {place.name}"])
+    _ip(fabric, topology.cable_commands(place))
+    _ip(name, place_commands(place))
+
+
+def plug(topology: Topology, place: Place, *, plugged: bool = True) -> None:
+    """Connect a place to the switch, or take its cable out. Raises ``HostError``."""
+    _ip(topology.namespace(FABRIC), [plug_command(place, "up" if plugged else "down")])
+
+
+def _make_namespaces(names: Iterable[str]) -> None:
+    problems: list[OSError] = []
+    # Network namespaces belong to threads: this one leaves ours for each new one, and ends in the last.
+    maker = threading.Thread(target=_visit_new_namespaces, args=(names, problems))
+    maker.start()
+    maker.join()
+    if problems:
+        raise HostError(f"cannot make a network namespace: {problems[0]}")
+
+
+def _visit_new_namespaces(names: Iterable[str], problems: list[OSError]) -> None:
     try:
         for name in names:
             (NAMESPACES / name).touch(mode=0o444, exist_ok=False)
@@ -66,17 +88,21 @@ def _ip(namespace: str, commands: Iterable[str]) -> None:
 
 
 def unwire(topology: Topology) -> None:
-    """Remove the network namespaces, however much of them was made. Their interfaces go with them."""
+    """Remove the network namespaces, however much of them was made. Their interfaces go with them.
+
+    The directory stays, as after ``ip netns delete``: to remove it would detach what is mounted on it in other mount
+    namespaces of this machine (rmdir(2) does that), and their network namespaces would be nowhere to be found.
+    """
     for name in topology.namespaces:
-        path = NAMESPACES / name
-        if path.exists():
-            with contextlib.suppress(OSError):  # a plain file: we were killed before it was mounted
-                unmount(str(path), MNT_DETACH)
-            path.unlink()
-    try:
-        NAMESPACES.rmdir()
-    except OSError:
-        return  # it was there before us, or others use it
+        _remove_namespace(name)
+
+
+def _remove_namespace(name: str) -> None:
+    path = NAMESPACES / name
+    if path.exists():
+        with contextlib.suppress(OSError):  # a plain file: we were killed before it was mounted
+            unmount(str(path), MNT_DETACH)
+        path.unlink()
 
 
 def furnish(files: LabFiles, places: Iterable[Place], *, hide: Sequence[str], lock: int) -> None:
@@ -84,7 +110,6 @@ def furnish(files: LabFiles, places: Iterable[Place], *, hide: Sequence[str], lo
 
     The new processes inherit ``lock`` while they are in the making, so that a ``down`` after our death waits for them.
     """
-    starting = []
     state = files.load()
     readable = readable_directories(state.qemu)
     for place in places:
@@ -97,19 +122,24 @@ def furnish(files: LabFiles, places: Iterable[Place], *, hide: Sequence[str], lo
             "hide": [str(files.base), *hide],
         }
         files.spec(place.name).write_text(json.dumps(spec))
-        argv = [sys.executable, "-S", "-m", init.MODULE, str(files.spec(place.name))]
-        starting.append(
-            subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | {"PYTHONPATH": str(source_directory())},
-                pass_fds=(lock,),
-                start_new_session=True,
-            )
+    boot(files, places, lock=lock)
+
+
+def boot(files: LabFiles, places: Iterable[Place], *, lock: int) -> None:
+    """``furnish`` with what was written down when the places were made first."""
+    starting = [
+        subprocess.Popen(
+            [sys.executable, "-S", "-m", init.MODULE, str(files.spec(place.name))],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(source_directory())},
+            pass_fds=(lock,),
+            start_new_session=True,
         )
+        for place in places
+    ]
     problems = [said for child in starting if (said := child.communicate()[1]) or child.returncode]
     if problems:
         raise HostError("cannot make the places: " + (problems[0].strip() or "process 1 ended at once"))
@@ -154,9 +184,14 @@ def _may_be_init(path: str) -> bool:
 
 
 def init_of(files: LabFiles, place: str) -> Process:
-    """Return process 1 of a place of this lab; ``NotFound`` if there is no such place, ``HostError`` if it is dead."""
-    files.load().topology.place(place)
+    """Return process 1 of a place of this lab; ``NotFound`` if there is no such place, ``HostError`` if it is dead,
+    ``Conflict`` if it is switched off."""
+    state = files.load()
+    state.topology.place(place)
     process = inits(files).get(place)
+    if process is None and place in state.off:
+        hint = f"emp lab power --name {files.name} {place} on"
+        raise Conflict(f"{place} of the lab {files.name} is switched off", field="where", hint=hint)
     if process is None:
         raise HostError(
             f"the place {place} of the lab {files.name} is dead",

@@ -9,7 +9,7 @@ from emp.client.context import Context
 from emp.lab import daemons, scan
 from emp.lab.places import init_of
 from emp.lab.state import LabFiles, LabState
-from emp.lab.topology import VOL, VOLUMES_PORT
+from emp.lab.topology import BMC, POWER_PORT, VOL, VOLUMES_PORT
 from emp.model.errors import EmpError, HostError
 
 READY_S = 30.0
@@ -19,15 +19,15 @@ TAIL_LINES = 15
 
 
 def wait_ready(files: LabFiles, state: LabState, context: Context, *, timeout_s: float = READY_S) -> None:
-    """Return once the controller is healthy, every agent has reported and the volume server listens.
+    """Return once the controller is healthy, every node that is on has reported, and the other daemons listen.
 
     Raises ``HostError`` if that does not come.
     """
-    wanted = {place.name for place in state.topology.node_places}
+    wanted = {place.name for place in state.topology.node_places} - set(files.load().off)
     deadline = time.monotonic() + timeout_s
     look_at = time.monotonic() + LOOK_S
     with Client(context) as client:
-        while not (wanted <= _reported(client) and scan.listens(init_of(files, VOL.name).pid, VOLUMES_PORT)):
+        while not (wanted <= _reported(client) and _listen(files)):
             now = time.monotonic()
             if now > look_at:
                 _check_alive(files, state)
@@ -35,6 +35,11 @@ def wait_ready(files: LabFiles, state: LabState, context: Context, *, timeout_s:
             if now > deadline:
                 raise HostError(f"the pool {state.name} is not ready after {timeout_s:.0f} s", hint=_all_tails(files))
             time.sleep(POLL_S)
+
+
+def _listen(files: LabFiles) -> bool:
+    ports = {VOL.name: VOLUMES_PORT, BMC.name: POWER_PORT}
+    return all(scan.listens(init_of(files, place).pid, port) for place, port in ports.items())
 
 
 def _reported(client: Client) -> set[str]:
@@ -47,8 +52,9 @@ def _reported(client: Client) -> set[str]:
 
 
 def _check_alive(files: LabFiles, state: LabState) -> None:
+    off = files.load().off
     for place in state.topology.places:
-        if place.role is not None and not daemons.started(files, place):
+        if place.role is not None and place.name not in off and not daemons.started(files, place):
             tail = log_tail(files, place.name, place.role)
             raise HostError(f"the {place.role} on {place.name} ended as it started:\n{tail}")
 

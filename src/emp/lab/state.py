@@ -57,6 +57,8 @@ class LabState:
     """seconds since the Unix epoch, for people only"""
     faults: bool = False
     """the daemons have their fault points on"""
+    off: tuple[str, ...] = ()
+    """nodes that somebody has switched off: their absence is no defect"""
     complete: bool = False
     """false until ``up`` has seen the pool ready: without that word it was killed"""
 
@@ -102,7 +104,8 @@ class LabFiles:
         try:
             stored = json.loads(self.state_file.read_text())
             # A lab that another version made must still be cleared.
-            return LabState(**{"made": [], **{key: value for key, value in stored.items() if key in _FIELDS}})
+            known = {key: value for key, value in stored.items() if key in _FIELDS}
+            return LabState(**{"made": [], **known, "off": tuple(known.get("off", ()))})
         except (FileNotFoundError, NotADirectoryError):
             there = ", ".join(lab_names()) or "none"
             raise NotFound(

@@ -1,8 +1,8 @@
 """Which places a lab has, how they are wired and what they are called: pure, so that everybody derives the same.
 
-A *place* is a machine of the lab: a bare-metal node, the controller's host, the volume server's host, a client. All of
-them hang on one switch, the bridge ``fabric`` in a network namespace of its own. The names inside are the same in every
-lab; only the names of the network namespaces carry the lab's name.
+A *place* is a machine of the lab: a bare-metal node, the controller's host, the volume server's host, a client, the
+nodes' power switch. All of them hang on one switch, the bridge ``fabric`` in a network namespace of its own. The names
+inside are the same in every lab; only the names of the network namespaces carry the lab's name.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ CONTROLLER_PORT = 7440
 AGENT_PORT = 7443
 LINK_PORT = 7444
 VOLUMES_PORT = 7450
+POWER_PORT = 7460
 NBD_PORTS = (10900, 12000)
 
 BRIDGE = "br0"
@@ -38,6 +39,8 @@ class Role(StrEnum):
     AGENT = "agent"
     CONTROLLER = "controller"
     VOLUMES = "volumes"
+    POWER = "power"
+    """runs outside of its place, because it makes and ends places; it has the place's network alone"""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Place:
 CTL = Place("ctl", 2, Role.CONTROLLER)
 VOL = Place("vol", 3, Role.VOLUMES)
 CLIENT = Place("client", 4, None)
+BMC = Place("bmc", 5, Role.POWER)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Topology:
 
     @property
     def places(self) -> tuple[Place, ...]:
-        return (CTL, VOL, CLIENT, *self.node_places)
+        return (CTL, VOL, CLIENT, BMC, *self.node_places)
 
     def place(self, name: str) -> Place:
         """Return the place of that name; ``NotFound`` says which there are."""
@@ -107,13 +111,21 @@ class Topology:
         """Yield ``ip -batch`` lines that make the cables and the switch, run inside the fabric's namespace."""
         yield f"link add {FABRIC} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
         for place in self.places:
-            # Both ends are made where they belong, so no name can clash with an interface of the machine itself.
-            yield (
-                f"link add {place.name} type veth peer name {UPLINK} address {place.mac} "
-                f"netns {self.namespace(place.name)}"
-            )
-            yield f"link set {place.name} master {FABRIC} up"
+            yield from self.cable_commands(place)
+            yield plug_command(place, "up")
         yield f"link set {FABRIC} up"
+
+    def cable_commands(self, place: Place) -> Iterator[str]:
+        """Yield those that make one place's cable; its port on the switch is still down."""
+        # Both ends are made where they belong, so no name can clash with an interface of the machine itself.
+        theirs = f"name {UPLINK} address {place.mac} netns {self.namespace(place.name)}"
+        yield f"link add {place.name} type veth peer {theirs}"
+        yield f"link set {place.name} master {FABRIC}"
+
+
+def plug_command(place: Place, state: str) -> str:
+    """Return the ``ip -batch`` line that sets a place's port on the switch ``up`` or ``down``."""
+    return f"link set {place.name} {state}"
 
 
 def place_commands(place: Place) -> Iterator[str]:

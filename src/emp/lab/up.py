@@ -124,6 +124,8 @@ def broken_parts(files: LabFiles, state: LabState) -> list[str]:
     alive = places.inits(files)
     missing = [] if state.complete else ["the command that made it"]
     for place in state.topology.places:
+        if place.name in state.off:
+            continue
         if place.name not in alive:
             missing.append(place.name)
         elif place.role is not None and not daemons.started(files, place):

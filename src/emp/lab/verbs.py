@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from emp.host.processes import Process
 from emp.lab import daemons, places, scan
-from emp.lab.state import LabFiles
+from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import Place
 from emp.model.errors import BadInput, Conflict, NotFound
 
@@ -84,7 +84,7 @@ class PlaceStatus:
     role: str
     """the daemon it is there for, or ``-``"""
     state: str
-    """running, frozen, dead; ``place dead`` when its process 1 is gone"""
+    """running, frozen, dead; ``off`` when it is switched off, ``place dead`` when its process 1 is gone otherwise"""
     pid: int | None
     evms: tuple[str, ...]
     """names of the EVMs that have a QEMU here"""
@@ -92,14 +92,15 @@ class PlaceStatus:
 
 def status(files: LabFiles) -> list[PlaceStatus]:
     """Return what runs in each place; ``NotFound`` without the lab."""
-    alive = places.inits(files)
-    return [_place_status(files, place, place.name in alive) for place in files.load().topology.places]
+    alive, state = places.inits(files), files.load()
+    return [_place_status(files, state, place, place.name in alive) for place in state.topology.places]
 
 
-def _place_status(files: LabFiles, place: Place, alive: bool) -> PlaceStatus:
+def _place_status(files: LabFiles, lab: LabState, place: Place, alive: bool) -> PlaceStatus:
     role = str(place.role or "-")
     if not alive:
-        return PlaceStatus(place.name, place.address, role, "place dead", None, ())
+        state = "off" if place.name in lab.off else "place dead"
+        return PlaceStatus(place.name, place.address, role, state, None, ())
     here = daemons.daemons(files, place)
     evms = sorted({name for found in here if (name := daemons.evm_of(found.argv))})
     if place.role is None:

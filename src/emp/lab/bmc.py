@@ -1,0 +1,100 @@
+"""The nodes' power switch as a service, as BMCs have it: ``python -m emp.lab.bmc --config FILE``.
+
+=============================  ===================  ==========================================================
+``GET /v1/power/{node}``                            -> ``{"state": "on"}``; what runs there now decides
+``PUT /v1/power/{node}``       ``{"state": "off"}``  -> the same once it is so; idempotent
+=============================  ===================  ==========================================================
+
+Mutual TLS with the pool's certificates: it is ``power-main``, and obeys the controller alone. It listens in the network
+of the place ``bmc`` and lives in the machine's other namespaces, from where it can end places and make them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from fastapi import APIRouter, Depends, FastAPI
+
+from emp.lab import power
+from emp.lab.power import Power
+from emp.lab.state import LabFiles
+from emp.model.base import Model
+from emp.model.errors import EmpError
+from emp.model.names import Ip, Name
+from emp.wire.faults import install_error_handlers
+from emp.wire.guard import require_role
+from emp.wire.identity import Role
+from emp.wire.serve import Listener, Server
+from emp.wire.sockets import listen
+from emp.wire.tls import mutual_server
+
+log = logging.getLogger("emp.lab.bmc")
+
+
+class Config(Model):
+    pool: Name
+    """also the lab's name"""
+    address: Ip
+    port: int
+    credentials: Path
+
+
+class PowerState(Model):
+    state: Power
+
+
+def make_app(files: LabFiles) -> FastAPI:
+    """Return the app that switches the nodes of one lab."""
+    app = FastAPI(title="EMP lab power switch")
+    install_error_handlers(app)
+    router = APIRouter(prefix="/v1/power", dependencies=[Depends(require_role(Role.CONTROLLER))])
+
+    @router.get("/{node}")
+    def show(node: str) -> PowerState:
+        return PowerState(state=power.state_of(files, node))
+
+    @router.put("/{node}")
+    def switch(node: str, wanted: PowerState) -> PowerState:
+        log.info("%s is switched %s", node, wanted.state)
+        power.switch(files, node, wanted.state)
+        return PowerState(state=power.state_of(files, node))
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    app.include_router(router)
+    return app
+
+
+async def serve(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    over = asyncio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, over.set)
+    app = make_app(LabFiles(config.pool))
+    with listen(config.address, config.port, field="port") as socket:
+        async with Server(app, [Listener(socket, mutual_server(config.credentials))], pool=config.pool):
+            log.info("switches the nodes of %s at %s port %d", config.pool, config.address, config.port)
+            await over.wait()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m emp.lab.bmc", description="A lab's power switch.")
+    parser.add_argument("--config", required=True, type=Path, help="JSON file, written by emp lab up")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(serve(Config.model_validate_json(parser.parse_args(argv).config.read_bytes())))
+    except EmpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
