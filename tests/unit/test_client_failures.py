@@ -12,7 +12,7 @@ import pytest
 
 from emp.client import Client
 from emp.client.context import Context, load_context
-from emp.client.transport import Transport
+from emp.client.transport import ControllerTransport
 from emp.model.errors import BadInput, EmpError, Internal, OutcomeUnknown, Unavailable, Unreachable
 from emp.wire.secret import Secret
 from emp.wire.sockets import listen
@@ -37,7 +37,7 @@ def client(pool: Controller) -> Iterator[Client]:
 
 
 @contextlib.contextmanager
-def misbehaving(pool: Controller, behaviour: Behaviour) -> Iterator[Transport]:
+def misbehaving(pool: Controller, behaviour: Behaviour) -> Iterator[ControllerTransport]:
     """Yield a transport to a server that reads a request's head, behaves, and hangs up."""
     pool.stop()
     context = load_context(POOL)
@@ -53,7 +53,7 @@ def misbehaving(pool: Controller, behaviour: Behaviour) -> Iterator[Transport]:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        transport = Transport(context)
+        transport = ControllerTransport(context)
         try:
             yield transport
         finally:

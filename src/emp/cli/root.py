@@ -30,7 +30,7 @@ NOUNS = {
     "node": _Entry("emp.cli.node", "List, show, cordon and uncordon bare-metal nodes."),
     "volume": _Entry("emp.cli.volume", "Make, list, show and delete volumes."),
     "lab": _Entry("emp.lab.cli", "A whole pool on this machine, in network namespaces."),
-    "agent": _Entry("emp.cli.daemon", "Run the daemon of a bare-metal node."),
+    "agent": _Entry("emp.cli.agent", "Run the daemon of a bare-metal node, or ask it on the node."),
     "controller": _Entry("emp.cli.daemon", "Run the daemon of a pool."),
 }
 

@@ -11,7 +11,7 @@ from emp.client.evms import Evms
 from emp.client.migrations import Migrations
 from emp.client.nodes import Nodes
 from emp.client.nouns import Noun, read_event
-from emp.client.transport import Transport
+from emp.client.transport import ControllerTransport
 from emp.client.volumes import Volumes
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Client:
     """
 
     def __init__(self, context: Context) -> None:
-        self._transport = Transport(context)
+        self._transport = ControllerTransport(context)
         self.context = context
         self.nodes = Nodes(self._transport)
         self.evms = Evms(self._transport)

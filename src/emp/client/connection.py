@@ -1,4 +1,4 @@
-"""One connection to the controller: who must be at the other end, and the words for why it failed."""
+"""One connection to a daemon: who must be at the other end, and the words for why it failed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import http.client
 import os
 import socket
 import ssl
+from pathlib import Path
 
 from emp.model.errors import BadInput
 
@@ -13,9 +14,13 @@ CONNECT_S = 3.0
 
 
 class Connection(http.client.HTTPConnection):
-    """Whatever the address is, the other end must show the certificate of ``server_name``."""
+    """To whom it goes is for the kinds below."""
 
     sock: socket.socket
+
+
+class SecureConnection(Connection):
+    """Whatever the address is, the other end must show the certificate of ``server_name``."""
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext, server_name: str) -> None:
         super().__init__(host, port, timeout=CONNECT_S)
@@ -25,6 +30,24 @@ class Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         super().connect()
         self.sock = self._tls.wrap_socket(self.sock, server_hostname=self._server_name)
+
+
+class LocalConnection(Connection):
+    """To a unix socket, whose file's mode says who may."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=CONNECT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.settimeout(self.timeout)
+            made.connect(str(self._path))
+        except BaseException:
+            made.close()
+            raise
+        self.sock = made
 
 
 def trusting(ca_pem: str) -> ssl.SSLContext:

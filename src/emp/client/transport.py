@@ -1,7 +1,7 @@
-"""HTTPS to the controller by the standard library alone: it is imported at every start of ``emp``, and is in its time.
+"""HTTP to a daemon by the standard library alone: it is imported at every start of ``emp``, and is in its time.
 
 What a failure means is the same as in ``emp.wire.exchange``: ``Unreachable`` (never sent), ``OutcomeUnknown`` (an order
-sent, not answered), ``Unavailable`` (a question not answered), or the typed error in the controller's own answer.
+sent, not answered), ``Unavailable`` (a question not answered), or the typed error in the daemon's own answer.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import http.client
 import json
 import select
 import ssl
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlencode, urlsplit
 
-from emp.client.connection import Connection, reason_of, trusting
+from emp.client.connection import Connection, LocalConnection, SecureConnection, reason_of, trusting
 from emp.model.errors import (
     BadInput,
     EmpError,
@@ -35,22 +37,21 @@ FAILURES = (OSError, http.client.HTTPException)
 Query = Mapping[str, str | int | float | None]
 
 
-class Transport:
-    """Connections to one controller. A request finds the last connection open, if nobody else uses it."""
+class Transport(ABC):
+    """Connections to one daemon. A request finds the last connection open, if nobody else uses it."""
 
-    def __init__(self, context: Context) -> None:
-        url = urlsplit(context.url)
-        if url.scheme != "https" or not url.hostname:
-            raise BadInput(f"{context.url[:80]!r} is not a https URL", field="url", hint="like https://10.0.0.5:7440")
-        self.context = context
-        self._address = (url.hostname, url.port or 443)
-        self._tls = trusting(context.ca_pem)
-        self._headers = {"Authorization": f"Bearer {context.token.reveal()}"}
+    shown: str
+    """the daemon in words"""
+    hint: str
+    """what to do where it cannot be reached"""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = dict(headers)
         self._idle: list[Connection] = []
 
-    @property
-    def shown(self) -> str:
-        return f"the controller of {self.context.name!r} at {self.context.url}"
+    @abstractmethod
+    def new_connection(self) -> Connection:
+        """Return a connection that is not open yet."""
 
     def send(
         self,
@@ -80,7 +81,7 @@ class Transport:
             if not select.select([connection.sock], [], [], 0)[0]:
                 return connection
             connection.close()  # by the other end, or it would be silent
-        connection = Connection(*self._address, self._tls, self.context.server_name)
+        connection = self.new_connection()
         with call:
             connection.connect()
         return connection
@@ -92,6 +93,39 @@ class Transport:
     def close(self) -> None:
         while self._idle:
             self._idle.pop().close()
+
+
+class ControllerTransport(Transport):
+    """HTTPS to a pool's controller, with the token of its context."""
+
+    hint = "is it running (a lab: emp lab status)? Another pool: --context NAME"
+
+    def __init__(self, context: Context) -> None:
+        url = urlsplit(context.url)
+        if url.scheme != "https" or not url.hostname:
+            raise BadInput(f"{context.url[:80]!r} is not a https URL", field="url", hint="like https://10.0.0.5:7440")
+        super().__init__({"Authorization": f"Bearer {context.token.reveal()}"})
+        self.context = context
+        self.shown = f"the controller of {context.name!r} at {context.url}"
+        self._address = (url.hostname, url.port or 443)
+        self._tls = trusting(context.ca_pem)
+
+    def new_connection(self) -> Connection:
+        return SecureConnection(*self._address, self._tls, self.context.server_name)
+
+
+class LocalTransport(Transport):
+    """A node's agent at its local socket."""
+
+    hint = "is the agent running on this node, and are you root? Another socket: --socket PATH"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__({})
+        self.shown = f"the agent at {path}"
+        self._path = path
+
+    def new_connection(self) -> Connection:
+        return LocalConnection(self._path)
 
 
 class Call:
@@ -179,7 +213,7 @@ class Call:
             if isinstance(error, ssl.SSLCertVerificationError):
                 hint = "another daemon answers there, or one of another pool"
             else:
-                hint = "is it running (a lab: emp lab status)? Another pool: --context NAME"
+                hint = self._transport.hint
             reason = "no connection in time" if isinstance(error, TimeoutError) else reason_of(error)
             return Unreachable(f"{who} cannot be reached: {reason}", hint=hint)
         reason = f"no answer within {self._timeout_s:g} s" if isinstance(error, TimeoutError) else reason_of(error)

@@ -31,6 +31,7 @@ from emp.model.base import Model
 from emp.model.evm import EvmSpec
 from emp.model.migration import Policy, Progress, Stage, WatchLine
 from emp.model.names import Ip, Name
+from emp.model.node import NodeReport
 from emp.model.volume import Attachment, Volume
 
 PROTOCOL_VERSION = 1
@@ -202,3 +203,11 @@ class RoleStatus(Model):
     """source: committed, and the target does not answer GO; target: loaded, and the source does not answer"""
     watch: tuple[WatchLine, ...] = ()
     """source: what is monitored while the migration runs"""
+
+
+class LocalStatus(Model):
+    """What the agent tells root on its node, at its local socket: ``GET /v1/status``."""
+
+    node: NodeReport
+    roles: tuple[RoleStatus, ...]
+    """its part in migrations, those that have ended lately too"""
