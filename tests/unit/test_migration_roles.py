@@ -74,6 +74,16 @@ def test_source_gives_the_evm_away() -> None:
     assert state.phase is SourcePhase.DONE
 
 
+def test_a_stale_machine_that_ends_by_itself_does_not_end_the_role_without_its_record() -> None:
+    activated = (*GIVEN, e.TargetAnswered(Word.ACTIVATED, "p1"))
+    state, done = play_source(new_source(), *activated, e.WriteFailed(K.DONE, "EIO"), e.MachineGone())
+    assert state.phase is SourcePhase.CLEARING
+    state, done = play_source(state, TimerFired(Timer.REPEAT), Written(K.DONE))
+    assert done == ["write done(2)", "KillMachine"]
+    state, _ = play_source(state, e.MachineGone())
+    assert state.phase is SourcePhase.DONE
+
+
 @pytest.mark.parametrize("order", [BOTH, BOTH[::-1]])
 def test_commit_waits_for_both_ends_in_either_order(order: tuple[Event, ...]) -> None:
     state, done = play_source(new_source(), *SWITCHOVER, order[0])

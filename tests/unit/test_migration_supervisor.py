@@ -117,6 +117,21 @@ def test_a_node_that_is_silent_closes_nothing_before_the_owner_is_known(role: Ro
     assert not any(isinstance(a, Close | Detach | RecordOwner) for a in done)
 
 
+def test_an_order_that_may_still_arrive_keeps_the_migration_open_until_the_target_has_withdrawn() -> None:
+    """Rule R11: the source does not know of it yet, the target is silent: neither's word has come."""
+    resumed = (Resumed(prepared=True), Says(S, None))
+    state, done = play(*resumed, NodeLost(T))
+    assert state.phase is Phase.SETTLING
+    assert not any(isinstance(a, Detach) for a in done)
+    _state, done = play(Says(T, RolePhase.WITHDRAWN), Detached(), state=state)
+    assert done[-1] == Close(Outcome.ABORTED, "the source never got the order")
+
+
+def test_a_silent_target_does_not_hold_up_a_source_that_is_back() -> None:
+    _state, done = play(*HANDED, Says(S, RolePhase.ABORTED, "link"), NodeLost(T), Detached())
+    assert done[-1] == Close(Outcome.ABORTED, "link")
+
+
 def test_a_source_lost_after_the_target_runs_does_not_hold_the_end_up() -> None:
     _state, done = play(*HANDED, Says(T, RolePhase.RUNNING), NodeLost(S), Detached())
     assert done[-1] == Close(Outcome.COMPLETED, None)

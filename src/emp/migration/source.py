@@ -13,6 +13,7 @@ _STAGES = {
     SourcePhase.GIVING: blackout.source_giving,
     SourcePhase.GIVEN: blackout.source_given,
     SourcePhase.CLEARING: target_brownout.source_clearing,
+    SourcePhase.DISMANTLING: target_brownout.source_dismantling,
     SourcePhase.ASKING: way_back.source_asking,
     SourcePhase.OVERRULED: way_back.source_overruled,
     SourcePhase.CANCELLING: way_back.source_cancelling,

@@ -21,7 +21,9 @@ class SourcePhase(StrEnum):
     GIVEN = "given"
     """committed; GO is repeated until the target answers"""
     CLEARING = "clearing"
-    """the target runs: DONE is written, then the machine goes"""
+    """the target runs: DONE is being written"""
+    DISMANTLING = "dismantling"
+    """DONE is on disk: the machine goes"""
     ASKING = "asking"
     """the agent came back to a stream that is complete, before the commit: it asks the target, if that answers"""
     OVERRULED = "overruled"
@@ -49,6 +51,7 @@ _SOURCE_SHOWN = {
     SourcePhase.GIVING: (RolePhase.SWITCHOVER, Stage.BLACKOUT),
     SourcePhase.GIVEN: (RolePhase.GIVEN, Stage.BLACKOUT),
     SourcePhase.CLEARING: (RolePhase.GIVEN, Stage.TARGET_BROWNOUT),
+    SourcePhase.DISMANTLING: (RolePhase.GIVEN, Stage.TARGET_BROWNOUT),
     SourcePhase.ASKING: (RolePhase.ABORTING, Stage.BLACKOUT),
     SourcePhase.OVERRULED: (RolePhase.GIVEN, Stage.BLACKOUT),
     SourcePhase.CANCELLING: (RolePhase.ABORTING, Stage.SOURCE_BROWNOUT),
@@ -63,7 +66,14 @@ _SOURCE_SHOWN = {
 
 
 _SOURCE_COMMITTED = frozenset(
-    {SourcePhase.GIVING, SourcePhase.GIVEN, SourcePhase.CLEARING, SourcePhase.DONE, SourcePhase.OVERRULED}
+    {
+        SourcePhase.GIVING,
+        SourcePhase.GIVEN,
+        SourcePhase.CLEARING,
+        SourcePhase.DISMANTLING,
+        SourcePhase.DONE,
+        SourcePhase.OVERRULED,
+    }
 )
 
 

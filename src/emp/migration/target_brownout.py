@@ -33,11 +33,16 @@ def source_clearing(state: Source, event: Event) -> tuple[Source, tuple[Action, 
     """The target runs: write it down, then take the stale copy away."""
     match event:
         case Written(RecordKind.DONE):
-            return state, (KillMachine(),)
+            return replace(state, phase=SourcePhase.DISMANTLING), (KillMachine(),)
         case WriteFailed(RecordKind.DONE):
             return state, (SetTimer(Timer.REPEAT),)
         case TimerFired(Timer.REPEAT):
             return state, (WriteRecord(state.record(RecordKind.DONE)),)
+    return state, ()  # a machine that ends by itself is no reason to do without the record
+
+
+def source_dismantling(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
+    match event:
         case MachineGone():
             return replace(state, phase=SourcePhase.DONE, machine_gone=True), ()
     return state, ()
