@@ -76,6 +76,7 @@ _WAY_BACK: dict[str, str] = {
 }
 _LINK: dict[str, str] = {
     "link.loaded": "DH", "link.go": "M", "link.answer": "MT", "link.failed": "BPDH", "link.aborted": "BPDH",
+    "link.health": "B",
 }  # fmt: skip
 _RECORDS: dict[str, tuple[str, str]] = {
     "journal.own": ("BPDHM", "BPDHM"),

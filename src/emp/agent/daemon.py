@@ -52,7 +52,8 @@ async def run(config: AgentConfig) -> None:
     claims, gate = Claims(wiring.claims(config)), Gate()
     gate.distrust = untrusted
     dial = _dial(config, journal)
-    migrations = Migrations(journal, residents, dial, claims, gate, stream_host=config.address)
+    probe = wiring.probe(config)
+    migrations = Migrations(journal, residents, dial, claims, gate, stream_host=config.address, probe=probe)
     try:
         await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate), stop)
     finally:

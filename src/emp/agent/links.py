@@ -13,6 +13,7 @@ ask        both              nonce: where do you stand?
 answer     target -> source  word (``emp.migration.events.Word``), nonce
 failed     target -> source  reason
 aborted    source -> target
+health     both              a question, then back with ``emp.agent.health``'s answer
 =========  ================  ==========================================================
 
 A question about a migration that no role is busy with is answered from the journal. ``journal`` and ``seq`` (in every
@@ -125,8 +126,10 @@ def answer_from_journal(journal: Journal, migration: str, message: Message, *, p
 class PeerLink:
     """A role's hold on its peer: sends over the newest link, feeds what comes over any, tells when the last is lost."""
 
-    def __init__(self, feed: Callable[[Event], None], journal: Journal) -> None:
+    def __init__(self, feed: Callable[[Event], None], journal: Journal, told: Callable[[Message], None]) -> None:
+        """``told`` gets what is not the core's business."""
         self._feed = feed
+        self._told = told
         self._journal = journal
         self._links: list[Link] = []
         self._seen: Standing | None = None
@@ -160,10 +163,12 @@ class PeerLink:
         async for message in link:
             if message.get("type") == "clock" and "t2_s" not in message:
                 await link.send({**message, "t2_s": time.time(), "t3_s": time.time()})
-            elif event := event_of(message):
+                continue
+            event = event_of(message)
+            if event is not None:
                 self._note(message.get("seq"))
-                for _ in range(await _times(message, "receive")):
-                    self._feed(event)
+            for _ in range(await _times(message, "receive")):
+                self._told(message) if event is None else self._feed(event)
         if link in self._links:
             self._links.remove(link)
             if not self._links:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from emp.agent.assembly import Assembly
 from emp.agent.claims import Claims
 from emp.agent.gate import Gate
+from emp.agent.health import MakeProbe
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import answer_from_journal, hello, standing_in
 from emp.agent.residents import Residents
@@ -56,14 +57,24 @@ Dial = Callable[[Peer, str], Awaitable[tuple[Link, Standing]]]
 
 class Migrations:
     def __init__(
-        self, journal: Journal, residents: Residents, dial: Dial, claims: Claims, gate: Gate, *, stream_host: str
+        self,
+        journal: Journal,
+        residents: Residents,
+        dial: Dial,
+        claims: Claims,
+        gate: Gate,
+        *,
+        stream_host: str,
+        probe: MakeProbe | None = None,
     ) -> None:
+        """``probe`` says how a target reads its volumes while memory comes in; None: it does not."""
         self._journal = journal
         self._residents = residents
         self._dial = dial
         self._claims = claims
         self._gate = gate
         self._stream_host = stream_host
+        self._probe = probe
         self._called_off: dict[str, None] = {}
         """migrations that were to be aborted here before their first order came: that comes too late now"""
         self._roles: dict[str, SourceRole | TargetRole] = {}
@@ -329,6 +340,7 @@ class Migrations:
             on_end=self._target_ended,
             assembly=assembly,
             multifd_channels=multifd_channels,
+            probe=self._probe,
         )
 
     async def _dial_peer(self, peer: Peer | None, migration: str) -> tuple[Link, Standing]:

@@ -30,7 +30,7 @@ from emp.migration.events import (
 )
 from emp.migration.states import Source, Target
 from emp.model.errors import EmpError
-from emp.model.migration import Progress, Stage
+from emp.model.migration import Progress, Stage, WatchLine
 from emp.model.orders import Role as RoleName
 from emp.model.orders import RoleFigures, RolePhase, RoleStatus
 
@@ -63,6 +63,7 @@ class Role(Generic[State]):
         self.state = state
         self.figures = RoleFigures()
         self.progress = Progress()
+        self.watched: tuple[WatchLine, ...] = ()
         self.changed = Signal()
         self._step = step
         self._journal = journal
@@ -188,6 +189,7 @@ class Role(Generic[State]):
             figures=self.figures,
             nonce=self.state.nonce,
             wants_courier=self.state.wants_courier,
+            watch=self.watched,
         )
 
     def measured(self, **figures: float | int | None) -> None:

@@ -15,6 +15,7 @@ from emp.agent.assembly import Assembly
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink, measure_clock
 from emp.agent.role import Role
+from emp.agent.watchdog import Watchdog
 from emp.hypervisor.base import (
     Machine,
     MachineEvent,
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.2
 _RESUME_S = 10.0
+_PATIENCE_S = 2.0
+"""by which the watchdog is ahead of the core's own timer: it has the figures"""
 _REDIAL_S = 0.5
 _ENDED = (RunState.SHUTDOWN, RunState.GUEST_PANICKED)
 
@@ -64,10 +67,10 @@ class SourceRole(Role[Source]):
     ) -> None:
         policy = order.policy if order else Policy()
         deadlines_s = {
-            Timer.DEADLINE: policy.deadline_s,
+            Timer.DEADLINE: policy.deadline_s + _PATIENCE_S,
             Timer.BLACKOUT: policy.blackout_deadline_s,
         }
-        super().__init__(state, step, journal, deadlines_s)
+        super().__init__(state, self._watched_step, journal, deadlines_s)
         self.order = order
         self.assembly = assembly
         self._dial = dial
@@ -75,7 +78,8 @@ class SourceRole(Role[Source]):
         self._claim = claim
         self._distrust = distrust
         self._on_end = on_end
-        self._peer = PeerLink(self.feed, journal)
+        self._watchdog = Watchdog(policy, self._ask_target)
+        self._peer = PeerLink(self.feed, journal, self._watchdog.told)
         self._max_blackout_ms = policy.max_blackout_ms
         self._limit_ms = policy.max_blackout_ms
 
@@ -94,6 +98,7 @@ class SourceRole(Role[Source]):
         except BaseException:
             link.abort()
             raise
+        link.dead_after_s = self._watchdog.policy.target_silence_s
         self.measured(clock_offset_ms=offset_ms, clock_error_ms=error_ms)
         self._peer.attach(link, standing)
         self.spawn(self._peer.pump(link))
@@ -166,6 +171,8 @@ class SourceRole(Role[Source]):
                 self.feed(events.AbortAsked("the guest has shut itself down"))
             case MachineEventKind.GUEST_PANICKED:
                 self.feed(events.AbortAsked("the guest has panicked"))
+            case MachineEventKind.IO_ERROR if self.state.phase is SourcePhase.PRECOPY:
+                self._bite(self._watchdog.io_error(event.detail))
             case MachineEventKind.GONE:
                 self.feed(events.MachineGone())
 
@@ -220,12 +227,32 @@ class SourceRole(Role[Source]):
         while self.state.phase is SourcePhase.PRECOPY:
             await asyncio.sleep(_PROGRESS_S)
             if self.state.phase is SourcePhase.PRECOPY:
+                info = None
                 try:
                     info = await self.machine.stream_info()
                     self._note(info)
                     await self._open_limit(info.passes)
                 except EmpError as error:
                     log.info("%s: no progress: %s", self.state.migration, error)
+                if self.state.phase is SourcePhase.PRECOPY:
+                    self._bite(self._watchdog.look(info))
+                    await self._watchdog.ask()
+
+    def _bite(self, abort: events.AbortAsked | None) -> None:
+        self.watched = self._watchdog.lines
+        if abort is not None:
+            self.feed(abort)
+
+    def _watched_step(self, state: Source, event: events.Event) -> tuple[Source, tuple[Action, ...]]:
+        """The core's step; what makes it go back is noted at its check."""
+        after, actions = step(state, event)
+        if after.cause and not state.cause:
+            self._watchdog.goes_back(event)
+            self.watched = self._watchdog.lines
+        return after, actions
+
+    async def _ask_target(self, message: Message) -> None:
+        await self._peer.send(message)
 
     async def _open_limit(self, passes: int) -> None:
         """Allow the hypervisor a longer pause when passes go by without a switchover."""
@@ -282,6 +309,7 @@ class SourceRole(Role[Source]):
         policy, prepared = self.order.policy, self.order.prepared
         self._limit_ms = switchover_limit_ms(0, policy.max_blackout_ms)
         limits = StreamLimits(policy.max_bandwidth_bytes_per_s, self._limit_ms, policy.multifd_channels)
+        self._watchdog.begin()
         self.measured(precopy_began_at_s=_now_s())
         guard_s = policy.blackout_deadline_s + policy.guard_margin_s  # so that it acts only when this agent does not
         try:

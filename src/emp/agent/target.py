@@ -12,8 +12,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembler, Assembly
+from emp.agent.health import Health, MakeProbe
 from emp.agent.journal import Journal, Standing
-from emp.agent.links import PeerLink
+from emp.agent.links import Message, PeerLink
 from emp.agent.role import REPEAT_S, Role
 from emp.agent.shelf import Entry
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState, StreamStatus
@@ -46,6 +47,7 @@ class TargetRole(Role[Target]):
         on_end: Callable[[TargetRole], Awaitable[None]],
         assembly: Assembly | None = None,
         multifd_channels: int = 2,
+        probe: MakeProbe | None = None,
     ) -> None:
         super().__init__(state, step, journal, {})
         self.entry = entry
@@ -58,7 +60,9 @@ class TargetRole(Role[Target]):
         self._qemu_name = qemu_name
         self._claim = claim
         self._on_end = on_end
-        self._peer = PeerLink(self.feed, journal)
+        self._probe = probe
+        self._health: Health | None = None
+        self._peer = PeerLink(self.feed, journal, self._told)
 
     # -- beginning
 
@@ -104,6 +108,15 @@ class TargetRole(Role[Target]):
             await self.act(events.SendLoaded())
         await self.act(events.Ask())
         await self._peer.pump(link)
+
+    def _told(self, message: Message) -> None:
+        """Only the source's brownout asks, and only then is there anything to be healthy."""
+        if message.get("type") == "health" and self.state.phase is TargetPhase.PREPARED and self.assembly is not None:
+            if self._health is None:
+                grants = self.entry.volumes if self._probe else ()
+                probes = {grant.volume.id: self._probe(grant.attachment.endpoint) for grant in grants if self._probe}
+                self._health = Health(self.assembly, probes)
+            self.spawn(self._peer.send(self._health.asked()))
 
     # -- what happens
 
@@ -230,7 +243,13 @@ class TargetRole(Role[Target]):
 
     async def ended(self) -> None:
         await self._on_end(self)
+        await self._stop_looking()
+
+    async def _stop_looking(self) -> None:
+        if self._health is not None:
+            await self._health.close()
 
     async def close(self) -> None:
         await super().close()
+        await self._stop_looking()
         await self._peer.close()

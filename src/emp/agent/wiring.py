@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from emp.agent.config import AgentConfig
+from emp.agent.health import MakeProbe
 from emp.hypervisor.base import Hypervisor
 from emp.hypervisor.qemu.hypervisor import QemuHypervisor
 from emp.model.errors import BadInput
@@ -10,6 +11,7 @@ from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
 from emp.volumes.base import VolumeClaims
 from emp.volumes.nbd import NbdVolumeClaims
+from emp.volumes.nbd_probe import NbdProbe
 from emp.wire import tls
 
 
@@ -25,3 +27,8 @@ def network(config: AgentConfig) -> NetworkDriver:
 
 def claims(config: AgentConfig) -> VolumeClaims:
     return NbdVolumeClaims(tls.mutual_client(config.credentials))
+
+
+def probe(config: AgentConfig) -> MakeProbe:
+    context = tls.mutual_client(config.credentials)
+    return lambda endpoint: NbdProbe(endpoint, context)

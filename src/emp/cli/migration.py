@@ -51,7 +51,12 @@ def list_(
 
 
 @app.command()
-def show(ctx: typer.Context, which: Which, as_json: Json = False) -> None:
+def show(
+    ctx: typer.Context,
+    which: Which,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Each thing that was monitored.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show a migration, or the newest one of an EVM."""
     from emp.cli.report import print_report
 
@@ -80,7 +85,7 @@ def show(ctx: typer.Context, which: Which, as_json: Json = False) -> None:
             ("took", None if took_s is None else seconds(took_s)),
         ]
     )
-    print_report(migration)
+    print_report(migration, verbose=verbose)
 
 
 @app.command()

@@ -8,19 +8,24 @@ from typing import TYPE_CHECKING
 from emp.cli.output import milliseconds, rate, seconds, size
 
 if TYPE_CHECKING:
-    from emp.model.migration import Migration
+    from emp.model.migration import Migration, Report
+
+_WIDTH = 80
 
 
-def print_report(migration: Migration) -> None:
+def print_report(migration: Migration, *, verbose: bool = False) -> None:
     """Print the table; at a terminal apart from what is above, its names in bold."""
-    lines = report_lines(migration)
+    lines = report_lines(migration, verbose=verbose)
     if sys.stdout.isatty():
         lines = ["", *(f"\033[1m{line}\033[0m" if index in (0, 2) else line for index, line in enumerate(lines))]
     print("\n".join(lines), flush=True)
 
 
-def report_lines(migration: Migration) -> list[str]:
-    """Return two rows of five figures, each under its name; ``-`` where a stage was not reached."""
+def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
+    """Return two rows of five figures, each under its name, ``-`` where a stage was not reached; then what failed.
+
+    ``verbose``: every check of what was monitored.
+    """
     report, stages = migration.report, migration.report.stages
     passes = "-" if report.passes is None else str(report.passes)
     columns = (
@@ -40,4 +45,20 @@ def report_lines(migration: Migration) -> list[str]:
         lines.append(f"blackout and vCPU pause span two hosts' clocks: +-{milliseconds(report.clock_error_ms)}")
     if report.abort_pause_ms is not None:
         lines.append(f"the guest stood still for {milliseconds(report.abort_pause_ms)} before it went back")
-    return lines
+    return lines + watch_lines(report, all_checks=verbose)
+
+
+def watch_lines(report: Report, *, all_checks: bool = False) -> list[str]:
+    """Return what was monitored: the check that failed, or with ``all_checks`` each one; else how many were well."""
+    shown = [line for line in report.watch if all_checks or not line.ok]
+    if not shown:
+        return [f"monitored: {len(report.watch)} checks, all well"] if report.watch else []
+    rows = [("MONITORED", "", "WORST SEEN", "ALLOWED")]
+    rows += [(line.check, "ok" if line.ok else "NO", line.worst or "-", line.threshold) for line in shown]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    widths[2] = min(widths[2], _WIDTH - widths[0] - widths[1] - max(len(row[3]) for row in rows) - 6)
+    return ["  ".join((*(_fit(cell, width) for cell, width in zip(row, widths, strict=False)), row[3])) for row in rows]
+
+
+def _fit(text: str, width: int) -> str:
+    return (text if len(text) <= width else f"{text[: width - 3]}...").ljust(width)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from emp.migration.report import build_report
 from emp.migration.supervisor import Phase, Supervisor
+from emp.migration.watch import advice
 from emp.model.migration import Migration, Outcome, Report, Stage
 from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
 
@@ -61,14 +62,15 @@ class Tally:
 
     def closed(self, outcome: Outcome, cause: str | None, at_s: float) -> Migration:
         """Return the final record; ``at_s`` is the wall clock."""
+        report = self._report(at_s)
         self._set(
             stage=Stage.CLOSED,
             outcome=outcome,
             cause=cause,
-            hint=_HINTS.get(outcome, "").format(evm=self.migration.evm) or None,
+            hint=_HINTS.get(outcome, "").format(evm=self.migration.evm) or advice(report.watch),
             committed=outcome is not Outcome.ABORTED and self.migration.committed,
             ended_at=at_s,
-            report=self._report(at_s),
+            report=report,
         )
         return self.migration
 
@@ -104,6 +106,7 @@ class Tally:
             target.figures if target else None,
             memory_bytes=self.migration.progress.memory_bytes,
             closed_at_s=at_s,
+            watch=source.watch if source else (),
         )
 
 

@@ -7,12 +7,17 @@ out, and what it may be wrong by, half the round trip, is reported beside the fi
 
 from __future__ import annotations
 
-from emp.model.migration import Report, StageTimes
+from emp.model.migration import Report, StageTimes, WatchLine
 from emp.model.orders import RoleFigures
 
 
 def build_report(
-    source: RoleFigures | None, target: RoleFigures | None, *, memory_bytes: int, closed_at_s: float | None
+    source: RoleFigures | None,
+    target: RoleFigures | None,
+    *,
+    memory_bytes: int,
+    closed_at_s: float | None,
+    watch: tuple[WatchLine, ...] = (),
 ) -> Report:
     """Return the report; figures whose stage was not reached stay None.
 
@@ -40,6 +45,7 @@ def build_report(
         dirty_bytes_per_s=s.dirty_bytes_per_s,
         bandwidth_bytes_per_s=s.bandwidth_bytes_per_s,
         abort_pause_ms=_ms(_span(s.stopped_at_s, s.resumed_at_s)) if aborted else None,
+        watch=watch,
         commit_ms=_ms(_span(s.given_at_s, resumed_at_s)),
     )
 

@@ -47,6 +47,20 @@ class Policy(Model):
     """a blackout that has not committed by then is aborted"""
     guard_margin_s: float = Field(default=2.0, ge=0.5)
     """time beyond ``blackout_deadline_s`` after which a process of its own cancels what a dead agent does not"""
+    no_convergence_passes: int = Field(default=10, ge=1)
+    """passes in a row, at the longest pause allowed, in which the guest dirties memory about as fast as it is sent"""
+    stall_s: float = Field(default=10.0, ge=1)
+    """time without a byte sent"""
+    slow_stream_s: float = Field(default=30.0, ge=1)
+    """time with less bandwidth than it takes to send what is left before the deadline"""
+    target_silence_s: float = Field(default=2.0, ge=1)
+    """silence of the target's agent on the connection between the two agents, which says something 4 times a second"""
+    target_qemu_s: float = Field(default=10.0, ge=1)
+    """time without an answer from the QEMU that waits on the target"""
+    target_volume_s: float = Field(default=10.0, ge=1)
+    """time without a read of each of its volumes from the target"""
+    target_free_memory_bytes: int = Field(default=128 << 20, ge=0)
+    """memory that the target's host must keep available"""
 
 
 class MigrationRequest(Model):

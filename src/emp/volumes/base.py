@@ -12,6 +12,16 @@ from typing import Protocol
 from emp.model.volume import Attachment, Volume, VolumeType
 
 
+class VolumeProbe(Protocol):
+    """A node's agent sees with it whether the node reaches one attached volume: on a connection apart from QEMU's."""
+
+    async def read(self) -> None:
+        """Read a little. Raise ``Unreachable``; the next call tries anew."""
+        ...
+
+    async def close(self) -> None: ...
+
+
 class VolumeDriver(Protocol):
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002, the field's name
         ...

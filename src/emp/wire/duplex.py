@@ -55,7 +55,8 @@ class Link(asyncio.Protocol):
         self._welcomed = asyncio.Event()
         self._pool = pool
         self._admit = admit
-        self._dead_after_s = dead_after_s
+        self.dead_after_s = dead_after_s
+        """silence of the peer after which the link counts as broken"""
         self._decoder = Decoder()
         self._received: deque[dict[str, Any]] = deque()
         self._reader: asyncio.Future[None] | None = None
@@ -209,8 +210,8 @@ class Link(asyncio.Protocol):
         now = self._loop.time()
         # time in which this process did not run, or did not read, says nothing against the peer
         self._heard_at = now if not self._reading else min(now, self._heard_at + (now - self._tick_at))
-        if now - self._heard_at >= self._dead_after_s:
-            self._fail(Unavailable(f"{self.peer} has been silent for {self._dead_after_s:g} s"))
+        if now - self._heard_at >= self.dead_after_s:
+            self._fail(Unavailable(f"{self.peer} has been silent for {self.dead_after_s:g} s"))
             return
         if now - self._sent_at >= HEARTBEAT_S and not self._transport.is_closing():
             self._write(encode(Kind.HEARTBEAT))

@@ -1,0 +1,90 @@
+"""How a target is while memory comes in: its QEMU, its volumes, its ports, its host's memory.
+
+The source asks once a second over the link, in its brownout alone; only then is anything looked at here. What is slow
+is begun at one question and told at the next: the answer is at once, and says how long ago all was last well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+from emp.agent.assembly import Assembly
+from emp.model.errors import EmpError
+from emp.model.volume import NbdEndpoint
+from emp.volumes.base import VolumeProbe
+
+MakeProbe = Callable[[NbdEndpoint], VolumeProbe]
+
+
+class Health:
+    """Of one target. ``probes``: volume -> how it is read from this node."""
+
+    def __init__(self, assembly: Assembly, probes: Mapping[str, VolumeProbe]) -> None:
+        self._assembly = assembly
+        self._probes = probes
+        now_s = time.monotonic()
+        self._answered_at_s = now_s
+        self._read_at_s = dict.fromkeys(probes, now_s)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def asked(self) -> dict[str, Any]:
+        """Return the answer, and look again meanwhile."""
+        now_s = time.monotonic()
+        message = {
+            "type": "health",
+            "qemu_silent_s": now_s - self._answered_at_s,
+            "volumes_silent_s": {volume: now_s - at_s for volume, at_s in self._read_at_s.items()},
+            "free_memory_bytes": available_memory_bytes(),
+            "ports_missing": [port.interface for port in self._assembly.ports if not _is_there(port.interface)],
+        }
+        self._begin("qemu", self._ask_qemu)
+        for volume in self._probes:
+            self._begin(volume, lambda v=volume: self._read(v))  # type: ignore[misc]
+        return message
+
+    def _begin(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """One question to each is on its way at a time."""
+        if name not in self._tasks or self._tasks[name].done():
+            self._tasks[name] = asyncio.create_task(work(), name=f"health of {name}")
+
+    async def _ask_qemu(self) -> None:
+        try:
+            await self._assembly.machine.run_state()
+        except EmpError:
+            return  # the time since the last answer tells
+        self._answered_at_s = time.monotonic()
+
+    async def _read(self, volume: str) -> None:
+        try:
+            await self._probes[volume].read()
+        except EmpError:
+            return
+        self._read_at_s[volume] = time.monotonic()
+
+    async def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for probe in self._probes.values():
+            await probe.close()
+
+
+def available_memory_bytes() -> int | None:
+    """Return what the host's kernel would still give without swapping (proc(5), MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+def _is_there(interface: str) -> bool:
+    try:
+        socket.if_nametoindex(interface)
+    except OSError:
+        return False
+    return True
