@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from emp.client.client import Client
+from emp.lab.demo import volume_file
 from emp.lab.journal_check import check_journal
 from emp.model.evm import EvmState
 from emp.model.node import Node
 from tests.lab.conftest import Pool
 from tests.lab.pool import Subject, subject, until
-from tests.lab.test_migration import volume_file
 
 
 def die(evm: Subject, node: str) -> None:
