@@ -5,9 +5,19 @@ Hypothesis keeps no database of examples: a run depends on the checkout alone, a
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 
 pytest_plugins = ["pytester", "tests.isolation", "tests.leaks"]
 
 settings.register_profile("emp", database=None, print_blob=True)
 settings.load_profile("emp")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults",
+        choices=("quick", "all"),
+        default="quick",
+        help="cells of the fault matrix: a selection, or all (which writes build/faults.json)",
+    )

@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,8 @@ LoopScope = Literal["function", "class", "module", "session"]
 
 MARK = "EMP_TEST_ID"
 NETNS = Path("/run/netns")
+_outliving: set[str] = set()
+"""network namespaces that were made inside ``outliving``"""
 GRACE_S = 1.0
 """How long a process that has been told to end may take."""
 TASK_GRACE_S = 0.1
@@ -148,8 +150,12 @@ def _end(process: Process) -> None:
             os.waitpid(process.pid, 0)
 
 
-def check(before: Machine, belongs: Callable[[str], bool], who: str) -> None:
-    """Fail if something is here that was not there before; of processes, one that ``belongs``. Those are ended."""
+def check(before: Machine, belongs: Callable[[str], bool], who: str, *, but: frozenset[str] = frozenset()) -> None:
+    """Fail if something is here that was not there before; of processes, one that ``belongs``. Those are ended.
+
+    ``but``: network namespaces that may stay.
+    """
+    before = replace(before, namespaces=before.namespaces | but)
     left = Machine.now().left_since(before)
     processes = processes_since(before, belongs)
     if processes:
@@ -176,12 +182,13 @@ def outliving(name: str) -> Iterator[None]:
             yield lab
             lab.down()
     """
-    own = os.environ[MARK]
+    own, before = os.environ[MARK], Machine.now()
     os.environ[MARK] = f"{own.partition('/')[0]}/{name}"
     try:
         yield
     finally:
         os.environ[MARK] = own
+        _outliving.update(Machine.now().namespaces - before.namespaces)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -204,7 +211,7 @@ def nothing_left_by_the_test(nothing_left_by_the_session: None) -> Iterator[None
     before = Machine.now()
     session = os.environ[MARK]
     yield
-    check(before, lambda mark: mark == session, "the test")
+    check(before, lambda mark: mark == session, "the test", but=frozenset(_outliving))
 
 
 @pytest.fixture(autouse=True)

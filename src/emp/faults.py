@@ -8,6 +8,9 @@ any time)::
     kill9      SIGKILL to the daemon itself           delay:MS     go on after MS milliseconds
     stop       SIGSTOP to the daemon itself           raise:EIO    fail as the operating system does (any errno name)
     drop       what is done at this point is not done  dup          it is done twice
+    clock:S    the daemon's wall clock is S seconds off from now on (0: right again)
+
+``any`` stands for whatever point is reached next.
 
 Points are named where they are: each action of a role or of the supervisor is one by its type (``name_of``), so a new
 step cannot be without. ``docs/faults.md`` lists the families.
@@ -30,8 +33,10 @@ from typing import Any
 
 VARIABLE = "EMP_FAULTS"
 HITS = "hits"
-ACTIONS = ("kill9", "stop", "delay", "raise", "drop", "dup")
+ACTIONS = ("kill9", "stop", "delay", "raise", "drop", "dup", "clock")
+ANY = "any"
 DROPPED, ONCE, TWICE = 0, 1, 2
+_wall_clock = time.time
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Arm:
 
     def __post_init__(self) -> None:
         verb, _, argument = self.action.partition(":")
-        fit = {"delay": argument.isdigit(), "raise": hasattr(errno, argument)}.get(verb, not argument)
+        number = argument.removeprefix("-").isdigit()
+        fit = {"delay": argument.isdigit(), "raise": hasattr(errno, argument), "clock": number}.get(verb, not argument)
         if verb not in ACTIONS or not fit or self.nth < 1 or self.times < 0:
             raise ValueError(f"{self} cannot be done at a point; actions: {', '.join(ACTIONS)}")
 
@@ -101,6 +107,9 @@ class Board:
                 raise OSError(number, os.strerror(number))
             case "delay":
                 return ONCE, int(argument) / 1000
+            case "clock":
+                offset_s = int(argument)
+                time.time = lambda: _wall_clock() + offset_s
             case "drop":
                 return DROPPED, 0.0
             case "dup":
@@ -108,7 +117,10 @@ class Board:
         return ONCE, 0.0
 
     def _take(self, point: str) -> str:
-        path = self._directory / point
+        action = self._take_from(self._directory / point)
+        return action if action != "-" else self._take_from(self._directory / ANY)
+
+    def _take_from(self, path: Path) -> str:
         try:
             arm = Arm(**json.loads(path.read_text()))
             if arm.nth > 1:

@@ -18,12 +18,14 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
 import emp.agent
-from emp.agent.api import Gate
 from emp.agent.api import make_app as agent_app
+from emp.agent.gate import Gate
 from emp.faults import name_of
 from emp.migration import events, supervisor
 from emp.migration.records import RecordKind
+from emp.model.orders import RolePhase
 from emp.volumes.server.app import make_app as volumes_app
+from emp.wire.points import PointRoute
 
 # What a migration does in each column, as (before, after); each name is one step of the product.
 _STEPS: dict[str, tuple[str, str]] = {
@@ -73,10 +75,23 @@ _WAY_BACK: dict[str, str] = {
     "target.send-failed": "BPDH",
     "target.send-answer-withdrawn": "M",
     "target.set-timer-repeat": "HM",
+    "controller.carry-go": "M",
+    **{f"controller.carry-answer-{phase}": "M" for phase in RolePhase},
+    "source.ask": "HM",
+    "source.set-timer-answer": "HM",
+    "source.set-timer-retry": "BPDHM",
+    "source.claim-volumes": "BPDHM",
+    "source.quarantine": "M",
+    "target.ask": "HM",
+    "target.claim-volumes": "T",
+    "target.send-answer-going": "BPDH",
+    "target.send-answer-waiting": "BPDHM",
+    "target.set-timer-answer": "HM",
+    "target.set-timer-retry": "M",
 }
 _LINK: dict[str, str] = {
-    "link.loaded": "DH", "link.go": "M", "link.answer": "MT", "link.failed": "BPDH", "link.aborted": "BPDH",
-    "link.health": "B",
+    "link.ask": "HM", "link.loaded": "DH", "link.go": "M", "link.answer": "MT",
+    "link.failed": "BPDH", "link.aborted": "BPDH", "link.health": "B",
 }  # fmt: skip
 _RECORDS: dict[str, tuple[str, str]] = {
     "journal.own": ("BPDHM", "BPDHM"),
@@ -90,6 +105,7 @@ _RECORDS: dict[str, tuple[str, str]] = {
     "journal.stopped": ("BPDHMT", "BPDHMT"),
 }
 _ORDERS: dict[str, str] = {
+    "agent.go": "M", "agent.answer": "M", "volumes.claim": "BPDHMT",
     "agent.prepare": "B", "agent.hand_over": "B", "agent.abort": "BPDHMT", "agent.status": "BPDHMT",
     "agent.watch": "BPDHMT", "agent.start": "BPDHMT", "agent.stop": "BPDHMT", "agent.retire": "BPDHMT",
     "volumes.attach": "B", "volumes.detach": "BPDHMT", "volumes.fence": "BPDHMT",
@@ -101,6 +117,7 @@ _APART = {
 }  # fmt: skip
 # Steps that the other role takes, or that no state asks for: ``test_points`` sees to it that no daemon passes one.
 _OTHERS = {
+    "target.quarantine", "source.send-answer-going", "source.send-answer-waiting",
     *(f"source.{s}" for s in ("make-machine", "send-loaded", "send-failed", "open-ports", "block-ports", "announce",
       "send-answer-activated", "send-answer-withdrawn", "write-record-prepared", "write-record-activated",
       "write-record-withdrawn", "write-record-retired", "write-record-stopped")),
@@ -162,6 +179,7 @@ def _routes(daemon: str, router: FastAPI | APIRouter, below: str = "/") -> Itera
         if included := getattr(route, "original_router", None):
             yield from _routes(daemon, included, below)
         if isinstance(route, APIRoute) and route.path.startswith(below):
+            assert isinstance(route, PointRoute), f"{daemon}: {route.path} has no points; give its router a route_class"
             yield f"{daemon}.{route.name}.received"
             yield f"{daemon}.{route.name}.answered"
 

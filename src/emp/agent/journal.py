@@ -102,7 +102,7 @@ class Journal:
         memory = Seen(seen) if seen else None
         remembered = memory.read() if memory else None
         if path.exists():
-            journal_id, seq, book = _replay(path.read_bytes())
+            journal_id, seq, book = replay(path.read_bytes())
         elif remembered is None:
             journal_id, seq, book = secrets.token_hex(8), 0, dict[str, Ledger]()
         else:
@@ -185,7 +185,7 @@ def _line(body: dict[str, object]) -> bytes:
     return text + f" {zlib.crc32(text):08x}\n".encode()
 
 
-def _replay(data: bytes) -> tuple[str, int, dict[str, Ledger]]:
+def replay(data: bytes) -> tuple[str, int, dict[str, Ledger]]:
     if not data.endswith(b"\n"):
         raise JournalUntrusted("the journal ends in a torn line", hint=_ASK)
     bodies = [_checked(number, line) for number, line in enumerate(data.splitlines(), 1)]

@@ -19,10 +19,14 @@ from emp import faults
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
-def route_class(daemon: str) -> type[APIRoute]:
+class PointRoute(APIRoute):
+    """A route with its points; ``route_class`` gives it the daemon's name."""
+
+
+def route_class(daemon: str) -> type[PointRoute]:
     """Return what a daemon's router makes its routes of."""
 
-    class Route(APIRoute):
+    class Route(PointRoute):
         def get_route_handler(self) -> Handler:
             return _with_points(f"{daemon}.{self.name}", super().get_route_handler())
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
+from emp import faults
 from emp.hypervisor.base import MachineEvent, MachineEventKind, RunState, StreamStatus
 from emp.hypervisor.qemu import stream
 
@@ -113,6 +114,8 @@ class Watcher:
     def on_qmp_event(self, message: Mapping[str, Any]) -> None:
         """Publish what a QMP event means for the machine; most mean nothing."""
         name, data = message["event"], message.get("data", {})
+        if faults.board:
+            faults.board.hit("-".join(["qmp", *filter(None, (name, data.get("status")))]).lower())
         stamp = message["timestamp"]
         event = self._translate(name, data, stamp["seconds"] + stamp["microseconds"] / 1e6)
         if event is not None:

@@ -1,0 +1,136 @@
+"""The network: from which node, and when, frames with an EVM's own MACs come onto the lab's switch.
+
+A packet socket on each node's port of the switch, with a filter for the MACs and the kernel's time stamps. Frames that
+a source forwards for its old guest carry the clients' MACs, so any frame here was sent in the EVM's name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from emp.lab.checkers.owners import Tenure
+from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.places import NAMESPACES
+from emp.lab.topology import FABRIC, Topology
+
+_ETH_P_ALL = 0x0003
+_PACKET_OUTGOING = 4
+_SO_ATTACH_FILTER = 26
+_SO_TIMESTAMPNS = 35
+_LOAD_WORD, _LOAD_HALF, _JUMP_EQUAL, _RETURN = 0x20, 0x28, 0x15, 0x06
+_SNAP_BYTES = 64
+
+SLACK_S = 0.02
+"""between a record on disk and a frame on the wire two processes stand, on a machine with other work"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A frame in the EVM's name came from ``node`` (CLOCK_MONOTONIC)."""
+
+    at_s: float
+    node: str
+    kind: int
+    """EtherType"""
+
+
+class FrameWitness:
+    """``with FrameWitness(topology, macs) as witness: ...``; then ``violations(witness.seen, tenures)``."""
+
+    def __init__(self, topology: Topology, macs: Iterable[str]) -> None:
+        self.seen: list[Seen] = []
+        self._macs = [bytes.fromhex(mac.replace(":", "")) for mac in macs]
+        self._selector = selectors.DefaultSelector()
+        visitor = threading.Thread(target=self._open, args=(topology,), name="open packet sockets")
+        visitor.start()
+        visitor.join()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="frames")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        for key in list(self._selector.get_map().values()):
+            socket.socket.close(key.fileobj)  # type: ignore[arg-type]
+        self._selector.close()
+
+    def _open(self, topology: Topology) -> None:
+        """In a thread of its own, which leaves our network for the switch's and ends there."""
+        join_namespace(str(NAMESPACES / topology.namespace(FABRIC)), CLONE_NEWNET)
+        for place in topology.node_places:
+            port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            port.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            _only_from(port, self._macs)
+            port.bind((place.name, _ETH_P_ALL))
+            self._selector.register(port, selectors.EVENT_READ, place.name)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            for key, _ in self._selector.select(timeout=0.05):
+                assert isinstance(key.fileobj, socket.socket)
+                try:
+                    data, ancillary, _, address = key.fileobj.recvmsg(_SNAP_BYTES, 128)
+                except (BlockingIOError, OSError):
+                    continue  # ENETDOWN: the port is being taken down
+                if address[2] != _PACKET_OUTGOING:
+                    self.seen.append(Seen(_monotonic_s(ancillary), key.data, struct.unpack_from("!H", data, 12)[0]))
+
+
+def violations(seen: Sequence[Seen], tenures: Sequence[Tenure], slack_s: float = SLACK_S) -> list[str]:
+    """Return, per node, how often it spoke in the EVM's name while it did not own it."""
+    wrong: dict[str, list[Seen]] = {}
+    for frame in seen:
+        mine = [tenure for tenure in tenures if tenure.node == frame.node]
+        if not any(t.since_s - slack_s <= frame.at_s <= t.until_s + slack_s for t in mine):
+            wrong.setdefault(frame.node, []).append(frame)
+    return [
+        f"{node} sent {len(frames)} frames in the EVM's name without owning it (EtherType {frames[0].kind:04x})"
+        for node, frames in wrong.items()
+    ]
+
+
+def _monotonic_s(ancillary: list[tuple[int, int, bytes]]) -> float:
+    """Return when the kernel took the frame, on the clock on which fault points are reached."""
+    now_s, behind_s = time.monotonic(), 0.0
+    for _, kind, data in ancillary:
+        if kind == _SO_TIMESTAMPNS:
+            seconds, nanoseconds = struct.unpack("qq", data[:16])
+            behind_s = time.time() - (seconds + nanoseconds / 1e9)
+    return now_s - behind_s
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("count", ctypes.c_ushort), ("code", ctypes.c_void_p))
+
+
+def _only_from(port: socket.socket, macs: Sequence[bytes]) -> None:
+    """Attach a classic BPF filter (socket(7), SO_ATTACH_FILTER) that lets frames from these MACs through."""
+    lines = []
+    for mac in macs:
+        lines += [
+            (_LOAD_WORD, 0, 0, 6),
+            (_JUMP_EQUAL, 0, 3, int.from_bytes(mac[:4], "big")),
+            (_LOAD_HALF, 0, 0, 10),
+            (_JUMP_EQUAL, 0, 1, int.from_bytes(mac[4:], "big")),
+            (_RETURN, 0, 0, _SNAP_BYTES),
+        ]
+    code = b"".join(struct.pack("HBBI", *line) for line in [*lines, (_RETURN, 0, 0, 0)])
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = _Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
+    port.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(program))

@@ -1,0 +1,88 @@
+"""Residue: what a pool at rest holds on each of its machines, to be compared before and after.
+
+Processes by what they are, interfaces, mounts, firewall tables, files of running machines, and the descriptors of each
+daemon. The kernel is asked, not EMP.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from emp.host.run import run_sync
+from emp.lab import daemons, places, scan
+from emp.lab.state import LabFiles
+from emp.lab.topology import Place
+
+SPARE_DESCRIPTORS = 6
+"""a daemon's connections come and go: idle ones to its peers, a watch that is being renewed"""
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What was there at one moment: the things, by place; and each daemon's number of descriptors and memory."""
+
+    things: frozenset[str]
+    descriptors: Mapping[str, int]
+    rss_bytes: Mapping[str, int]
+
+    def left(self, before: Stock) -> list[str]:
+        """Return, in words, what is here now and was not before, or the other way round."""
+        more = [f"{thing} is left" for thing in sorted(self.things - before.things)]
+        less = [f"{thing} is missing" for thing in sorted(before.things - self.things)]
+        leaks = [
+            f"{daemon} has {number} descriptors, {number - before.descriptors[daemon]} more than before"
+            for daemon, number in self.descriptors.items()
+            if number > before.descriptors.get(daemon, number) + SPARE_DESCRIPTORS
+        ]
+        return more + less + leaks
+
+
+def take(files: LabFiles, *, ignore: frozenset[str] = frozenset()) -> Stock:
+    """Take stock of a lab. ``ignore``: words; a thing that has one of them belongs to somebody who knows of it."""
+    things: set[str] = set()
+    descriptors, rss_bytes = {}, {}
+    for place in files.load().topology.places:
+        here = daemons.daemons(files, place)
+        things |= {f"{place.name}: {thing}" for thing in _things(files, place, here)}
+        process = daemons.find(files, place.name, place.role) if place.role else None
+        if process is not None:
+            name = f"{place.role} of {place.name}"
+            descriptors[name] = len(os.listdir(f"/proc/{process.pid}/fd"))  # noqa: PTH208 - names alone
+            rss_bytes[name] = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    kept = {thing for thing in things if not any(word in thing for word in ignore)}
+    return Stock(frozenset(kept), descriptors, rss_bytes)
+
+
+def _things(files: LabFiles, place: Place, here: list[scan.Running]) -> set[str]:
+    """Name what is in a place so that the same thing has the same name after a restart; equal ones are counted."""
+    init = places.init_of(files, place.name)
+    namespace = files.load().topology.namespace(place.name)
+    links = json.loads(run_sync("ip", "-n", namespace, "-json", "link", "show"))
+    tables = run_sync("ip", "netns", "exec", namespace, "nft", "list", "tables")
+    mounts = Path(f"/proc/{init.pid}/mountinfo").read_text().splitlines()
+    root = Path(f"/proc/{init.pid}/root")
+    names = [
+        *(f"process {_what(running.argv)}" for running in here),
+        *(f"interface {link['ifname']}" for link in links),
+        *(f"firewall {line}" for line in tables.splitlines()),
+        *(f"mount {line.split()[4]}" for line in mounts),
+        *(f"file {path.relative_to(root)}" for path in (root / "run/emp").rglob("*") if not path.is_dir()),
+    ]
+    return {f"{name} ({count})" if count > 1 else name for name, count in Counter(names).items()}
+
+
+def _what(argv: tuple[str, ...]) -> str:
+    """Return a process's program and, where it has one, the EVM, volume or module that it is for."""
+    program = Path(argv[0]).name
+    if evm := daemons.evm_of(argv):
+        return f"{program} of {evm}"
+    if "-m" in argv:
+        return argv[argv.index("-m") + 1]
+    if "--export-name" in argv:
+        return f"{program} of {argv[argv.index('--export-name') + 1].split('.')[0]}"
+    return program

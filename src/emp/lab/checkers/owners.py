@@ -1,0 +1,50 @@
+"""Who owned an EVM when: the records of all nodes' journals, by the moment at which each was on disk.
+
+The moments are those of the fault points round each record's fsync, so the lab must have its points on. What is being
+written may be on disk already, so GIVEN ends the source's time when its writing begins. Authority is nowhere between
+GIVEN and ACTIVATED.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from emp.faults import Hit
+
+_BEGINS = ("journal.own.after_fsync", "journal.activated.before_fsync")
+_ENDS = ("journal.given.before_fsync", "journal.retired.before_fsync", "journal.stopped.before_fsync")
+
+
+@dataclass(frozen=True)
+class Tenure:
+    """``node`` owned the EVM in this time (CLOCK_MONOTONIC)."""
+
+    node: str
+    since_s: float
+    until_s: float = math.inf
+
+
+def tenures(first: str, hits: Mapping[str, Iterable[Hit]], *, since_s: float = -math.inf) -> list[Tenure]:
+    """Return who owned the EVM from ``since_s`` on, when ``first`` did; ``hits``: node -> what its agent reached."""
+    moments = sorted(
+        (hit.at_s, node, hit.point) for node, reached in hits.items() for hit in reached if hit.at_s >= since_s
+    )
+    found = [Tenure(first, since_s)]
+    for at_s, node, point in moments:
+        if point in _BEGINS and not (found[-1].node == node and found[-1].until_s == math.inf):
+            found.append(Tenure(node, at_s))
+        elif point in _ENDS and found[-1].node == node and found[-1].until_s == math.inf:
+            found[-1] = Tenure(node, found[-1].since_s, at_s)
+    return found
+
+
+def violations(found: Sequence[Tenure]) -> list[str]:
+    """Return the moments at which two nodes owned the EVM."""
+    return [
+        f"{later.node} owned the EVM while {earlier.node} did"
+        for at, earlier in enumerate(found)
+        for later in found[at + 1 :]
+        if later.since_s < earlier.until_s
+    ]

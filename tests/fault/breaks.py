@@ -1,0 +1,230 @@
+"""What breaks in the cells. Each is a script in two parts: up to its ``yield`` the migration is held at its point.
+
+What comes after the ``yield`` happens while the migration goes on: how long the fault lasts, who comes back. What a
+script leaves broken at its end stays so until the migration has come to rest or ``LASTING_S`` are over; then the pool
+is healed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from emp import faults
+from emp.host.run import run_sync
+from emp.lab import daemons, places, scan
+from emp.lab.partition import How
+from emp.lab.topology import FABRIC, VOL
+from emp.model.errors import Conflict, EmpError
+from tests.fault.stage import Stage, until
+
+Script = Iterator[None]
+Break = Callable[[Stage], Script]
+
+BLACKOUT_DEADLINE_S = 3.0
+"""of the cells' policies, as R12's T_d: whoever is stopped or cut off is so for longer"""
+LATE_S = 5.0
+"""longer than every timer of the cells: stands for the matrix's 30 and 60 seconds"""
+
+
+def kill(party: str, again_s: float | None) -> Break:
+    """SIGKILL a daemon; it comes back after ``again_s``, or never (until the pool is healed)."""
+
+    def script(stage: Stage) -> Script:
+        stage.kill(party)
+        yield
+        if again_s is not None:
+            time.sleep(again_s)
+            stage.start(party)
+
+    return script
+
+
+def kill_qemu(party: str) -> Break:
+    def script(stage: Stage) -> Script:
+        stage.kill_qemu(party)
+        yield
+
+    return script
+
+
+def kill_volumes(stage: Stage) -> Script:
+    """The daemon and its exports, as when their machine is reset."""
+    init = places.init_of(stage.files, VOL.name)
+    scan.kill(
+        one.process for one in daemons.daemons(stage.files, stage.pool.topology.place("vol")) if one.pid != init.pid
+    )
+    yield
+    time.sleep(2.0)
+    stage.start("V")
+
+
+def cut(*pairs: str, how: How = How.DROP, for_s: float | None = LATE_S) -> Break:
+    """Cut the wires between parties, written ``"ST"``; mended after ``for_s``, or with the pool."""
+
+    def script(stage: Stage) -> Script:
+        for pair in pairs:
+            stage.cut(pair[0], pair[1], how)
+        yield
+        if for_s is not None:
+            time.sleep(for_s)
+            for pair in pairs:
+                stage.mend(pair[0], pair[1])
+
+    return script
+
+
+def stop_qemu(party: str) -> Break:
+    def script(stage: Stage) -> Script:
+        stage.stop_qemu(party)
+        yield
+        time.sleep(LATE_S)
+        stage.cont_qemu(party)
+
+    return script
+
+
+def stop(party: str) -> Break:
+    """SIGSTOP a daemon past all timers. One that is held at its point is frozen already, and stays so."""
+
+    def script(stage: Stage) -> Script:
+        stage.stop(party)
+        stage.keep_frozen(party)
+        yield
+        time.sleep(LATE_S)
+        stage.thaw(party)
+
+    return script
+
+
+def at(party: str, point: str, action: str, times: int = 1, *, also: str | None = None) -> Break:
+    """Arm a point that lies ahead, and perhaps another; the cell fails if the first is not reached."""
+
+    def script(stage: Stage) -> Script:
+        for armed in filter(None, (point, also)):
+            stage.arm(party, armed, action, times=times)
+        yield
+        stage.wait_point(party, point, action)
+
+    return script
+
+
+def also_at(party: str, point: str, action: str) -> Break:
+    """The migration is aborted, and on the way back something is wrong at a point."""
+
+    def script(stage: Stage) -> Script:
+        stage.arm(party, point, action)
+        yield from abort(stage)
+        stage.wait_point(party, point, action)
+
+    return script
+
+
+def clocks(stage: Stage) -> Script:
+    """Wall clocks jump: an hour on at the source, back at the target, a day on at the controller and the volumes."""
+    for party, jump_s in (("S", 3600), ("T", -3600), ("C", 86400), ("V", 86400)):
+        stage.arm(party, faults.ANY, f"clock:{jump_s}")
+    yield
+    for node in (stage.source, stage.target):
+        until(lambda node=node: _clock_has_jumped(stage, node), f"the clock of {node} jumps")  # type: ignore[misc]
+    with contextlib.suppress(AssertionError):
+        until(lambda: not stage.settled(), "the end")
+    for party in "STCV":
+        stage.arm(party, faults.ANY, "clock:0")
+
+
+def _clock_has_jumped(stage: Stage, node: str) -> bool:
+    return any(hit.action.startswith("clock") for hit in stage.hits(node))
+
+
+def abort(stage: Stage) -> Script:
+    assert stage.migration is not None
+    with contextlib.suppress(Conflict):
+        stage.client.migrations.abort(stage.migration.id)
+    yield
+
+
+def abort_twice(stage: Stage) -> Script:
+    yield from abort(stage)
+    assert stage.migration is not None
+    with contextlib.suppress(Conflict):
+        stage.client.migrations.abort(stage.migration.id)
+
+
+def abort_refused(stage: Stage) -> Script:
+    """Committed, and the controller knows: an abort is answered so."""
+    assert stage.migration is not None
+    yield
+    until(lambda: stage.ended is not None and stage.ended.committed, "the controller knows of the commit")
+    with pytest.raises(Conflict):
+        stage.client.migrations.abort(stage.migration.id)
+
+
+def second_migration(stage: Stage) -> Script:
+    """Both directions, while the first is open."""
+    for target in (stage.third, stage.source):
+        with pytest.raises((Conflict, EmpError)):
+            stage.subject.begin(target)
+    yield
+
+
+def reboot(party: str) -> Break:
+    """Every process of a node ends at once and what was in memory is gone; its agent comes up again."""
+
+    def script(stage: Stage) -> Script:
+        node = stage.place_of(party)
+        init = places.init_of(stage.files, node)
+        scan.kill(
+            one.process for one in daemons.daemons(stage.files, stage.pool.topology.place(node)) if one.pid != init.pid
+        )
+        shutil.rmtree(Path(f"/proc/{init.pid}/root/run/emp"), ignore_errors=True)
+        yield
+        time.sleep(1.0)
+        stage.start(party)
+
+    return script
+
+
+def slow_link(stage: Stage) -> Script:
+    """The target's wire carries 8 kB/s, 200 ms late."""
+    port = ("dev", stage.target)
+    command = ("ip", "netns", "exec", stage.pool.topology.namespace(FABRIC), "tc", "qdisc")
+    run_sync(*command, "replace", *port, "root", "netem", "delay", "200ms", "rate", "64kbit")
+    yield
+    time.sleep(LATE_S)
+    run_sync(*command, "del", *port, "root")
+
+
+def power_button(stage: Stage) -> Script:
+    """The guest shuts itself down."""
+    with contextlib.suppress(EmpError):
+        stage.subject.guest().ask("poweroff", timeout_s=1.0)
+    yield
+
+
+def guest_reboots(stage: Stage) -> Script:
+    with contextlib.suppress(EmpError):
+        stage.subject.guest().ask("reboot", timeout_s=1.0)
+    yield
+
+
+def journal_swapped(party: str, old: bytes | None) -> Break:
+    """The agent comes back with an older journal (``b""``: the one from before the migration), or with none."""
+
+    def script(stage: Stage) -> Script:
+        path = stage.files.data(stage.place_of(party)) / "journal"
+        stage.kill(party)
+        stage.set_aside(path)
+        if old is None:
+            path.unlink()
+        else:
+            path.write_bytes(stage.journals[stage.place_of(party)])
+        yield
+        stage.start(party)
+
+    return script

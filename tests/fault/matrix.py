@@ -1,0 +1,212 @@
+"""The fault matrix: which fault in which column ends how. Data; ``test_matrix`` makes a test of each cell.
+
+Columns: **B** preparation and pre-copy, **P** pre-switchover, **D** device transfer, **H** completed, before GIVEN,
+**M** GIVEN until ``cont`` is confirmed, **T** target brownout. Ends: **A** runs on the source as before, **C** runs on
+the target, **R** rescued to the source after the commit, **K** a cold restart (the guest sees a crash). With several
+letters, each is right. A cell is named ``F<row>.<column>``, with its case where a row has several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from emp.lab.partition import How
+from tests.fault import breaks, holds
+from tests.fault.breaks import Break
+from tests.fault.holds import COLUMNS, Hold
+
+ROWS = range(1, 32)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault at one moment, and how it has to end."""
+
+    row: int
+    column: str
+    expected: str
+    hold: Hold
+    breaks: Break
+    case: str = ""
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    waits: bool = False
+    """until the pool is healed the migration must not come to an end"""
+    note: str = ""
+    quick: bool = False
+    pending: str = ""
+    """what the product lacks for it; the cell is played all the same, and counts as failed until it passes"""
+
+    @property
+    def name(self) -> str:
+        return f"F{self.row}.{self.column}" + (f"-{self.case}" if self.case else "")
+
+
+def _row(
+    row: int,
+    script: Break,
+    ends: Mapping[str, str],
+    *,
+    case: str = "",
+    hold: Mapping[str, Hold] | None = None,
+    policy: Mapping[str, Any] | None = None,
+    waits: str = "",
+    quick: str = "",
+    note: str = "",
+    pending: Mapping[str, str] | None = None,
+) -> Iterator[Cell]:
+    """Yield a row's cells; ``ends``: columns -> letters, ``"BP": "A"`` for several columns that end alike."""
+    for columns, expected in ends.items():
+        for column in columns:
+            yield Cell(
+                row, column, expected, (hold or {}).get(column, COLUMNS[column]), script, case, policy or {},
+                column in waits, note, column in quick, (pending or {}).get(column, ""),
+            )  # fmt: skip
+
+
+def cells() -> list[Cell]:
+    return [*_crashes(), *_partitions(), *_stops(), *_storage(), *_messages(), *_people(), *_journals()]
+
+
+_SCALED = f"the matrix's 60 s are {breaks.LATE_S:.0f} s here, past every timer of the cell's policy"
+_GIVEN = {"M": holds.GIVEN}
+
+
+def _crashes() -> Iterator[Cell]:
+    for case, again_s in (("1s", 1.0), ("60s", breaks.LATE_S), ("never", None)):
+        yield from _row(1, breaks.kill("C", again_s), {"BPDHMT": "C"}, case=case, note=_SCALED, quick="H")
+        ends = {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}
+        yield from _row(2, breaks.kill("S", again_s), ends, case=case, note=_SCALED, hold=_GIVEN)
+    yield from _row(1, breaks.at("C", "controller.prepare.after", "kill9"), {"B": "A"}, case="prepare", hold={
+        "B": Hold("T", "agent.prepare.received", frozen=False)})  # fmt: skip
+    yield from _row(
+        3, breaks.kill("T", 1.0), {"BPD": "A", "H": "AC", "M": "C", "T": "C"}, hold={"H": holds.UNHEARD}, quick="M"
+    )
+    yield from _row(4, breaks.kill_qemu("S"), {"BPD": "K", "HMT": "C"}, quick="H")
+    yield from _row(5, breaks.kill_qemu("T"), {"BPD": "A", "H": "A", "M": "R", "T": "K"}, quick="M")
+    yield from _row(5, breaks.kill_qemu("T"), {"M": "K"}, case="activated", hold={"M": holds.ACTIVATED})
+    yield from _row(6, breaks.kill_volumes, {"BPD": "AC", "HMT": "C"}, note="5 s are 2 s here")
+    yield from _row(25, breaks.reboot("S"), {"BPDH": "K", "MT": "C"}, case="S")
+    yield from _row(25, breaks.reboot("T"), {"BPDH": "A", "M": "RK", "T": "K"}, case="T")
+
+
+def _partitions() -> Iterator[Cell]:
+    yield from _row(7, breaks.cut("CS"), {"BPDHMT": "C"})
+    yield from _row(8, breaks.cut("CT"), {"BPDHMT": "C"})
+    for how in How:
+        yield from _row(
+            9, breaks.cut("ST", how=how, for_s=None), {"BPDH": "A", "M": "C", "T": "C"}, case=how.value, hold=_GIVEN,
+            quick="DM" if how is How.DROP else "",
+        )  # fmt: skip
+    yield from _row(9, breaks.cut("ST", "CS", for_s=None), {"M": "C"}, case="courier too", hold=_GIVEN, waits="M")
+    yield from _row(10, breaks.cut("SV"), {"P": "AC", "D": "A", "HM": "C", "T": "C"})
+    yield from _row(11, breaks.cut("TV"), {"BPDH": "A", "MT": "C"})
+    yield from _row(12, breaks.cut("CV"), {"BPDHMT": "C"})
+    everybody = ("CT", "ST", "TV")
+    yield from _row(13, breaks.cut(*everybody), {"BPDH": "A", "MT": "C"}, hold=_GIVEN, waits="M")
+    everybody = ("CS", "ST", "SV")
+    yield from _row(14, breaks.cut(*everybody), {"BPDH": "A", "MT": "C"})
+    yield from _row(14, breaks.cut(*everybody), {"M": "C"}, case="before GO", hold=_GIVEN, waits="M")
+
+
+def _stops() -> Iterator[Cell]:
+    late = f"30 s are {breaks.LATE_S:.0f} s here, past every timer of the cell's policy"
+    short = {"deadline_s": 4.0}
+    yield from _row(15, breaks.stop_qemu("S"), {"BPD": "A", "HMT": "C"}, policy=short, note=late)
+    yield from _row(16, breaks.stop_qemu("T"), {"BPD": "A", "H": "A", "MT": "C"}, policy=short, note=late, quick="D",
+        hold={"H": holds.UNHEARD, "M": holds.ACTIVATED})  # fmt: skip
+    yield from _row(17, breaks.stop("C"), {"BPDHMT": "C"}, case="C", note=late)
+    yield from _row(
+        17, breaks.stop("S"), {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}, case="S", note=late, hold=_GIVEN
+    )
+    yield from _row(17, breaks.stop("T"), {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}, case="T", note=late,
+        hold={"H": holds.UNHEARD})  # fmt: skip
+    yield from _row(20, breaks.slow_link, {"B": "A", "D": "A", "T": "C"}, case="link", policy={"deadline_s": 3.0})
+    yield from _row(20, breaks.at("T", "target.send-loaded.before", "delay:5000"), {"H": "A"}, case="slow T",
+        hold={"H": holds.PRE_SWITCHOVER})  # fmt: skip
+    yield from _row(20, breaks.at("T", "target.write-record-activated.before", "delay:4000"), {"M": "C"}, case="slow T",
+        hold={"M": holds.GIVEN})  # fmt: skip
+    yield from _row(21, breaks.clocks, {"BPDHMT": "C"})
+
+
+def _storage() -> Iterator[Cell]:
+    for what in ("EIO", "ENOSPC"):
+        bad = f"raise:{what}"
+        handover, prepared = ("journal.handover.before_fsync", "journal.prepared.before_fsync")
+        early = {"B": Hold("T", "agent.prepare.received", frozen=False)}
+        yield from _row(18, breaks.at("S", handover, bad), {"B": "A"}, case=f"{what} S", hold=early)
+        yield from _row(18, breaks.at("T", prepared, bad), {"B": "A"}, case=f"{what} T", hold=early)
+        yield from _row(18, breaks.at("S", "journal.given.before_fsync", bad), {"H": "A"}, case=what)
+        yield from _row(18, breaks.at("T", "journal.activated.before_fsync", bad), {"M": "C"}, case=what)
+        yield from _row(18, breaks.at("S", "journal.done.before_fsync", bad), {"T": "C"}, case=what)
+        yield from _row(18, breaks.also_at("S", "journal.own.before_fsync", bad), {"PD": "A"}, case=what)
+    yield from _row(18, breaks.at("S", "journal.given.before_fsync", "raise:EIO", 0, also="journal.own.before_fsync"),
+        {"H": "AR"}, case="never again", waits="H")  # fmt: skip
+
+
+def _messages() -> Iterator[Cell]:
+    lost = (
+        ("B", "T", "agent.prepare.answered"), ("B", "S", "agent.hand_over.answered"),
+        ("B", "V", "volumes.attach.answered"),
+        ("M", "T", "link.answer.send"), ("M", "S", "link.go.send"), ("T", "V", "volumes.fence.answered"),
+    )  # fmt: skip
+    begun = {"B": Hold("C", "controller.attach.before")}
+    for column, party, point in lost:
+        yield from _row(22, breaks.at(party, point, "drop"), {column: "C"}, case=point, hold={**begun, **_GIVEN})
+    twice = (
+        ("B", "T", "agent.prepare.received"), ("B", "S", "agent.hand_over.received"),
+        ("B", "V", "volumes.attach.received"),
+        ("D", "T", "link.loaded.send"), ("M", "S", "link.go.send"), ("M", "T", "link.answer.send"),
+        ("T", "V", "volumes.fence.received"),
+    )  # fmt: skip
+    for column, party, point in twice:
+        yield from _row(23, breaks.at(party, point, "dup"), {column: "C"}, case=point, hold={**begun, **_GIVEN})
+    yield from _row(23, breaks.abort_twice, {"P": "A", "H": "A"}, case="abort")
+
+
+def _people() -> Iterator[Cell]:
+    yield from _row(26, breaks.abort, {"BPDH": "A"}, case="abort", quick="BP")
+    yield from _row(26, breaks.abort_refused, {"MT": "C"}, case="abort", hold=_GIVEN, quick="T")
+    yield from _row(26, breaks.guest_reboots, {"B": "K"}, case="reboot", note="K: another boot; it was asked for")
+    yield from _row(27, breaks.second_migration, {"BPDHMT": "C"})
+
+
+def _journals() -> Iterator[Cell]:
+    for party in "ST":
+        ends = {"B": "AC", "P": "A", "D": "A", "H": "AC", "M": "C", "T": "C"}
+        yield from _row(28, breaks.journal_swapped(party, b""), ends, case=party, hold=_GIVEN)
+        yield from _row(29, breaks.journal_swapped(party, None), ends, case=party, hold=_GIVEN)
+
+
+# ---------------------------------------------------------------- what has no cell
+
+_DASHES = {
+    19: ("BHMT", "the guest is not being stopped: nothing is flushed"),
+    20: ("P", "nothing is transferred in pre-switchover: a slow target or link is not met there"),
+    22: ("PDH", "the two agents are between orders: no API is called"),
+    24: ("PHMT", "the stream has been taken, or is at rest"),
+}
+
+
+def not_applicable() -> dict[str, str]:
+    """Return cell -> why, for what the matrix shows as ``-`` or as a lone ``=``."""
+    found = {f"F{row}.{column}": why for row, (columns, why) in _DASHES.items() for column in columns}
+    found["F10.B"] = "the source's volume is as slow as without a migration"
+    return found | {f"F31.{column}": "post-copy is not offered: no policy asks for it" for column in "BPDHMT"}
+
+
+def missing() -> dict[str, str]:
+    """Return cell -> what it waits for, for those cells of the matrix that cannot be played yet."""
+    here = {f"F{cell.row}.{cell.column}" for cell in cells()} | set(not_applicable())
+    every = [f"F{row}.{column}" for row in ROWS for column in COLUMNS]
+    return {name: _MISSING.get(name.partition(".")[0], "nobody has written it") for name in every if name not in here}
+
+
+_MISSING = {
+    "F19": "a volume whose flush fails (blkdebug under the export)",
+    "F23": "orders of the migration before, sent again by the controller's own credentials",
+    "F24": "a target that was made with another size of memory",
+    "F30": "emp evm recover",
+    "F26": "delete and shutdown from inside in every column",
+}
