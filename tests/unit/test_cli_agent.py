@@ -29,7 +29,7 @@ class Agent:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.report = N1.report.model_copy(update={"journal_id": "j-1", "journal_seq": 7})
-        self.roles = (COPYING,)
+        self.roles: tuple[RoleStatus, ...] = (COPYING,)
         self.after_abort = COPYING.model_copy(update={"phase": RolePhase.ABORTED})
         self.asked: list[tuple[str, AbortOrder]] = []
         self._loop = asyncio.new_event_loop()
