@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint bench-idle bench-controller-loss lock clean
+.PHONY: help setup setup-dev demo test lint soak bench-idle bench-controller-loss lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -21,6 +21,9 @@ demo: setup ## Migrate a running EVM there and back, and show what happened
 
 test: setup-dev lint ## Run every check and every test
 	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider --durations=15
+
+soak: setup-dev ## N migrations in a row (200), most with a random fault, write build/soak.json; SEED=n repeats one
+	@$(AS_ROOT) $(PY) -B -m tests.fault.soak --runs $(or $(N),200) $(if $(SEED),--seed $(SEED))
 
 lint: setup-dev ## Run the checks alone: ruff, mypy --strict, the architecture's contracts
 	@$(PY) -m ruff check --quiet .

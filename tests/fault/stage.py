@@ -237,7 +237,7 @@ class Stage:
             float(status["uptime_s"]),
             self.source,
             time.monotonic(),
-            self._stock(),
+            self.stock(),
         )
         self.note_acked()
         self.played += 1
@@ -355,7 +355,7 @@ class Stage:
             wrong.append("the guest's clock went back")
         return wrong
 
-    def _stock(self) -> leftovers.Stock:
+    def stock(self) -> leftovers.Stock:
         """Take stock of all but the EVM itself: ``end_state`` looks for every trace of it."""
         subject = self.subject
         ours = {subject.name, *subject.spec.volumes, interface_name(subject.name, 0)}
@@ -365,7 +365,7 @@ class Stage:
         """A pool comes to rest a moment after it is healed: connections are closed, exports end."""
         assert self.before is not None
         deadline = time.monotonic() + 5.0
-        while left := self._stock().left(self.before.stock):
+        while left := self.stock().left(self.before.stock):
             if time.monotonic() > deadline:
                 return left
             time.sleep(0.2)

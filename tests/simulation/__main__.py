@@ -53,7 +53,11 @@ def many(arguments: argparse.Namespace) -> int:
             again = f" --mutant {arguments.mutant}" if arguments.mutant else ""
             print(f"seed {result.seed}: {result.violation}", file=sys.stderr)
             print(f"  faults: {'; '.join(result.fired) or 'none'}", file=sys.stderr)
-            how = f"python -m tests.simulation --seed {result.seed}{again}" if again else f"make simulate SEED={result.seed}"
+            how = (
+                f"python -m tests.simulation --seed {result.seed}{again}"
+                if again
+                else f"make simulate SEED={result.seed}"
+            )
             print(f"  again:  {how}", file=sys.stderr)
             if arguments.stop:
                 break
@@ -62,7 +66,9 @@ def many(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps({key: summary[key] for key in ("seeds", "migrations", "faults_injected", "violations", "minutes")}))
+    print(
+        json.dumps({key: summary[key] for key in ("seeds", "migrations", "faults_injected", "violations", "minutes")})
+    )
     return 1 if summary["violations"] else 0
 
 

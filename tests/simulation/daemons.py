@@ -120,7 +120,7 @@ class AgentDaemon(Daemon):
         config, net = self.config(), self.world.net
         me = Identity(Role.AGENT, self.host)
         facts = await self.hypervisor.facts()
-        journal, untrusted = agent_daemon._open_journal(config)  # noqa: SLF001 - as ``run`` does
+        journal, untrusted = agent_daemon._open_journal(config)
         images: Any = SimImages()
         assembler = Assembler(self.hypervisor, self.network, images)
         residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
@@ -149,7 +149,7 @@ class AgentDaemon(Daemon):
         self.serve(process, app)
         net.link_servers[self.host] = process, migrations.take_link
         client: Any = SimWire(net, me, self.host, "ctl")
-        hear = agent_daemon._hear  # noqa: SLF001 - as ``run`` does
+        hear = agent_daemon._hear
         beat = Heartbeat(client, self.host, reporter.report, residents.changed, lambda reply: hear(gate, reply))
         await beat.run()
 

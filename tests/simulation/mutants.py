@@ -3,6 +3,5 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 MUTANTS: dict[str, Callable[[], None]] = {}
