@@ -7,7 +7,7 @@ is begun at one question and told at the next: the answer is at once, and says h
 from __future__ import annotations
 
 import asyncio
-import socket
+import contextlib
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from emp.agent.assembly import Assembly
 from emp.model.errors import EmpError
 from emp.model.volume import NbdEndpoint
+from emp.network.base import NetworkDriver
 from emp.volumes.base import VolumeProbe
 
 MakeProbe = Callable[[NbdEndpoint], VolumeProbe]
@@ -24,12 +25,14 @@ MakeProbe = Callable[[NbdEndpoint], VolumeProbe]
 class Health:
     """Of one target. ``probes``: volume -> how it is read from this node."""
 
-    def __init__(self, assembly: Assembly, probes: Mapping[str, VolumeProbe]) -> None:
+    def __init__(self, assembly: Assembly, network: NetworkDriver, probes: Mapping[str, VolumeProbe]) -> None:
         self._assembly = assembly
+        self._network = network
         self._probes = probes
         now_s = time.monotonic()
         self._answered_at_s = now_s
         self._read_at_s = dict.fromkeys(probes, now_s)
+        self._ports_gone = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def asked(self) -> dict[str, Any]:
@@ -40,9 +43,10 @@ class Health:
             "qemu_silent_s": now_s - self._answered_at_s,
             "volumes_silent_s": {volume: now_s - at_s for volume, at_s in self._read_at_s.items()},
             "free_memory_bytes": available_memory_bytes(),
-            "ports_missing": [port.interface for port in self._assembly.ports if not _is_there(port.interface)],
+            "ports_gone": self._ports_gone,
         }
         self._begin("qemu", self._ask_qemu)
+        self._begin("ports", self._look_for_ports)
         for volume in self._probes:
             self._begin(volume, lambda v=volume: self._read(v))  # type: ignore[misc]
         return message
@@ -58,6 +62,10 @@ class Health:
         except EmpError:
             return  # the time since the last answer tells
         self._answered_at_s = time.monotonic()
+
+    async def _look_for_ports(self) -> None:
+        with contextlib.suppress(EmpError):
+            self._ports_gone = self._assembly.spec.name not in await self._network.leftovers()
 
     async def _read(self, volume: str) -> None:
         try:
@@ -80,11 +88,3 @@ def available_memory_bytes() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     return None
-
-
-def _is_there(interface: str) -> bool:
-    try:
-        socket.if_nametoindex(interface)
-    except OSError:
-        return False
-    return True

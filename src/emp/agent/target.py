@@ -115,7 +115,7 @@ class TargetRole(Role[Target]):
             if self._health is None:
                 grants = self.entry.volumes if self._probe else ()
                 probes = {grant.volume.id: self._probe(grant.attachment.endpoint) for grant in grants if self._probe}
-                self._health = Health(self.assembly, probes)
+                self._health = Health(self.assembly, self._assembler.network, probes)
             self.spawn(self._peer.send(self._health.asked()))
 
     # -- what happens

@@ -33,7 +33,7 @@ class Health(Model):
     qemu_silent_s: float = 0.0
     volumes_silent_s: Mapping[str, float] = Field(default_factory=dict)
     free_memory_bytes: int | None = None
-    ports_missing: tuple[str, ...] = ()
+    ports_gone: bool = False
 
 
 class Watchdog:
@@ -98,7 +98,7 @@ class Watchdog:
             qemu_silent_s=health.qemu_silent_s + since_s,
             volumes_silent_s={volume: age_s + since_s for volume, age_s in health.volumes_silent_s.items()},
             free_memory_bytes=health.free_memory_bytes,
-            ports_missing=health.ports_missing,
+            ports_gone=health.ports_gone,
         )
         self._watch, verdict = watch.look(self._watch, sample)
         return AbortAsked(str(verdict)) if verdict else None

@@ -48,7 +48,7 @@ _ADVICE = {
     Check.QEMU: "see what keeps QEMU on the target from answering, or choose another target",
     Check.MEMORY: "free memory on the target, or choose another target",
     Check.VOLUMES: "see whether the target reaches the volume server",
-    Check.PORTS: "see who has removed the EVM's tap on the target",
+    Check.PORTS: "see who has removed the EVM's taps on the target",
     Check.BLACKOUT: "see whether the target's node and QEMU are well",
 }
 
@@ -71,7 +71,8 @@ class Sample:
     """volume -> since the target was last known to have read it"""
     free_memory_bytes: int | None = None
     """of the target's host; None: not told yet"""
-    ports_missing: tuple[str, ...] = ()
+    ports_gone: bool = False
+    """of the EVM, on the target"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def thresholds(policy: Policy) -> dict[Check, str]:
         Check.QEMU: f"{policy.target_qemu_s:g} s without an answer",
         Check.MEMORY: f"{format_size(policy.target_free_memory_bytes)} available",
         Check.VOLUMES: f"{policy.target_volume_s:g} s without a read",
-        Check.PORTS: "all there",
+        Check.PORTS: "there",
         Check.BLACKOUT: f"{policy.blackout_deadline_s:g} s until the commit",
     }
 
@@ -275,9 +276,8 @@ def _volumes(watch: Watch, sample: Sample) -> tuple[Watch, str | None]:
 
 
 def _ports(watch: Watch, sample: Sample) -> tuple[Watch, str | None]:
-    missing = ", ".join(sample.ports_missing)
-    watch = _seen(watch, Check.PORTS, len(sample.ports_missing), f"{missing} gone" if missing else "all there")
-    return watch, f"ports of the EVM are gone on the target: {missing}" if missing else None
+    watch = _seen(watch, Check.PORTS, sample.ports_gone, "gone" if sample.ports_gone else "there")
+    return watch, "the EVM's ports are gone on the target" if sample.ports_gone else None
 
 
 def _rates(sample: Sample) -> str:
