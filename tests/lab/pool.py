@@ -111,10 +111,12 @@ class Subject:
     # -- as the machine below has it
 
     def qemus(self) -> dict[str, int]:
-        """Return node -> pid of every QEMU of this EVM."""
+        """Return node -> pid of every QEMU of this EVM; on a node that is off runs none."""
+        off = self.pool.files.load().off
         found = {
             place.name: daemons.find(self.pool.files, place.name, f"qemu:{self.name}")
             for place in self.pool.topology.node_places
+            if place.name not in off
         }
         return {node: process.pid for node, process in found.items() if process}
 

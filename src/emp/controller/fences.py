@@ -8,7 +8,9 @@ with a quarantine, and its word is not taken.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections import Counter
 
 from emp.controller import trust
 from emp.controller.agents import Agents
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE_S = 90.0
 """after which a request is answered with ``OutcomeUnknown``; the fencing goes on"""
+LEARN_S = 5.0
+"""how long a readmission waits for the node to hear of it"""
 
 
 class Fences:
@@ -34,11 +38,15 @@ class Fences:
         self._agents = agents
         self._driver = driver
         self._fencing = Tasks("fencing")
-        self._lifting = Tasks("lifting of the fence")
+        self._collecting = Tasks("what a fenced node owes")
+        self._paid: dict[str, dict[str, int]] = {}
+        """node -> EVM -> k, of what it has retired since it is back"""
+        self._beats: Counter[str] = Counter()
+        self._beat = asyncio.Condition()
 
     async def close(self) -> None:
         await self._fencing.close()
-        await self._lifting.close()
+        await self._collecting.close()
         await self._driver.aclose()
 
     # -------------------------------------------------------------- by a person
@@ -101,7 +109,16 @@ class Fences:
                 hint=f"do it: emp node readmit {name} --confirm",
             )
         log.warning("node %s is readmitted with journal %s", name, node.report.journal_id)
-        return await self._nodes.change(name, trust.readmitted)
+        await self._nodes.change(name, trust.readmitted)
+        await self._has_learnt(name)
+        return self._nodes.get(name)
+
+    async def _has_learnt(self, name: str) -> None:
+        """Return once the node's agent knows, if it reports: its next report is answered, and the one after follows."""
+        wanted = self._beats[name] + 2
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEARN_S), self._beat:
+                await self._beat.wait_for(lambda: self._beats[name] >= wanted)
 
     # -------------------------------------------------------------- what a fenced node owes
 
@@ -121,26 +138,30 @@ class Fences:
         return node.fence is not None
 
     async def heard(self, node: Node) -> None:
-        """A fenced node reports: it is back."""
-        if node.fence is not None and node.quarantine is None and not self._lifting.has(node.name):
-            self._lifting.start(node.name, self._lift(node.name))
+        """A node reports. One that is fenced is back; the answer to the report that lifts its fence tells it so."""
+        name = node.name
+        async with self._beat:
+            self._beats[name] += 1
+            self._beat.notify_all()
+        if node.fence is None or node.quarantine is not None:
+            self._paid.pop(name, None)
+        elif self._paid.get(name) == node.fence.retire:
+            await self._nodes.change(name, lambda n: _lifted(n, self._paid[name]))
+            log.warning(
+                "the fence of node %s is lifted; it retired: %s", name, ", ".join(self._paid[name]) or "nothing"
+            )
+        elif not self._collecting.has(name):
+            self._collecting.start(name, self._collect(node, dict(node.fence.retire)))
 
-    async def _lift(self, name: str) -> None:
-        """Have it retire what it owes, then lift the fence. What fails is tried again at its next heartbeat."""
-        paid: dict[str, int] = {}
-        while (node := self._nodes.get(name)).fence is not None:
-            owed = {evm: epoch for evm, epoch in node.fence.retire.items() if paid.get(evm) != epoch}
-            for evm, epoch in owed.items():
-                await self._agents.of(node).retire(evm, RetireOrder(epoch=epoch))
-                paid[evm] = epoch
-            if owed:
-                continue
-            try:
-                await self._driver.lift(name)
-            except EmpError as error:  # it is on: it has just answered
-                log.warning("the switch of node %s: %s", name, error)
-            await self._nodes.change(name, lambda n: _lifted(n, paid))
-        log.warning("the fence of node %s is lifted; it retired: %s", name, ", ".join(paid) or "nothing")
+    async def _collect(self, node: Node, owed: dict[str, int]) -> None:
+        """Have a node that is back retire what it owes. What fails is tried again at its next report."""
+        for evm, epoch in owed.items():
+            await self._agents.of(node).retire(evm, RetireOrder(epoch=epoch))
+        try:
+            await self._driver.lift(node.name)
+        except EmpError as error:  # it is on: it has just answered
+            log.warning("the switch of node %s: %s", node.name, error)
+        self._paid[node.name] = owed
 
 
 def _lifted(node: Node, paid: dict[str, int]) -> Node:

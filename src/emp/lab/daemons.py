@@ -26,6 +26,7 @@ from emp.lab.places import NAMESPACES, enter_argv, init_of, source_directory
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import (
     AGENT_PORT,
+    BMC,
     BRIDGE,
     CONTROLLER_PORT,
     CTL,
@@ -106,6 +107,7 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
             "token_file": f"{HOME}/token",
             "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST},
             "volumes": {"url": f"https://{VOL.address}:{VOLUMES_PORT}", "server_name": "volumes-main"},
+            "fencing": {"driver": "lab", "url": f"https://{BMC.address}:{POWER_PORT}", "server_name": "power-main"},
         }
     return common | {
         "node": place.name,
