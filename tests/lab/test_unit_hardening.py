@@ -27,14 +27,19 @@ def confined(pool: Pool) -> Iterator[str]:
     keep = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in wanted)])
     start = ["setpriv", "--no-new-privs", f"--bounding-set={keep}", "--", "setsid", "--fork", "sh", "-c"]
     start += [f"exec {sys.executable} -m emp.agent --config /var/lib/emp/agent.json >/run/log 2>&1"]
+    before = boot_id(pool, node)
     pool.kill(node, "agent")
     with outliving(f"the lab {pool.name}"):
         pool.run_in(node, "env", f"PYTHONPATH={source_directory()}", *start)
     until(lambda: daemons.find(pool.files, node, "agent"), "the agent runs")
-    until(lambda: pool.json("node", "show", node)["ready"], "the agent reports")
+    until(lambda: boot_id(pool, node) != before, "the agent reports")
     yield node
     verbs.kill(pool.files, node, "agent")
     pool.start(node, "agent")
+
+
+def boot_id(pool: Pool, node: str) -> str:
+    return str(pool.json("node", "show", node)["report"]["boot_id"])
 
 
 def test_the_units_capabilities_are_enough(pool: Pool, confined: str) -> None:
