@@ -20,6 +20,7 @@ from emp.hypervisor.base import (
     RunState,
     StreamInfo,
     StreamLimits,
+    StreamStatus,
 )
 from emp.hypervisor.qemu.stream import rate_parameters
 from emp.model.errors import BadInput, Conflict, HypervisorError, OutcomeUnknown
@@ -111,6 +112,12 @@ class FakeMachine:
 
     async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 2) -> int:
         return await self._ask("migrate-incoming", lambda: self.qemu.migrate_incoming(source, multifd_channels))
+
+    async def guard_stream(self, *, pre_switchover_s: float, device_s: float) -> None:
+        def guard() -> None:
+            self.qemu.guard_s = {StreamStatus.PRE_SWITCHOVER: pre_switchover_s, StreamStatus.DEVICE: device_s}
+
+        await self._ask("guard", guard)
 
     async def send_stream(self, *, host: str, port: int, target: str, limits: StreamLimits) -> None:
         rate_parameters(limits)

@@ -70,6 +70,8 @@ class FakeQemu:
         self.stream: Stream | None = None
         self.allowed_source: str | None = None
         self.channels = 2
+        self.guard_s: dict[StreamStatus, float] = {}
+        """how long its guard process lets a stream stay where (rule R12)"""
         self.left_in_socket: list[Callable[[], object]] = []
         self._listeners: list[Callable[[MachineEvent], None]] = []
         self._since: float | None = None
@@ -99,6 +101,15 @@ class FakeQemu:
         self.error = error or self.error
         self.fabric.watch_stream(self)
         self.tell(KIND.STREAM)
+        if status in self.guard_s and self.stream is not None:
+            self.fabric.spawn(self._guard(self.stream, status, self.guard_s[status]), f"guard of {self.spec.name}")
+
+    async def _guard(self, stream: Stream, status: StreamStatus, limit_s: float) -> None:
+        await asyncio.sleep(limit_s)
+        while self.hung:
+            await self.fabric.look()
+        if self.alive and stream.going and self.status is status:
+            stream.cancel()
 
     # -- its guest
 
