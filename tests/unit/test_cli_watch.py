@@ -7,8 +7,8 @@ import pytest
 from emp.cli.report import report_lines, watch_lines
 from emp.controller.tally import Tally
 from emp.migration.watch import Check, advice, begin, blame
-from emp.model.migration import Migration, Outcome, Policy, Report
-from emp.model.orders import Role, RolePhase, RoleStatus, Stage
+from emp.model.migration import Migration, Outcome, Policy, Report, Stage
+from emp.model.orders import Role, RolePhase, RoleStatus
 
 WELL = begin(Policy(), 0.0)
 BROKEN = blame(WELL, Check.STREAM, "Cannot read from TLS channel: The TLS connection was non-properly terminated.")
@@ -30,10 +30,17 @@ def test_the_check_that_failed_is_shown_in_80_columns(all_checks: bool) -> None:
 
 
 def test_the_record_of_an_abort_has_the_lines_and_what_to_do() -> None:
-    names = {"evm": "web", "source": "n1", "target": "n2"}
-    tally = Tally(Migration(id="m-1", epoch_target=2, epoch_source=3, **names))
-    status = {"migration": "m-1", "evm": "web", "role": Role.SOURCE, "phase": RolePhase.ABORTED, "stage": Stage.CLOSED}
-    tally.heard(RoleStatus(**status, watch=BROKEN.lines))
+    tally = Tally(Migration(id="m-1", evm="web", source="n1", target="n2", epoch_target=2, epoch_source=3))
+    tally.heard(
+        RoleStatus(
+            migration="m-1",
+            evm="web",
+            role=Role.SOURCE,
+            phase=RolePhase.ABORTED,
+            stage=Stage.CLOSED,
+            watch=BROKEN.lines,
+        )
+    )
     closed = tally.closed(Outcome.ABORTED, "stream: broke", 1.0)
     assert closed.report.watch == BROKEN.lines
     assert closed.hint == advice(BROKEN.lines)
