@@ -121,6 +121,12 @@ def test_a_cut_wire_stays_cut_when_the_node_comes_back(pool: Pool, n3: str) -> N
         partition.heal(pool.files)
 
 
+def test_a_fence_switches_the_node_off(pool: Pool, n3: str) -> None:
+    pool.emp("node", "fence", n3, "--confirm")
+    assert state(pool, n3) == "off"
+    assert pool.json("node", "show", n3)["fence"]["driver"] == "lab"
+
+
 def test_the_controller_alone_may_switch(pool: Pool) -> None:
     assert switch(pool, "GET", "n1") == (200, {"state": "on"})
     for where in ("n1", "vol"):

@@ -18,7 +18,6 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from emp.agent.gate import Gate
 from emp.agent.migrations import Migrations
 from emp.agent.residents import Residents
-from emp.model.base import Model
 from emp.model.errors import Unavailable
 from emp.model.node import EvmReport, NodeReport
 from emp.model.orders import (
@@ -26,6 +25,7 @@ from emp.model.orders import (
     AnswerOrder,
     GoOrder,
     HandoverOrder,
+    LocalStatus,
     Prepared,
     PrepareOrder,
     RetireOrder,
@@ -115,13 +115,6 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
         return StreamingResponse(_sse(migrations.watch(migration)), media_type="text/event-stream")
 
     return app
-
-
-class LocalStatus(Model):
-    """What root on the node sees of it."""
-
-    node: NodeReport
-    roles: tuple[RoleStatus, ...]
 
 
 def make_local_app(migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI
 
+from emp.fencing.lab import PREFIX, PowerState
 from emp.lab import power
 from emp.lab.power import Power
 from emp.lab.state import LabFiles
@@ -44,25 +45,21 @@ class Config(Model):
     credentials: Path
 
 
-class PowerState(Model):
-    state: Power
-
-
 def make_app(files: LabFiles) -> FastAPI:
     """Return the app that switches the nodes of one lab."""
     app = FastAPI(title="EMP lab power switch")
     install_error_handlers(app)
-    router = APIRouter(prefix="/v1/power", dependencies=[Depends(require_role(Role.CONTROLLER))])
+    router = APIRouter(prefix=PREFIX, dependencies=[Depends(require_role(Role.CONTROLLER))])
 
     @router.get("/{node}")
     def show(node: str) -> PowerState:
-        return PowerState(state=power.state_of(files, node))
+        return PowerState(state=power.state_of(files, node).value)
 
     @router.put("/{node}")
     def switch(node: str, wanted: PowerState) -> PowerState:
         log.info("%s is switched %s", node, wanted.state)
-        power.switch(files, node, wanted.state)
-        return PowerState(state=power.state_of(files, node))
+        power.switch(files, node, Power(wanted.state))
+        return PowerState(state=power.state_of(files, node).value)
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:
