@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint soak bench-idle bench-controller-loss lock clean
+.PHONY: help setup setup-dev demo test lint soak bench-idle bench-controller-loss bench-abort lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -38,6 +38,10 @@ bench-idle: setup ## Measure ten idle migrations, write build/bench/idle.json
 bench-controller-loss: setup ## Measure blackouts in which the controller dies, write build/bench/controller-loss.json
 	@mkdir -p build/bench
 	@$(AS_ROOT) $(PY) bench/controller_loss.py
+
+bench-abort: setup ## Measure aborts in each stage before the commit, write build/bench/abort.json
+	@mkdir -p build/bench
+	@$(AS_ROOT) $(PY) bench/abort.py
 
 lock: ## Pin the requirements anew (needs uv)
 	@uv --version >/dev/null || { echo "make lock needs uv: install it first" >&2; exit 1; }
