@@ -19,6 +19,7 @@ none          **quarantine**: a machine without a record is not touched, and rep
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from emp.agent.assembly import Assembly
@@ -36,6 +37,8 @@ from emp.model.evm import EvmState
 
 log = logging.getLogger(__name__)
 
+AGAIN_S = 1.0
+
 
 class Adoption:
     """One pass at the agent's start, before it takes orders."""
@@ -45,6 +48,8 @@ class Adoption:
         self._residents = residents
         self._migrations = migrations
         self._claims = claims
+        self._left: dict[str, Record] = {}
+        """EVM -> last record, of those that could not be adopted yet"""
 
     async def run(self) -> tuple[str, ...]:
         """Take back what is here; return the names of machines in quarantine."""
@@ -52,15 +57,33 @@ class Adoption:
         alive = dict(await assembler.hypervisor.found())
         ports = await assembler.network.leftovers()
         for evm in self._journal.evms:
-            try:
-                await self._take_back(evm, alive.pop(evm, None))
-            except EmpError as error:
-                log.error("%s: not adopted: %s", evm, error)
-                if entry := self._residents.shelf.get(evm):
-                    self._residents.note(entry, EvmState.UNKNOWN, f"could not be adopted: {error}")
+            await self._try(evm, alive.pop(evm, None))
+        for evm in self._residents.shelf.evms - set(self._journal.evms) - set(alive):
+            self._residents.shelf.drop(evm)  # the agent died between the shelf and the journal
         for evm in ports - set(self._journal.evms) - set(alive):
             await assembler.clear(evm, None)
         return tuple([evm for evm, process in alive.items() if not await self._never_ran(evm, process)])
+
+    async def go_on(self) -> None:
+        """Until everything is adopted: what hung while the agent started is tried again, unless it was retired."""
+        while self._left:
+            await asyncio.sleep(AGAIN_S)
+            alive = await self._residents.assembler.hypervisor.found()
+            for evm, last in tuple(self._left.items()):
+                del self._left[evm]
+                if self._journal.last(evm) == last:
+                    self._residents.unnote(evm)
+                    await self._try(evm, alive.get(evm))
+
+    async def _try(self, evm: str, process: ProcessId | None) -> None:
+        try:
+            await self._take_back(evm, process)
+        except EmpError as error:
+            log.error("%s: not adopted: %s", evm, error)
+            if entry := self._residents.shelf.get(evm):
+                self._residents.note(entry, EvmState.UNKNOWN, f"could not be adopted: {error}")
+            if last := self._journal.last(evm):
+                self._left[evm] = last
 
     async def _never_ran(self, evm: str, process: ProcessId) -> bool:
         """A machine without a record: killed if it was still waiting for its stream, so that it cannot have run."""

@@ -118,10 +118,9 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
         await stack.enter_async_context(controller)
         local = sockets.listen_unix(config.run_dir / "agent.sock")
         await stack.enter_async_context(Server(local_app, [Listener(local, None)], pool=config.pool))
-        if gate.distrust is None:
-            adoption = Adoption(parts.journal, parts.residents, parts.migrations, parts.claims)
-            if strangers := await adoption.run():
-                reporter.trouble = f"machines without a record in the journal, not touched: {', '.join(strangers)}"
+        adoption = Adoption(parts.journal, parts.residents, parts.migrations, parts.claims)
+        if gate.distrust is None and (strangers := await adoption.run()):
+            reporter.trouble = f"machines without a record in the journal, not touched: {', '.join(strangers)}"
         gate.starting = None
         await stack.enter_async_context(Server(app, [api], pool=config.pool))
         on_link = parts.migrations.take_link
@@ -129,13 +128,17 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
         beat = Heartbeat(
             controller, config.node, reporter.report, parts.residents.changed, lambda reply: _hear(gate, reply)
         )
-        heart = asyncio.create_task(beat.run(), name="heartbeat")
+        work = [
+            asyncio.create_task(beat.run(), name="heartbeat"),
+            asyncio.create_task(adoption.go_on(), name="adoption"),
+        ]
         log.info("agent of %s serves on %s:%d", config.node, config.address, config.port)
         gc.collect()
         gc.freeze()  # what is here now stays: a collection in a blackout need not walk it
         await stop.wait()
-        heart.cancel()
-        await asyncio.gather(heart, return_exceptions=True)
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
 
 
 def _hear(gate: Gate, reply: HeartbeatReply) -> None:

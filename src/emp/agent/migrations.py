@@ -24,7 +24,7 @@ from emp.migration import admission
 from emp.migration.events import AbortAsked, Event, GoArrived, Retired, SourceAborted, TargetAnswered, Word
 from emp.migration.records import RecordKind
 from emp.migration.states import Source, Target
-from emp.model.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch, Unreachable
+from emp.model.errors import BadInput, Conflict, HostError, NotFound, Refused, StaleEpoch, Unreachable
 from emp.model.evm import EvmState
 from emp.model.migration import Stage
 from emp.model.node import EvmReport, OpenRole
@@ -115,7 +115,11 @@ class Migrations:
         self._check_not_called_off(order.migration)
         self._residents.reserve(name, order.spec.memory_bytes)
         entry = Entry(spec=order.spec, volumes=order.volumes, peer=order.source)
-        self._residents.shelf.put(entry)
+        try:
+            self._residents.shelf.put(entry)
+        except HostError:
+            self._residents.unreserve(name)
+            raise
         state = Target(name, order.migration, order.source.node, secrets.token_hex(8), order.epoch)
         role = self._target_role(state, entry, multifd_channels=order.multifd_channels)
         self._remember(role)
@@ -371,7 +375,7 @@ class Migrations:
             case RolePhase.DONE:
                 await self._residents.depart(evm)
             case RolePhase.ABORTED:
-                await self._residents.see_whether_it_lives(evm)
+                await self._residents.catch_up(evm)
             case RolePhase.LOST:
                 await self._residents.crashed(self._residents.get(evm), role.state.cause or "lost in a migration")
         self._residents.changed.notify()
@@ -383,6 +387,7 @@ class Migrations:
             case RolePhase.RUNNING:
                 assert role.assembly is not None
                 self._residents.settle(role.entry, role.assembly)
+                await self._residents.catch_up(evm)  # what the guest did before anybody listened here
             case RolePhase.LOST:
                 lost = self._residents.note(role.entry, EvmState.CRASHED, role.state.cause)
                 lost.assembly = role.assembly

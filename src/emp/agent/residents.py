@@ -20,7 +20,7 @@ from emp.agent.source import SourceRole
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState
 from emp.migration import admission
 from emp.migration.records import OWNING, RUNNABLE, Record, RecordKind
-from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused
+from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused, Unavailable
 from emp.model.evm import EvmState
 from emp.model.names import format_size
 from emp.model.node import EvmReport
@@ -29,6 +29,7 @@ from emp.model.orders import RetireOrder, StartOrder, StopOrder
 log = logging.getLogger(__name__)
 
 _IO_RETRY_S = 1.0
+_AGAIN_S = 1.0
 PANICKED = "the guest's kernel panicked"
 
 
@@ -144,6 +145,8 @@ class Residents:
         resident = self.get(name)
         async with resident.lock:
             self._check_not_migrating(resident)
+            if resident.state is EvmState.UNKNOWN:
+                raise Unavailable(f"EVM {name!r}: {resident.reason}", field="evm", hint="it is tried again and again")
             if resident.assembly is not None:
                 if order.grace_s > 0 and resident.state is EvmState.RUNNING:
                     await self._ask_to_shut_down(resident, order.grace_s)
@@ -163,6 +166,8 @@ class Residents:
                 await self._forget(name)
         elif last and last.kind in (RecordKind.PREPARED, RecordKind.GIVEN):
             raise Conflict(f"a migration of {name!r} is not over here", field="evm", hint="abort it first")
+        # RETIRED swears that nothing runs here: so look, whatever is known of it, and kill what is there.
+        await self.assembler.clear(name, (await self.assembler.hypervisor.found()).get(name))
         await self.journal.append(Record(RecordKind.RETIRED, name, order.epoch))
         self.shelf.drop(name)
         self.changed.notify()
@@ -189,6 +194,10 @@ class Residents:
         resident = Resident(entry, assembly, EvmState.RUNNING)
         self._residents[entry.spec.name] = resident
         self._settle(resident)
+        self._stands(resident, state)
+
+    def _stands(self, resident: Resident, state: RunState) -> None:
+        """Take over a state that no event has told of."""
         match state:
             case RunState.RUNNING:
                 pass
@@ -207,6 +216,11 @@ class Residents:
         self._residents[entry.spec.name] = resident
         return resident
 
+    def unnote(self, name: str) -> None:
+        """What was noted of an EVM that could not be adopted is found out anew."""
+        if (resident := self._residents.get(name)) and resident.state is EvmState.UNKNOWN:
+            del self._residents[name]
+
     def _settle(self, resident: Resident) -> None:
         resident.state, resident.reason = EvmState.RUNNING, None
         if resident.assembly is not None:
@@ -215,10 +229,8 @@ class Residents:
         self.changed.notify()
 
     async def depart(self, name: str) -> None:
-        """Its machine is gone and another node owns it."""
-        resident = self._residents.pop(name, None)
-        if resident is not None:
-            await self._stop_following(resident)
+        """Another node owns it: nothing of it is left here, whoever has ended its machine."""
+        await self._forget(name)
         self.shelf.drop(name)
         self.changed.notify()
 
@@ -291,9 +303,14 @@ class Residents:
     async def _after_shutdown(self, resident: Resident) -> None:
         if resident.role is not None:
             await resident.role.until_final()
-        async with resident.lock:
-            if resident.assembly is not None and self._residents.get(resident.name) is resident:
-                await self._end(resident, EvmState.STOPPED, "shut down from inside")
+        while resident.assembly is not None and self._residents.get(resident.name) is resident:
+            try:
+                async with resident.lock:
+                    if resident.assembly is not None:
+                        await self._end(resident, EvmState.STOPPED, "shut down from inside")
+            except EmpError as error:
+                log.error("%s has shut down, and its end is not on disk yet: %s", resident.name, error)
+                await asyncio.sleep(_AGAIN_S)
 
     async def _machine_gone(self, resident: Resident) -> None:
         if resident.role is not None and not resident.role.phase.final:
@@ -305,13 +322,13 @@ class Residents:
             await assembly.dismantle()
         resident.state, resident.reason = EvmState.CRASHED, "its QEMU process ended"
 
-    async def see_whether_it_lives(self, name: str) -> None:
-        """A migration has ended here; had its machine died behind the last event, nobody would have noted it."""
+    async def catch_up(self, name: str) -> None:
+        """A migration has ended here; had its guest or its machine ended meanwhile, nobody would have noted it."""
         resident = self.get(name)
         with contextlib.suppress(OutcomeUnknown):
             try:
-                if resident.assembly is not None:
-                    await resident.assembly.machine.run_state()
+                if resident.assembly is not None and resident.state is EvmState.RUNNING:
+                    self._stands(resident, await resident.assembly.machine.run_state())
             except MachineGone:
                 await self.crashed(resident, "its QEMU process ended")
 
@@ -340,13 +357,13 @@ class Residents:
             resident.reason = f"powered off: {error}"
 
     async def _end(self, resident: Resident, state: EvmState, reason: str) -> None:
-        assembly, resident.assembly = resident.assembly, None
-        resident.state, resident.reason = state, reason
         last = self.journal.last(resident.name)
         if last is not None and last.kind in OWNING:
             await self.journal.append(Record(RecordKind.STOPPED, resident.name, last.epoch))
-        if assembly is not None:
-            await assembly.dismantle()
+        resident.state, resident.reason = state, reason
+        if resident.assembly is not None:
+            await resident.assembly.dismantle()
+            resident.assembly = None
         self.changed.notify()
 
     async def _stop_following(self, resident: Resident) -> None:

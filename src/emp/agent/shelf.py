@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from emp.model.base import Model
+from emp.model.errors import HostError
 from emp.model.evm import EvmSpec
 from emp.model.orders import Peer, VolumeGrant
 
@@ -28,16 +29,17 @@ class Shelf:
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
 
+    @property
+    def evms(self) -> frozenset[str]:
+        return frozenset(path.stem for path in self._directory.glob("*.json"))
+
     def put(self, entry: Entry) -> None:
+        """Raises ``HostError`` where the disk fails; what was there before is still there then."""
         path = self._directory / f"{entry.spec.name}.json"
-        fresh = path.with_suffix(".new")
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            os.write(fd, entry.model_dump_json().encode())
-            os.fdatasync(fd)
-        finally:
-            os.close(fd)
-        fresh.rename(path)
+            _replace(path, entry.model_dump_json().encode())
+        except OSError as error:
+            raise HostError(f"{path}: {error.strerror}", hint="free or repair the disk") from error
 
     def get(self, evm: str) -> Entry | None:
         path = self._directory / f"{evm}.json"
@@ -45,3 +47,14 @@ class Shelf:
 
     def drop(self, evm: str) -> None:
         (self._directory / f"{evm}.json").unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    fresh = path.with_suffix(".new")
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, content)
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+    fresh.rename(path)

@@ -220,12 +220,19 @@ class TargetRole(Role[Target]):
             self.feed(events.RunRefused(str(error)))
 
     async def _see_whether_it_runs(self, assembly: Assembly) -> None:
-        """``cont`` was not answered: ask until the hypervisor says, for as long as it lives."""
+        """``cont`` was not answered: ask until the hypervisor says, for as long as it lives.
+
+        One that hung may have lost the command. ACTIVATED is on disk and the copy counts as having run, so that it is
+        simply said again (rule R1); a refusal now says nothing about the first one (rule R4).
+        """
         while self.state.phase is TargetPhase.STARTING:
             try:
-                if await assembly.machine.run_state() is RunState.RUNNING:
+                state = await assembly.machine.run_state()
+                if state is RunState.RUNNING:
                     self.feed(events.GuestRuns())
                     return
+                if state is RunState.PAUSED:
+                    await assembly.machine.cont()
             except MachineGone:
                 return
             except EmpError as error:

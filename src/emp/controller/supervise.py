@@ -348,8 +348,11 @@ class Supervision:
     async def _start_anew(self) -> None:
         await self._end_tasks()
         await asyncio.sleep(REWATCH_S)
-        self._state = Supervisor()
-        self._feed(supervisor.Resumed(self.live.nonce is not None))
+        self._state, waiting = Supervisor(), self._events
+        self._events = asyncio.Queue()
+        self._feed(supervisor.Resumed(self.live.nonce is not None))  # before what waits: it says where that is met
+        while not waiting.empty():
+            self._feed(waiting.get_nowait())
 
     async def _linger(self) -> None:
         """Let the watches hear their ends out: one broken off in its TLS handshake would leave a socket open."""

@@ -45,7 +45,7 @@ def resume_source(record: Record, *, alive: bool, completed: bool) -> tuple[Sour
         given = replace(state, phase=SourcePhase.GIVEN, completed=True, loaded=True)
         return given, TimerFired(Timer.REPEAT)
     if alive and completed:  # had this journal lost GIVEN, only the target would know (rule R2)
-        return replace(state, phase=SourcePhase.ASKING, completed=True), Resumed()
+        return replace(state, phase=SourcePhase.ASKING, completed=True, cause=way_back.RESTARTED), Resumed()
     copying = replace(state, phase=SourcePhase.PRECOPY)
     return copying, AbortAsked(way_back.RESTARTED) if alive else MachineGone()
 
