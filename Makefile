@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint soak bench-idle bench-controller-loss bench-abort lock clean
+.PHONY: help setup setup-dev demo test lint simulate soak bench-idle bench-controller-loss bench-abort lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -30,6 +30,10 @@ lint: setup-dev ## Run the checks alone: ruff, mypy --strict, the architecture's
 	@$(PY) -m ruff format --check --quiet .
 	@$(PY) -m mypy $(SOURCES)
 	@.venv/bin/lint-imports
+
+simulate: setup-dev ## Simulate SEEDS=200 pools under faults, write build/simulate.json; SEED=N: that one, with its trace
+	@mkdir -p build
+	@$(PY) -B -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),200) --json build/simulate.json)
 
 bench-idle: setup ## Measure ten idle migrations, write build/bench/idle.json
 	@mkdir -p build/bench

@@ -50,15 +50,9 @@ def many(arguments: argparse.Namespace) -> int:
     for result in _results(seeds, arguments.mutant):
         results.append(result)
         if result.violation:
-            again = f" --mutant {arguments.mutant}" if arguments.mutant else ""
             print(f"seed {result.seed}: {result.violation}", file=sys.stderr)
             print(f"  faults: {'; '.join(result.fired) or 'none'}", file=sys.stderr)
-            how = (
-                f"python -m tests.simulation --seed {result.seed}{again}"
-                if again
-                else f"make simulate SEED={result.seed}"
-            )
-            print(f"  again:  {how}", file=sys.stderr)
+            print(f"  again:  {_again(result.seed, arguments.mutant)}", file=sys.stderr)
             if arguments.stop:
                 break
         _progress(len(results), len(seeds), time.monotonic() - began_s)
@@ -66,10 +60,16 @@ def many(arguments: argparse.Namespace) -> int:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(summary, indent=1) + "\n")
-    print(
-        json.dumps({key: summary[key] for key in ("seeds", "migrations", "faults_injected", "violations", "minutes")})
-    )
+    shown = ("seeds", "migrations", "faults_injected", "violations", "minutes")
+    print(json.dumps({key: summary[key] for key in shown}))
     return 1 if summary["violations"] else 0
+
+
+def _again(seed: int, mutant: str | None) -> str:
+    """The command that runs the seed again, with its trace."""
+    if mutant is None:
+        return f"make simulate SEED={seed}"
+    return f".venv/bin/python -m tests.simulation --seed {seed} --mutant {mutant}"
 
 
 def _results(seeds: range, mutant: str | None) -> Iterator[Result]:

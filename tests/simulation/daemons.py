@@ -76,7 +76,7 @@ class Daemon:
     async def _guarded(self, process: Process) -> None:
         try:
             await self.run(process)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a process that ends, whatever of
             self.world.crashed(self.name, error)
             process.kill()
 
@@ -140,10 +140,9 @@ class AgentDaemon(Daemon):
         parts = agent_daemon.Parts(facts, images, journal, residents, migrations, claims, gate)
         reporter = agent_daemon.Reporter(config, parts)
         app = make_app(residents, migrations, gate, reporter.report)
-        if untrusted is None:
-            strangers = await Adoption(journal, residents, migrations, claims).run()
-            if strangers:
-                reporter.trouble = f"machines without a record in the journal: {', '.join(strangers)}"
+        adoption = Adoption(journal, residents, migrations, claims)
+        if untrusted is None and (strangers := await adoption.run()):
+            reporter.trouble = f"machines without a record in the journal: {', '.join(strangers)}"
         gate.starting = None
         self.residents, self.migrations = residents, migrations
         self.serve(process, app)
@@ -151,6 +150,7 @@ class AgentDaemon(Daemon):
         client: Any = SimWire(net, me, self.host, "ctl")
         hear = agent_daemon._hear
         beat = Heartbeat(client, self.host, reporter.report, residents.changed, lambda reply: hear(gate, reply))
+        process.spawn(adoption.go_on(), "adoption")
         await beat.run()
 
 
@@ -205,7 +205,8 @@ class ControllerDaemon(Daemon):
         self.services = None
         config, world = self.config(), self.world
         client: Any = SimWire(world.net, CONTROLLER, "ctl", "vol")
-        controller = await wire(config, SimStore(world.store), driver=NbdVolumeDriver(client))
+        store: Any = SimStore(world.store)
+        controller = await wire(config, store, driver=NbdVolumeDriver(client))
         await controller.start()
         self.services = controller.services
         self.serve(process, agents_app(controller.services))

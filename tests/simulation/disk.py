@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.simulation.loop import here
 
@@ -32,7 +33,7 @@ class Disk:
     failing: str | None = None
     """``EIO`` or ``ENOSPC``"""
     on_sync: Callable[[str], None] = lambda _: None
-    syncs: bool = True
+    syncs: ClassVar[bool] = True
     """False: fsync does nothing (a planted bug)"""
 
     def lose_power(self) -> None:
@@ -74,6 +75,14 @@ class DiskPath:
 
     def with_name(self, name: str) -> DiskPath:
         return self.parent / name
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition("/")[2].rpartition(".")[0]
+
+    def glob(self, pattern: str) -> list[DiskPath]:
+        found = [n for n in self.disk.files if fnmatch.fnmatchcase(n, f"{self.name}/{pattern}")]
+        return [DiskPath(self.disk, name) for name in sorted(found)]
 
     def exists(self) -> bool:
         return self.name in self.disk.files

@@ -19,6 +19,9 @@ from tests.simulation.errors import Stuck
 EPOCH_S = 1_800_000_000.0
 """the wall clock at virtual time 0"""
 
+MOST_TURNS = 40_000
+"""of the loop in one run, of which an ordinary one takes two or three thousand"""
+
 current: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 
@@ -101,7 +104,8 @@ class _Jump(selectors.BaseSelector):
     def register(self, *_: Any) -> Any:
         raise NotImplementedError("there are no sockets here")
 
-    unregister = modify = register
+    def unregister(self, *_: Any) -> Any:
+        raise NotImplementedError("there are no sockets here")
 
     def get_map(self) -> Any:
         return {}
@@ -112,6 +116,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self.now = 0.0
         self.rng = rng
+        self.fatal: BaseException | None = None
+        """ends the run at once, in whichever task or callback it was met"""
+        self.turns = 0
         self._limit_s = limit_s
         self._numbers = itertools.count(1)
         self._selector = _Jump(self)
@@ -119,6 +126,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def time(self) -> float:
         return self.now
+
+    def _run_once(self) -> None:
+        super()._run_once()  # type: ignore[misc]  # not in the stubs
+        self.turns += 1
+        if self.turns > MOST_TURNS:
+            self.fatal = self.fatal or Stuck(f"somebody spins: {MOST_TURNS} turns of the loop are too many")
+        if self.fatal is not None:
+            raise self.fatal
 
     def pass_time(self, by_s: float) -> None:
         self.now += by_s
@@ -150,7 +165,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
                 return
             try:
                 result = func(*args)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it is the caller's, as with a thread
                 if not future.done():
                     future.set_exception(error)
             else:

@@ -11,6 +11,7 @@ import random
 import secrets
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import emp.agent.api
@@ -29,19 +30,23 @@ from tests.simulation.loop import EPOCH_S, current, here
 from tests.simulation.routes import RouteTable
 
 
+def _unset(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no run is in progress")
+
+
 class Ground:
     """What the patched modules ask: the run in progress."""
 
     def __init__(self) -> None:
         self.rng = random.Random(0)
-        self.now = lambda: 0.0
+        self.now: Callable[[], float] = lambda: 0.0
         self.skews_s: dict[str, float] = {}
         self.ids = itertools.count(1)
-        self.exports: Any = None
+        self.exports: Callable[[Any], Any] = _unset
         """makes the volume service's exports"""
-        self.end_exports: Any = None
+        self.end_exports: Callable[..., None] = _unset
         """ends those that the volume service does not know"""
-        self.agents: Any = None
+        self.agents: Callable[[], Any] = _unset
         """makes the controller's clients of agents"""
 
     def wall_clock(self) -> float:

@@ -1,11 +1,11 @@
-"""Serves the daemons' real routes without HTTP: stands in for FastAPI where an app is built, and calls its endpoints."""
+"""Serves the daemons' real routes without HTTP: stands in for FastAPI where an app is built, and calls endpoints."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
@@ -101,7 +101,7 @@ async def _depend(dependency: Depends, connection: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
-async def events_of(response: Any) -> AsyncIterator[str]:
+async def events_of(response: Any) -> AsyncGenerator[str]:
     """Yield the data of each server-sent event of a streaming answer."""
     async for chunk in response.body_iterator:
         yield chunk.partition("data: ")[2].strip()

@@ -100,7 +100,8 @@ class World:
 
     def violated(self, text: str) -> None:
         self.note(f"VIOLATION: {text}")
-        raise Violation(text)
+        self.loop.fatal = self.loop.fatal or Violation(text)
+        raise self.loop.fatal
 
     def crashed(self, daemon: str, error: Exception) -> None:
         self.note(f"{daemon} ended with {error!r}")
@@ -228,8 +229,9 @@ class SimFabric(Fabric):
             world.violated(f"two copies of {evm} run: on {qemu.node} and on {', '.join(others)}")
         head = world.heads.get(evm, (0, 0.0))
         if (guest.boot, guest.ticks) < (head[0], head[1] - 1e-3):
+            known = f"{head[1]:.0f} of boot {head[0]}"
             world.violated(
-                f"a stale copy of {evm} runs on {qemu.node}: tick {guest.ticks:.0f} of boot {guest.boot}, the newest was {head[1]:.0f} of {head[0]}"
+                f"a stale copy of {evm} runs on {qemu.node}: tick {guest.ticks:.0f} of boot {guest.boot} after {known}"
             )
         world.heads[evm] = (guest.boot, guest.ticks)
         track = world.track
