@@ -8,20 +8,22 @@ is healed.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from emp import faults
 from emp.host.run import run_sync
-from emp.lab import daemons, places, scan
+from emp.lab import daemons, places, power, scan
 from emp.lab.partition import How
+from emp.lab.power import Power
 from emp.lab.topology import FABRIC, VOL
 from emp.model.errors import Conflict, EmpError
 from tests.fault.stage import Stage, until
+from tests.leaks import outliving
 
 Script = Iterator[None]
 Break = Callable[[Stage], Script]
@@ -32,6 +34,11 @@ LATE_S = 5.0
 """longer than every timer of the cells: stands for the matrix's 30 and 60 seconds"""
 
 
+def lasts(duration_s: float) -> None:
+    """Let a fault go on for a while; nothing is awaited by it."""
+    time.sleep(duration_s)  # the length of the fault itself
+
+
 def kill(party: str, again_s: float | None) -> Break:
     """SIGKILL a daemon; it comes back after ``again_s``, or never (until the pool is healed)."""
 
@@ -39,7 +46,7 @@ def kill(party: str, again_s: float | None) -> Break:
         stage.kill(party)
         yield
         if again_s is not None:
-            time.sleep(again_s)
+            lasts(again_s)
             stage.start(party)
 
     return script
@@ -60,7 +67,7 @@ def kill_volumes(stage: Stage) -> Script:
         one.process for one in daemons.daemons(stage.files, stage.pool.topology.place("vol")) if one.pid != init.pid
     )
     yield
-    time.sleep(2.0)
+    lasts(2.0)
     stage.start("V")
 
 
@@ -72,7 +79,7 @@ def cut(*pairs: str, how: How = How.DROP, for_s: float | None = LATE_S) -> Break
             stage.cut(pair[0], pair[1], how)
         yield
         if for_s is not None:
-            time.sleep(for_s)
+            lasts(for_s)
             for pair in pairs:
                 stage.mend(pair[0], pair[1])
 
@@ -83,7 +90,7 @@ def stop_qemu(party: str) -> Break:
     def script(stage: Stage) -> Script:
         stage.stop_qemu(party)
         yield
-        time.sleep(LATE_S)
+        lasts(LATE_S)
         stage.cont_qemu(party)
 
     return script
@@ -96,7 +103,7 @@ def stop(party: str) -> Break:
         stage.stop(party)
         stage.keep_frozen(party)
         yield
-        time.sleep(LATE_S)
+        lasts(LATE_S)
         stage.thaw(party)
 
     return script
@@ -174,20 +181,38 @@ def second_migration(stage: Stage) -> Script:
 
 
 def reboot(party: str) -> Break:
-    """Every process of a node ends at once and what was in memory is gone; its agent comes up again."""
+    """The plug is pulled and put back: memory, /run and the network's state are gone, the disk is as it was."""
 
     def script(stage: Stage) -> Script:
         node = stage.place_of(party)
-        init = places.init_of(stage.files, node)
-        scan.kill(
-            one.process for one in daemons.daemons(stage.files, stage.pool.topology.place(node)) if one.pid != init.pid
-        )
-        shutil.rmtree(Path(f"/proc/{init.pid}/root/run/emp"), ignore_errors=True)
+        power.switch(stage.files, node, Power.OFF)
         yield
-        time.sleep(1.0)
-        stage.start(party)
+        lasts(1.0)
+        with outliving(f"the lab {stage.pool.name}"):
+            power.switch(stage.files, node, Power.ON)
 
     return script
+
+
+def no_flush(stage: Stage) -> Script:
+    """The source's volume fails under it: its export is gone, and nobody starts another."""
+    exports = daemons.daemons(stage.files, stage.pool.topology.place("vol"))
+    stage.stop("V")
+    scan.kill(one.process for one in exports if any(f".{stage.source}." in word for word in one.argv))
+    yield
+
+
+def recovered_elsewhere(stage: Stage) -> Script:
+    """A person takes the source for lost while the migration goes on, fences both ends, and has the EVM started."""
+    stage.cut("C", "S")
+    yield
+    with contextlib.suppress(AssertionError):
+        until(lambda: not stage.client.nodes.get(stage.source).ready, "the source is found down")
+    stage.client.nodes.fence(stage.source, confirm=True, reason="taken for lost")
+    with contextlib.suppress(EmpError):
+        stage.client.nodes.fence(stage.target, confirm=True, reason="an end of the open migration")
+    with outliving(f"the lab {stage.pool.name}"):
+        stage.client.evms.recover(stage.subject.name)
 
 
 def slow_link(stage: Stage) -> Script:
@@ -196,8 +221,13 @@ def slow_link(stage: Stage) -> Script:
     command = ("ip", "netns", "exec", stage.pool.topology.namespace(FABRIC), "tc", "qdisc")
     run_sync(*command, "replace", *port, "root", "netem", "delay", "200ms", "rate", "64kbit")
     yield
-    time.sleep(LATE_S)
+    lasts(LATE_S)
     run_sync(*command, "del", *port, "root")
+
+
+def nothing(stage: Stage) -> Script:
+    """What is wrong was wrong before."""
+    yield
 
 
 def power_button(stage: Stage) -> Script:
@@ -228,3 +258,13 @@ def journal_swapped(party: str, old: bytes | None) -> Break:
         stage.start(party)
 
     return script
+
+
+# ---------------------------------------------------------------- what a cell needs before its migration begins
+
+
+@contextmanager
+def target_differs(stage: Stage, **fields: Any) -> Iterator[None]:
+    """The record from which a target is made says something else than the source was made from."""
+    with stage.forged_spec(**fields):
+        yield

@@ -8,16 +8,24 @@ letters, each is right. A cell is named ``F<row>.<column>``, with its case where
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from emp.lab.partition import How
 from tests.fault import breaks, holds
 from tests.fault.breaks import Break
 from tests.fault.holds import COLUMNS, Hold
+from tests.fault.stage import Stage
 
 ROWS = range(1, 32)
+Setup = Callable[[Stage], AbstractContextManager[None]]
+
+
+def _none(stage: Stage) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Cell:
     """until the pool is healed the migration must not come to an end"""
     note: str = ""
     quick: bool = False
+    setup: Setup = _none
+    """round the migration's order"""
     pending: str = ""
     """what the product lacks for it; the cell is played all the same, and counts as failed until it passes"""
 
@@ -54,6 +64,7 @@ def _row(
     waits: str = "",
     quick: str = "",
     note: str = "",
+    setup: Setup = _none,
     pending: Mapping[str, str] | None = None,
 ) -> Iterator[Cell]:
     """Yield a row's cells; ``ends``: columns -> letters, ``"BP": "A"`` for several columns that end alike."""
@@ -61,7 +72,7 @@ def _row(
         for column in columns:
             yield Cell(
                 row, column, expected, (hold or {}).get(column, COLUMNS[column]), script, case, policy or {},
-                column in waits, note, column in quick, (pending or {}).get(column, ""),
+                column in waits, note, column in quick, setup, (pending or {}).get(column, ""),
             )  # fmt: skip
 
 
@@ -144,6 +155,14 @@ def _storage() -> Iterator[Cell]:
     yield from _row(18, breaks.at("S", "journal.given.before_fsync", "raise:EIO", 0, also="journal.own.before_fsync"),
         {"H": "AR"}, case="never again", waits="H")  # fmt: skip
 
+    yield from _row(19, breaks.no_flush, {"P": "A"}, case="at the stop", hold={"P": holds.PRECOPY})
+    yield from _row(19, breaks.no_flush, {"D": "A"}, case="as the disks are let go", hold={"D": holds.PRE_SWITCHOVER})
+    begun = Hold("S", "source.start-stream.before", frozen=False)
+    other_memory = partial(breaks.target_differs, memory_bytes=160 << 20)
+    yield from _row(24, breaks.nothing, {"B": "A"}, case="memory", hold={"B": begun}, setup=other_memory)
+    no_volumes = partial(breaks.target_differs, volumes=())
+    yield from _row(24, breaks.nothing, {"D": "A"}, case="device", hold={"D": begun}, setup=no_volumes)
+
 
 def _messages() -> Iterator[Cell]:
     lost = (
@@ -177,6 +196,7 @@ def _journals() -> Iterator[Cell]:
         ends = {"B": "AC", "P": "A", "D": "A", "H": "AC", "M": "C", "T": "C"}
         yield from _row(28, breaks.journal_swapped(party, b""), ends, case=party, hold=_GIVEN)
         yield from _row(29, breaks.journal_swapped(party, None), ends, case=party, hold=_GIVEN)
+    yield from _row(30, breaks.recovered_elsewhere, {"BPDHMT": "K"})
 
 
 # ---------------------------------------------------------------- what has no cell
@@ -196,17 +216,8 @@ def not_applicable() -> dict[str, str]:
     return found | {f"F31.{column}": "post-copy is not offered: no policy asks for it" for column in "BPDHMT"}
 
 
-def missing() -> dict[str, str]:
-    """Return cell -> what it waits for, for those cells of the matrix that cannot be played yet."""
+def missing() -> list[str]:
+    """Return the cells of the matrix that are neither played nor listed as not applicable."""
     here = {f"F{cell.row}.{cell.column}" for cell in cells()} | set(not_applicable())
     every = [f"F{row}.{column}" for row in ROWS for column in COLUMNS]
-    return {name: _MISSING.get(name.partition(".")[0], "nobody has written it") for name in every if name not in here}
-
-
-_MISSING = {
-    "F19": "a volume whose flush fails (blkdebug under the export)",
-    "F23": "orders of the migration before, sent again by the controller's own credentials",
-    "F24": "a target that was made with another size of memory",
-    "F30": "emp evm recover",
-    "F26": "delete and shutdown from inside in every column",
-}
+    return [name for name in every if name not in here]

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +27,7 @@ from emp.lab.checkers.vcpus import VcpuWitness
 from emp.lab.down import down
 from emp.lab.journal_check import check_journal
 from emp.lab.partition import How
+from emp.lab.ready import wait_ready
 from emp.lab.topology import CTL, VOL
 from emp.lab.up import Options, up
 from emp.model.errors import EmpError, NotFound
@@ -154,6 +157,29 @@ class Stage:
             with contextlib.suppress(NotFound):
                 self.client.evms.delete(name, grace_s=0)
 
+    @contextmanager
+    def forged_spec(self, **fields: Any) -> Iterator[None]:
+        """Change the EVM's spec in the controller's store for the length of the block; its machine stays as it is."""
+        true = {name: getattr(self.subject.spec, name) for name in fields}
+        self.forge(lambda record: record | {"spec": record["spec"] | fields})
+        try:
+            yield
+        finally:
+            self.forge(lambda record: record | {"spec": record["spec"] | true})
+
+    def forge(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Change the EVM's record on the controller's disk, behind its back."""
+        with contextlib.suppress(NotFound):
+            self.kill("C")
+        with closing(sqlite3.connect(self.files.data(CTL.name) / "controller.db")) as store, store:
+            key, value = store.execute(
+                "SELECT key, value FROM kv WHERE key LIKE ?", (f"%/evms/{self.subject.name}",)
+            ).fetchone()
+            forged = json.dumps(change(json.loads(value))).encode()
+            store.execute("UPDATE kv SET value = ? WHERE key = ?", (forged, key))
+        self.start("C")
+        wait_ready(self.files, self.pool.state, self.pool.context)
+
     # -- faults
 
     def arm(self, party: str, point: str, action: str, *, nth: int = 1, times: int = 1) -> None:
@@ -281,6 +307,7 @@ class Stage:
         for place in self.pool.topology.places:
             faults.disarm(self.files.faults(place.name))
         partition.heal(self.files)
+        self._restore()
         for status in verbs.status(self.files):
             for evm in status.evms:
                 with contextlib.suppress(NotFound):
@@ -290,6 +317,14 @@ class Stage:
             elif status.state == "dead":
                 with outliving(f"the lab {self.pool.name}"):
                     verbs.start(self.files, status.name, status.role)
+
+    def _restore(self) -> None:
+        """Put back what was set aside, as a person does: with its daemon stopped. Then let the nodes count again."""
+        for path, content in self._aside.items():
+            with contextlib.suppress(NotFound):
+                verbs.kill(self.files, path.parent.name, "agent")
+            path.write_bytes(content)
+        self._aside.clear()
 
     # -- what came of it
 

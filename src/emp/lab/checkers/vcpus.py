@@ -68,10 +68,8 @@ class VcpuWitness:
 
     def __init__(self, files: LabFiles, evm: str) -> None:
         self._evm = evm
-        nodes = files.load().topology.node_places
-        self._node_of = {
-            scan.namespace_inode(f"/proc/{places.init_of(files, node.name).pid}/ns/net"): node.name for node in nodes
-        }
+        self._topology = files.load().topology
+        self._node_of: dict[int | None, str] = {}
         self._qemus: dict[int, _Qemu] = {}
         self._gone: list[_Qemu] = []
         self._seen: dict[int, float] = {}
@@ -128,9 +126,19 @@ class VcpuWitness:
                 continue
             with contextlib.suppress(OSError):
                 argv = tuple(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))
-                node = self._node_of.get(scan.namespace_inode(f"/proc/{pid}/ns/net"))
-                if node and argv[0] and daemons.evm_of(argv) == self._evm:
+                if argv[0] and daemons.evm_of(argv) == self._evm and (node := self._node(pid)):
                     self._qemus[pid] = _Qemu(node, pid)
+
+    def _node(self, pid: int) -> str | None:
+        """Return the node of this lab in which a process is; a node that is switched on again is another namespace."""
+        inode = scan.namespace_inode(f"/proc/{pid}/ns/net")
+        if inode not in self._node_of:
+            names = {
+                node.name: places.NAMESPACES / self._topology.namespace(node.name)
+                for node in self._topology.node_places
+            }
+            self._node_of = {scan.namespace_inode(path): name for name, path in names.items()}
+        return self._node_of.get(inode)
 
 
 def _execution(qemu: _Qemu) -> Iterator[Execution]:
