@@ -3,7 +3,8 @@
 A migration is held in a stage by the daemons' fault points and aborted there through the controller, as with ``emp
 migration abort``. ``back_ms`` is from that order to the source's RESUME (0 where the guest was never paused),
 ``answered_ms`` until the answer. The report's ``abort_pause_ms`` also holds the time for which this bench kept the
-guest in the stage. ``left_bytes`` is of the source's last look at QEMU before the pause. Writes ``build/bench/abort.json``.
+guest in the stage. ``left_bytes`` is of the source's last look at QEMU before the pause.
+Writes ``build/bench/abort.json``.
 
 ==================  ===============================================================================================
 pre-copy            memory is being sent, at a low rate
