@@ -203,6 +203,30 @@ async def test_a_start_on_a_node_that_is_fenced_meanwhile_ends(pool: Pool) -> No
     assert list((await pool.get("/v1/nodes/n2"))["fence"]["retire"]) == ["web"], "it may have got the order"
 
 
+async def test_a_node_that_turned_out_to_own_it_must_give_it_up_too(pool: Pool) -> None:
+    """The controller had missed a hand-over, as after its store was restored: who attests the newer epoch holds it."""
+    made = await pool.create("web", node="n1")
+    pool.agents["n1"].evms.clear()
+    pool.agents["n2"].arrive("web", made["epoch"] + 9)
+    await pool.agents["n2"].beat()
+    assert (await pool.get("/v1/evms/web"))["owner"] == "n2"
+    await pool.lose("n2")
+    with pytest.raises(NodeDown, match="may run on n2"):
+        await pool.post("/v1/evms/web/recover")
+
+
+async def test_fenced_and_quarantined_nodes_are_counted(pool: Pool) -> None:
+    await pool.lose("n1")
+    await fence(pool)
+    pool.agents["n2"].journal_id = "j1"
+    await pool.agents["n2"].beat()
+    pool.agents["n2"].boot_id, pool.agents["n2"].journal_id = "c", "j2"
+    await pool.agents["n2"].beat()
+    lines = (await pool.api._client.get("/metrics")).text.splitlines()
+    for line in ('emp_nodes{state="down"} 1.0', 'emp_nodes{state="fenced"} 1.0', 'emp_nodes{state="quarantined"} 1.0'):
+        assert line in lines
+
+
 async def test_an_evm_that_runs_needs_no_recovery(pool: Pool) -> None:
     await pool.create("web", node="n1")
     with pytest.raises(Conflict, match="needs no recovery: it is running on n1"):

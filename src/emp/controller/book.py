@@ -73,6 +73,12 @@ class Upkeep(Model):
     restarts: int = Field(default=0, ge=0)
     """in a row, by the restart policy"""
 
+    def held_by(self, node: str | None) -> Upkeep:
+        """Return it with ``node`` among the holders."""
+        if node is None or node in self.holders:
+            return self
+        return self.model_copy(update={"holders": (*self.holders, node)})
+
 
 class Table(Generic[M]):
     """The records of one type, as this process knows them."""

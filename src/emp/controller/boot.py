@@ -190,11 +190,7 @@ class Boot:
 
     async def _hold(self, name: str, node: str) -> None:
         """Remember that ``node`` may have authority from now on."""
-        await self._book.update(
-            self._book.upkeep,
-            name,
-            lambda u: u if node in u.holders else u.model_copy(update={"holders": (*u.holders, node)}),
-        )
+        await self._book.update(self._book.upkeep, name, lambda upkeep: upkeep.held_by(node))
 
     # -------------------------------------------------------------- stop and delete
 

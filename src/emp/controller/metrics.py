@@ -30,6 +30,8 @@ class _Pool(Collector):
         known = self._nodes.all()
         nodes.add_metric(["ready"], sum(node.ready for node in known))
         nodes.add_metric(["down"], sum(not node.ready for node in known))
+        nodes.add_metric(["fenced"], sum(node.fence is not None for node in known))
+        nodes.add_metric(["quarantined"], sum(node.quarantine is not None for node in known))
         yield nodes
         yield GaugeMetricFamily(
             "emp_nodes_cordoned", "Nodes that take nothing new", value=sum(n.cordoned for n in known)

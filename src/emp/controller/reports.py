@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from emp.controller import attested, trust
-from emp.controller.book import Book, change
+from emp.controller.book import Book, Edit, change
 from emp.controller.nodes import since
 from emp.controller.restart import Restarts
 from emp.model.errors import EmpError
@@ -88,9 +89,12 @@ class Reports:
 
     async def _fold(self, name: str, update: Callable[[Evm], Evm]) -> None:
         evm = self._book.evms.find(name)
-        if evm is not None and update(evm) != evm:
+        if evm is not None and (after := update(evm)) != evm:
+            edits: list[Edit[Any]] = [change(self._book.evms, name, update)]
+            if after.owner is not None and after.owner != evm.owner:  # a hand-over that this controller had missed
+                edits.append(change(self._book.upkeep, name, lambda upkeep: upkeep.held_by(after.owner)))
             try:
-                await self._book.write(change(self._book.evms, name, update))
+                await self._book.write(*edits)
             except EmpError as error:
                 log.error("the state of EVM %s could not be recorded: %s", name, error)
         if (now := self._book.evms.find(name)) is not None and evm is not None:
