@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test lint simulate soak bench-idle bench-controller-loss bench-abort lock clean
+.PHONY: help setup setup-dev demo test test-faults simulate soak lint bench-idle bench-controller-loss bench-abort lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -24,6 +24,9 @@ test: setup-dev lint ## Run every check and every test
 
 soak: setup-dev ## N migrations in a row (200), most with a random fault, write build/soak.json; SEED=n repeats one
 	@$(AS_ROOT) $(PY) -B -m tests.fault.soak --runs $(or $(N),200) $(if $(SEED),--seed $(SEED))
+
+test-faults: setup-dev ## Play every cell of the fault matrix, write build/faults.json (docs/faults.md)
+	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider -q tests/fault --faults all
 
 lint: setup-dev ## Run the checks alone: ruff, mypy --strict, the architecture's contracts
 	@$(PY) -m ruff check --quiet .
