@@ -8,6 +8,7 @@ is healed.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from emp import faults
+from emp.client.client import Client
 from emp.host.run import run_sync
 from emp.lab import daemons, places, power, scan
 from emp.lab.partition import How
@@ -89,6 +91,7 @@ def cut(*pairs: str, how: How = How.DROP, for_s: float | None = LATE_S) -> Break
 def stop_qemu(party: str) -> Break:
     def script(stage: Stage) -> Script:
         stage.stop_qemu(party)
+        stage.keep_frozen(f"QEMU of {party}")
         yield
         lasts(LATE_S)
         stage.cont_qemu(party)
@@ -150,17 +153,26 @@ def _clock_has_jumped(stage: Stage, node: str) -> bool:
 
 
 def abort(stage: Stage) -> Script:
+    """A user asks for an abort. The answer comes with the decision: not while an agent is frozen."""
     assert stage.migration is not None
-    with contextlib.suppress(Conflict):
-        stage.client.migrations.abort(stage.migration.id)
+    asking = threading.Thread(target=_ask_abort, args=(stage, stage.migration.id), name="abort")
+    asking.start()
+    until(
+        lambda: stage.ended is not None and (stage.ended.abort_asked or stage.ended.outcome), "the abort is asked for"
+    )
     yield
+    asking.join()
+
+
+def _ask_abort(stage: Stage, migration: str) -> None:
+    with Client(stage.pool.context) as client, contextlib.suppress(Conflict):
+        client.migrations.abort(migration)
 
 
 def abort_twice(stage: Stage) -> Script:
     yield from abort(stage)
     assert stage.migration is not None
-    with contextlib.suppress(Conflict):
-        stage.client.migrations.abort(stage.migration.id)
+    _ask_abort(stage, stage.migration.id)
 
 
 def abort_refused(stage: Stage) -> Script:

@@ -46,7 +46,8 @@ class InDevice(Hold):
         stage.wait_point("S", "source.continue-stream.after")
 
     def release(self, stage: Stage) -> None:
-        stage.cont_qemu("T")
+        if "QEMU of T" not in stage.kept_frozen:
+            stage.cont_qemu("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Unheard(Hold):
         stage.wait_point("S", "qmp-migration-completed")
 
     def release(self, stage: Stage) -> None:
-        stage.thaw("T")
+        if "T" not in stage.kept_frozen:
+            stage.thaw("T")
 
 
 PRECOPY = Hold("S", "qmp-migration-active", frozen=False)

@@ -86,7 +86,9 @@ _GIVEN = {"M": holds.GIVEN}
 
 def _crashes() -> Iterator[Cell]:
     for case, again_s in (("1s", 1.0), ("60s", breaks.LATE_S), ("never", None)):
-        yield from _row(1, breaks.kill("C", again_s), {"BPDHMT": "C"}, case=case, note=_SCALED, quick="H")
+        yield from _row(
+            1, breaks.kill("C", again_s), {"BPDHMT": "C"}, case=case, note=_SCALED, quick="H" if case == "1s" else ""
+        )
         ends = {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}
         yield from _row(2, breaks.kill("S", again_s), ends, case=case, note=_SCALED, hold=_GIVEN)
     yield from _row(1, breaks.at("C", "controller.prepare.after", "kill9"), {"B": "A"}, case="prepare", hold={
@@ -95,8 +97,9 @@ def _crashes() -> Iterator[Cell]:
         3, breaks.kill("T", 1.0), {"BPD": "A", "H": "AC", "M": "C", "T": "C"}, hold={"H": holds.UNHEARD}, quick="M"
     )
     yield from _row(4, breaks.kill_qemu("S"), {"BPD": "K", "HMT": "C"}, quick="H")
-    yield from _row(5, breaks.kill_qemu("T"), {"BPD": "A", "H": "A", "M": "R", "T": "K"}, quick="M")
-    yield from _row(5, breaks.kill_qemu("T"), {"M": "K"}, case="activated", hold={"M": holds.ACTIVATED})
+    ends = {"BPD": "A", "H": "A", "M": "R", "T": "K"}
+    yield from _row(5, breaks.kill_qemu("T"), ends, hold=_GIVEN, quick="M")
+    yield from _row(5, breaks.kill_qemu("T"), {"M": "K"}, case="activated", hold={"M": holds.GONE})
     yield from _row(6, breaks.kill_volumes, {"BPD": "AC", "HMT": "C"}, note="5 s are 2 s here")
     yield from _row(25, breaks.reboot("S"), {"BPDH": "K", "MT": "C"}, case="S")
     yield from _row(25, breaks.reboot("T"), {"BPDH": "A", "M": "RK", "T": "K"}, case="T")

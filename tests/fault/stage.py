@@ -335,6 +335,7 @@ class Stage:
     def outcome(self) -> str:
         """Return the matrix's letter for what the EVM has gone through. Only once the pool is whole."""
         assert self.before is not None
+        self.subject.guest().wait_first_packet()  # after a cold restart it boots for a while
         status = self.subject.guest().ask("status")
         owner = self.subject.record.owner
         if status["boot_id"] != self.before.boot_id:
