@@ -74,6 +74,6 @@ GIVEN = Hold("S", "source.send-go.before")
 GONE = Hold("T", "target.write-record-activated.before")
 ACTIVATED = Hold("T", "target.run.before")
 RUNS = Hold("S", "source.write-record-done.before")
-PREPARING = Hold("T", "target.write-record-prepared.before")
+BEGUN = Hold("C", "controller.attach.before")
 
 COLUMNS = {"B": PRECOPY, "P": PRE_SWITCHOVER, "D": DEVICE, "H": COMPLETED, "M": GONE, "T": RUNS}

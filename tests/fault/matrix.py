@@ -92,7 +92,7 @@ def _crashes() -> Iterator[Cell]:
         ends = {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}
         yield from _row(2, breaks.kill("S", again_s), ends, case=case, note=_SCALED, hold=_GIVEN)
     yield from _row(1, breaks.at("C", "controller.prepare.after", "kill9"), {"B": "A"}, case="prepare", hold={
-        "B": Hold("T", "agent.prepare.received", frozen=False)})  # fmt: skip
+        "B": holds.BEGUN})  # fmt: skip
     yield from _row(
         3, breaks.kill("T", 1.0), {"BPD": "A", "H": "AC", "M": "C", "T": "C"}, hold={"H": holds.UNHEARD}, quick="M"
     )
@@ -148,7 +148,7 @@ def _storage() -> Iterator[Cell]:
     for what in ("EIO", "ENOSPC"):
         bad = f"raise:{what}"
         handover, prepared = ("journal.handover.before_fsync", "journal.prepared.before_fsync")
-        early = {"B": Hold("T", "agent.prepare.received", frozen=False)}
+        early = {"B": holds.BEGUN}
         yield from _row(18, breaks.at("S", handover, bad), {"B": "A"}, case=f"{what} S", hold=early)
         yield from _row(18, breaks.at("T", prepared, bad), {"B": "A"}, case=f"{what} T", hold=early)
         yield from _row(18, breaks.at("S", "journal.given.before_fsync", bad), {"H": "A"}, case=what)
@@ -173,7 +173,7 @@ def _messages() -> Iterator[Cell]:
         ("B", "V", "volumes.attach.answered"),
         ("M", "T", "link.answer.send"), ("M", "S", "link.go.send"), ("T", "V", "volumes.fence.answered"),
     )  # fmt: skip
-    begun = {"B": Hold("C", "controller.attach.before")}
+    begun = {"B": holds.BEGUN}
     for column, party, point in lost:
         yield from _row(22, breaks.at(party, point, "drop"), {column: "C"}, case=point, hold={**begun, **_GIVEN})
     twice = (
