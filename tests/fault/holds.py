@@ -76,4 +76,4 @@ ACTIVATED = Hold("T", "target.run.before")
 RUNS = Hold("S", "source.write-record-done.before")
 BEGUN = Hold("C", "controller.attach.before")
 
-COLUMNS = {"B": PRECOPY, "P": PRE_SWITCHOVER, "D": DEVICE, "H": COMPLETED, "M": GONE, "T": RUNS}
+COLUMNS = {"B": PRECOPY, "P": PRE_SWITCHOVER, "D": DEVICE, "H": UNHEARD, "M": GONE, "T": RUNS}

@@ -82,6 +82,7 @@ def cells() -> list[Cell]:
 
 _SCALED = f"the matrix's 60 s are {breaks.LATE_S:.0f} s here, past every timer of the cell's policy"
 _GIVEN = {"M": holds.GIVEN}
+_COMPLETED = {"H": holds.COMPLETED}
 
 
 def _crashes() -> Iterator[Cell]:
@@ -90,13 +91,11 @@ def _crashes() -> Iterator[Cell]:
             1, breaks.kill("C", again_s), {"BPDHMT": "C"}, case=case, note=_SCALED, quick="H" if case == "1s" else ""
         )
         ends = {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}
-        yield from _row(2, breaks.kill("S", again_s), ends, case=case, note=_SCALED, hold=_GIVEN)
+        yield from _row(2, breaks.kill("S", again_s), ends, case=case, note=_SCALED, hold=_GIVEN | _COMPLETED)
     yield from _row(1, breaks.at("C", "controller.prepare.after", "kill9"), {"B": "A"}, case="prepare", hold={
         "B": holds.BEGUN})  # fmt: skip
-    yield from _row(
-        3, breaks.kill("T", 1.0), {"BPD": "A", "H": "AC", "M": "C", "T": "C"}, hold={"H": holds.UNHEARD}, quick="M"
-    )
-    yield from _row(4, breaks.kill_qemu("S"), {"BPD": "K", "HMT": "C"}, quick="H")
+    yield from _row(3, breaks.kill("T", 1.0), {"BPD": "A", "H": "AC", "M": "C", "T": "C"}, quick="M")
+    yield from _row(4, breaks.kill_qemu("S"), {"BPD": "K", "HMT": "C"}, hold=_COMPLETED, quick="H")
     ends = {"BPD": "A", "H": "A", "M": "R", "T": "K"}
     yield from _row(5, breaks.kill_qemu("T"), ends, hold=_GIVEN, quick="M")
     yield from _row(5, breaks.kill_qemu("T"), {"M": "K"}, case="activated", hold={"M": holds.GONE})
@@ -127,15 +126,14 @@ def _partitions() -> Iterator[Cell]:
 def _stops() -> Iterator[Cell]:
     late = f"30 s are {breaks.LATE_S:.0f} s here, past every timer of the cell's policy"
     short = {"deadline_s": 4.0}
-    yield from _row(15, breaks.stop_qemu("S"), {"BPD": "A", "HMT": "C"}, policy=short, note=late)
+    yield from _row(15, breaks.stop_qemu("S"), {"BPD": "A", "HMT": "C"}, policy=short, note=late, hold=_COMPLETED)
     yield from _row(16, breaks.stop_qemu("T"), {"BPD": "A", "H": "A", "MT": "C"}, policy=short, note=late, quick="D",
-        hold={"H": holds.UNHEARD, "M": holds.ACTIVATED})  # fmt: skip
+        hold={"M": holds.ACTIVATED})  # fmt: skip
     yield from _row(17, breaks.stop("C"), {"BPDHMT": "C"}, case="C", note=late)
     yield from _row(
         17, breaks.stop("S"), {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}, case="S", note=late, hold=_GIVEN
     )
-    yield from _row(17, breaks.stop("T"), {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}, case="T", note=late,
-        hold={"H": holds.UNHEARD})  # fmt: skip
+    yield from _row(17, breaks.stop("T"), {"B": "AC", "PD": "A", "H": "AC", "MT": "C"}, case="T", note=late)
     yield from _row(20, breaks.slow_link, {"B": "A", "D": "A", "T": "C"}, case="link", policy={"deadline_s": 3.0})
     yield from _row(20, breaks.at("T", "target.send-loaded.before", "delay:5000"), {"H": "A"}, case="slow T",
         hold={"H": holds.PRE_SWITCHOVER})  # fmt: skip
@@ -151,12 +149,12 @@ def _storage() -> Iterator[Cell]:
         early = {"B": holds.BEGUN}
         yield from _row(18, breaks.at("S", handover, bad), {"B": "A"}, case=f"{what} S", hold=early)
         yield from _row(18, breaks.at("T", prepared, bad), {"B": "A"}, case=f"{what} T", hold=early)
-        yield from _row(18, breaks.at("S", "journal.given.before_fsync", bad), {"H": "A"}, case=what)
+        yield from _row(18, breaks.at("S", "journal.given.before_fsync", bad), {"H": "A"}, case=what, hold=_COMPLETED)
         yield from _row(18, breaks.at("T", "journal.activated.before_fsync", bad), {"M": "C"}, case=what)
         yield from _row(18, breaks.at("S", "journal.done.before_fsync", bad), {"T": "C"}, case=what)
         yield from _row(18, breaks.also_at("S", "journal.own.before_fsync", bad), {"PD": "A"}, case=what)
     yield from _row(18, breaks.at("S", "journal.given.before_fsync", "raise:EIO", 0, also="journal.own.before_fsync"),
-        {"H": "AR"}, case="never again", waits="H")  # fmt: skip
+        {"H": "AR"}, case="never again", waits="H", hold=_COMPLETED)  # fmt: skip
 
     yield from _row(19, breaks.no_flush, {"P": "A"}, case="at the stop", hold={"P": holds.PRECOPY})
     yield from _row(19, breaks.no_flush, {"D": "A"}, case="as the disks are let go", hold={"D": holds.PRE_SWITCHOVER})
