@@ -23,6 +23,7 @@ from uuid import uuid4
 from emp.host.tap import open_tap, tap_interface
 from emp.hypervisor.base import LaunchPlan, Machine, MachineEvent, MachineEventKind, StreamLimits, StreamStatus
 from emp.hypervisor.qemu import QemuHypervisor, QemuMachine
+from emp.hypervisor.qemu.qmp import QmpSession
 from emp.model.evm import EvmSpec, Nic
 from emp.wire.pki import CertificateAuthority, Role
 
@@ -215,6 +216,16 @@ class Bench:
 
     def console(self, machine: Machine) -> contextlib.AbstractAsyncContextManager[Console]:
         return console(machine)
+
+    async def say(self, machine: Machine, command: str) -> None:
+        """Say a command to QEMU itself, past the driver."""
+        assert isinstance(machine, QemuMachine)
+        monitor = QmpSession(machine.guard_path, timeout_s=PATIENCE_S)
+        await monitor.open()
+        try:
+            await monitor.execute(command)
+        finally:
+            await monitor.close()
 
     def sigkill(self, machine: Machine) -> None:
         """Its process dies, as seen from outside."""

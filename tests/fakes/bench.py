@@ -113,7 +113,10 @@ class FakeBench:
         return LaunchPlan(spec, Path("kernel"), Path("initrd"), "", (next(self._taps),), (), incoming)
 
     async def booted(self, name: str = "one") -> FakeMachine:
-        return await self.left.hypervisor.launch(self.plan(await self.spec(name)))
+        machine = await self.left.hypervisor.launch(self.plan(await self.spec(name)))
+        assert machine.qemu.guest is not None
+        machine.qemu.guest = replace(machine.qemu.guest, dirty_bytes_per_s=0.0)  # it is idle
+        return machine
 
     async def pair(self) -> tuple[FakeMachine, FakeMachine]:
         source = await self.booted()
@@ -122,6 +125,11 @@ class FakeBench:
     @contextlib.asynccontextmanager
     async def console(self, machine: Machine) -> AsyncIterator[FakeConsole]:
         yield FakeConsole(self._qemu(machine))
+
+    async def say(self, machine: Machine, command: str) -> None:
+        """Say a command to QEMU itself, past the driver."""
+        qemu = self._qemu(machine)
+        {"cont": qemu.cont, "stop": qemu.stop}[command]()
 
     def sigkill(self, machine: Machine) -> None:
         self._qemu(machine).die()

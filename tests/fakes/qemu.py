@@ -27,7 +27,6 @@ from tests.fakes.fabric import LOOK_S, Fabric
 TICKS_PER_S = 1000.0
 SOCKET_BYTES = 32 << 20
 """what a hung target's socket takes before its source is stuck in the write (fact 11)"""
-SMALLEST_REST_BYTES = 1 << 20
 
 KIND = MachineEventKind
 _CONT_STARTS = (RunState.PAUSED, RunState.PRELAUNCH, RunState.POSTMIGRATE, RunState.IO_ERROR)
@@ -398,7 +397,7 @@ class Stream:
             assert guest is not None
             dirtied = guest.dirty_bytes_per_s * (self.fabric.now() - began_at)
             runs = self.source.run_state is RunState.RUNNING
-            self.remaining_bytes = max(SMALLEST_REST_BYTES, min(dirtied, guest.working_set_bytes)) if runs else 0.0
+            self.remaining_bytes = min(dirtied, guest.working_set_bytes) if runs else 0.0
             if self.remaining_bytes * 1000 <= self.limits.downtime_limit_ms * self.rate():
                 return
 
