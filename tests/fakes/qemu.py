@@ -417,7 +417,7 @@ class Stream:
         self._all_sent = True
         loaded = asyncio.Event()
         self.fabric.spawn(_load(target, guest, loaded), f"loading {target.spec.name}")
-        while not loaded.is_set() or not self._passes():
+        while not self._passes() or not loaded.is_set():
             await self._look()
         await self.fabric.breath()
         self.going, self.ended_at = False, self.fabric.now()
