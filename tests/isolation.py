@@ -56,7 +56,7 @@ def isolate() -> None:
     # All of /run: a mount on the machine's own /run/netns is gone as soon as somebody removes that directory.
     must(libc.mount(b"emp-tests", b"/run", b"tmpfs", 0, b"mode=0755"), "hiding the machine's named namespaces")
     NETNS.mkdir()
-    # Where it is no mount of its own, `ip netns add` makes it one, over the namespaces that labs have mounted there.
+    # Where it is no mount of its own, the first named namespace makes it one, which a test would be blamed for.
     must(libc.mount(b"emp-tests", bytes(NETNS), b"tmpfs", 0, None), "making room for named namespaces")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))

@@ -531,6 +531,27 @@ def test_what_others_have_mounted_where_namespaces_are_named_stays(lab_home: Pat
     assert any(mount.point == str(places.NAMESPACES) for mount in mounts())
 
 
+STRANGER_MEANWHILE = """
+import subprocess, sys
+from emp.lab import places
+from emp.lab.topology import Topology
+topology = Topology(sys.argv[1], 1)
+places.wire(topology)
+subprocess.run(["ip", "netns", "add", "stranger"], check=True)
+for _ in range(5):  # the kernel has cleared the old network before we come to it, or has not
+    places.rewire(topology, topology.place("n1"))
+places.unwire(topology)
+print(*(path.name for path in places.NAMESPACES.iterdir()))
+"""
+
+
+def test_the_first_named_namespace_of_a_stranger_is_made_while_a_lab_is_up(lab_home: Path) -> None:
+    """The first ``ip netns add`` on a machine mounts the directory on itself, over what was mounted in it before."""
+    script = f"mount -t tmpfs none /run && exec {sys.executable} -c '{STRANGER_MEANWHILE}' {NAME}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("stranger\n", 0), done.stderr
+
+
 # ---- several ---------------------------------------------------------------------------------------------------------
 
 

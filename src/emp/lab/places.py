@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -16,11 +18,11 @@ import emp
 from emp.host.processes import Process
 from emp.host.run import run_sync
 from emp.lab import init, scan
-from emp.lab.kernel import CLONE_NEWNET, MNT_DETACH, MS_BIND, mount, unmount, unshare
+from emp.lab.kernel import CLONE_NEWNET, MNT_DETACH, MS_BIND, MS_REC, MS_SHARED, mount, unmount, unshare
 from emp.lab.preflight import QEMU
 from emp.lab.state import LabFiles
 from emp.lab.topology import FABRIC, Place, Topology, place_commands, plug_command
-from emp.model.errors import Conflict, HostError
+from emp.model.errors import CommandFailed, Conflict, HostError
 
 NAMESPACES = Path("/run/netns")
 
@@ -38,7 +40,7 @@ def check_free(topology: Topology) -> None:
 
 def wire(topology: Topology) -> None:
     """Make the network namespaces, cables, switch and addresses. Raises ``HostError``."""
-    NAMESPACES.mkdir(parents=True, exist_ok=True)
+    _prepare_names()
     _make_namespaces(topology.namespaces)
     _ip(topology.namespace(FABRIC), topology.fabric_commands())
     for place in topology.places:
@@ -51,9 +53,12 @@ def rewire(topology: Topology, place: Place) -> None:
     _remove_namespace(name)
     _make_namespaces([name])
     fabric = topology.namespace(FABRIC)
-    links = json.loads(run_sync("ip", "-n", fabric, "-json", "link", "show"))
-    if any(link["ifname"] == place.name for link in links):  # the kernel clears the old namespace at its leisure
+    try:
         _ip(fabric, [f"link delete {place.name}"])
+    except CommandFailed:  # the kernel clears the old namespace at its leisure, and the cable with it
+        links = json.loads(run_sync("ip", "-n", fabric, "-json", "link", "show"))
+        if any(link["ifname"] == place.name for link in links):
+            raise
     _ip(fabric, topology.cable_commands(place))
     _ip(name, place_commands(place))
 
@@ -61,6 +66,33 @@ def rewire(topology: Topology, place: Place) -> None:
 def plug(topology: Topology, place: Place, *, plugged: bool = True) -> None:
     """Connect a place to the switch, or take its cable out. Raises ``HostError``."""
     _ip(topology.namespace(FABRIC), [plug_command(place, "up" if plugged else "down")])
+
+
+def _prepare_names() -> None:
+    """Make the directory of names a shared mount, as ip-netns(8) does before it makes the first one.
+
+    Left to it, the first ``ip netns add`` of anybody would mount the directory over the names that we made before, each
+    of them then there twice and not to be removed. Like it we hold a lock on the directory meanwhile.
+    """
+    NAMESPACES.mkdir(parents=True, exist_ok=True)
+    directory = os.open(NAMESPACES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        try:
+            _share_names()
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # it is no mount yet
+                raise
+            mount(str(NAMESPACES), str(NAMESPACES), flags=MS_BIND | MS_REC)
+            _share_names()
+    except OSError as error:
+        raise HostError(f"cannot prepare {NAMESPACES} for network namespaces: {error}") from error
+    finally:
+        os.close(directory)
+
+
+def _share_names() -> None:
+    mount("none", str(NAMESPACES), flags=MS_SHARED | MS_REC)
 
 
 def _make_namespaces(names: Iterable[str]) -> None:
