@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.simulation import mutants, patches
+from tests.simulation.cases import CASES
 from tests.simulation.run import Result, run_seed
 
 CHUNK = 4
+CASE_SEEDS = 20
 
 
 def main() -> int:
@@ -25,11 +27,14 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--seed", type=int, help="this one alone, with its trace")
     parser.add_argument("--mutant", choices=sorted(mutants.MUTANTS), help="plant this bug first")
+    parser.add_argument("--case", choices=sorted(CASES), help="one of cases.py, from a few seeds")
     parser.add_argument("--stop", action="store_true", help="at the first violation")
     parser.add_argument("--json", type=Path, help="write the result there")
     arguments = parser.parse_args()
     if os.environ.get("PYTHONHASHSEED") != "0":  # what depends on the order of a set must be the same in every run
         os.execve(sys.executable, [*sys.orig_argv], os.environ | {"PYTHONHASHSEED": "0"})
+    if arguments.case is not None:
+        return case(arguments.case, arguments.seed)
     if arguments.seed is not None:
         return one(arguments.seed, arguments.mutant)
     return many(arguments)
@@ -42,6 +47,20 @@ def one(seed: int, mutant: str | None) -> int:
     verdict = result.violation or f"all is well after {', '.join(result.outcomes)}"
     print(f"seed {seed}: {verdict}  [{result.digest & 0xFFFFFFFF:08x}]")
     return 1 if result.violation else 0
+
+
+def case(name: str, seed: int | None) -> int:
+    """Play it from ``seed``, with its trace, or from a few; it must have come to its faults in one of them."""
+    _prepare(None)
+    fired = 0
+    for number in range(1, CASE_SEEDS + 1) if seed is None else (seed,):
+        result = run_seed(number, keep_trace=seed is not None, planned=CASES[name].planned())
+        print(*result.trace, sep="\n" if result.trace else "")
+        fired += len(result.fired) == len(CASES[name].faults)
+        if result.violation:
+            print(f"{name!r} from seed {number}: {result.violation}")
+            return 1
+    return 0 if fired else 1
 
 
 def many(arguments: argparse.Namespace) -> int:

@@ -42,8 +42,8 @@ class Result:
     trace: list[str] = field(default_factory=list)
 
 
-def run_seed(seed: int, *, keep_trace: bool = False) -> Result:
-    """Simulate ``seed``; whatever goes wrong is in the result."""
+def run_seed(seed: int, *, keep_trace: bool = False, planned: list[faults.Planned] | None = None) -> Result:
+    """Simulate ``seed``; whatever goes wrong is in the result. ``planned``: one migration with these faults alone."""
     rng = random.Random(seed)
     GROUND.rng, GROUND.ids = rng, itertools.count(1)
     GROUND.skews_s.clear()
@@ -58,7 +58,7 @@ def run_seed(seed: int, *, keep_trace: bool = False) -> Result:
     else:
         logging.disable(logging.CRITICAL)
     try:
-        loop.run_until_complete(Scenario(world, rng, result).play())
+        loop.run_until_complete(Scenario(world, rng, result, planned).play())
     except (Violation, Stuck) as error:
         result.violation = f"{type(error).__name__}: {error}"
     finally:
@@ -97,7 +97,8 @@ class _Tracer(logging.Handler):
 
 
 class Scenario:
-    def __init__(self, world: World, rng: random.Random, result: Result) -> None:
+    def __init__(self, world: World, rng: random.Random, result: Result, planned: list[faults.Planned] | None) -> None:
+        self.planned = planned
         self.world = world
         self.rng = rng
         self.result = result
@@ -116,8 +117,8 @@ class Scenario:
                     EvmCreate(name=n, memory_bytes=m, volumes=v)
                 )
             )
-        for _ in range(rng.choice((1, 2, 3))):
-            await self.migrate(rng.choice(names), faults.draw(rng))
+        for _ in range(rng.choice((1, 2, 3)) if self.planned is None else 1):
+            await self.migrate(rng.choice(names), faults.draw(rng) if self.planned is None else self.planned)
             await self.settle()
         for name in names:  # whatever came before, the next one succeeds
             migration = await self.migrate(name, [])

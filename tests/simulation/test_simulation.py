@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.simulation.cases import CASES
 from tests.simulation.mutants import MUTANTS
 
 SEEDS = 200
@@ -48,6 +49,12 @@ async def test_a_planted_bug_is_found(mutant: str) -> None:
     status, _, errors = await simulate("--seeds", str(SEEDS), "--mutant", mutant, "--stop")
     assert status == 1, errors
     assert f"--mutant {mutant}" in errors  # how to see it again
+
+
+@pytest.mark.parametrize("case", sorted(CASES))
+async def test_what_was_once_found_stays_mended(case: str) -> None:
+    status, out, errors = await simulate("--case", case)
+    assert status == 0, out + errors
 
 
 @pytest.mark.timeout(PATIENCE_S)
