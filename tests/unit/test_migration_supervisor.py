@@ -175,6 +175,15 @@ def test_the_sources_go_is_carried_and_the_targets_answer_brought_back() -> None
     assert done == [Detach(S), Close(Outcome.COMPLETED, None)]
 
 
+def test_a_target_whose_start_is_not_confirmed_is_not_quoted() -> None:
+    """Its ``cont`` may still be refused: told now, the source would clear its copy, and nobody could be rescued."""
+    state, _ = play(*HANDED, GIVEN)
+    state, done = play(Says(T, RolePhase.ACTIVATED), CourierDue(), state=state)
+    assert not any(isinstance(action, CarryAnswer) for action in done)
+    _state, done = play(Says(T, RolePhase.WITHDRAWN, "cont was refused"), CourierDue(), state=state)
+    assert CarryAnswer(RolePhase.WITHDRAWN) in done
+
+
 def test_a_withdrawal_is_carried_back_too_and_the_source_is_rescued() -> None:
     state, _ = play(*HANDED, GIVEN)
     state, done = play(Says(T, RolePhase.WITHDRAWN, "cont was refused"), state=state)

@@ -248,7 +248,6 @@ def _word(state: Supervisor) -> tuple[Action, ...]:
 
 
 _ANSWERS = {
-    RolePhase.ACTIVATED: RolePhase.ACTIVATED,
     RolePhase.RUNNING: RolePhase.ACTIVATED,
     RolePhase.LOST: RolePhase.ACTIVATED,
     RolePhase.WITHDRAWN: RolePhase.WITHDRAWN,
