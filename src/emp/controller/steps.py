@@ -20,6 +20,7 @@ from emp.controller.nodes import Nodes
 from emp.controller.patience import until_known
 from emp.controller.tally import Tally
 from emp.controller.volumes import Volumes
+from emp.migration import supervisor
 from emp.model.errors import OutcomeUnknown, Unavailable
 from emp.model.evm import Evm, EvmState
 from emp.model.migration import Migration, Outcome
@@ -142,12 +143,7 @@ class Steps:
         a later delete or cold start retires.
         """
         live, book = self._tally.closed(outcome, cause, time.time()), self._tools.book
-        holders = {
-            Outcome.COMPLETED: (live.target,),
-            Outcome.ABORTED: (live.source,),
-            Outcome.LOST: (live.source, live.target),
-        }[outcome]
-        holders += tuple(node for node in map(self.node_of, silent) if node not in holders)
+        holders = tuple(self.node_of(role) for role in Role if role in supervisor.holders(outcome) or role in silent)
 
         def free(evm: Evm) -> Evm:
             update: dict[str, object] = {"migration": None}

@@ -49,7 +49,9 @@ class Supervisor:
     outcome: Outcome | None = None
     cause: str | None = None
     handed: bool = False
-    """the source may have got the order"""
+    """the source may have got the order, or may get it yet"""
+    back: bool = False
+    """the source has OWN(e_s), so that the order, should it still come, is stale"""
     given: bool = False
     """the source has said GIVEN: GO may be carried"""
     wanted: frozenset[Role] = frozenset()
@@ -215,6 +217,20 @@ class Close:
 Action = Attach | Prepare | HandOver | Watch | Abort | CarryGo | CarryAnswer | RecordOwner | Detach | Close
 
 
+def holders(outcome: Outcome) -> frozenset[Role]:
+    """Return the ends that could hold authority once a migration has been closed so: a cold restart asks them first.
+
+    While it is open both could (rule R8); so could one that was silent to the last.
+    """
+    match outcome:
+        case Outcome.COMPLETED:
+            return frozenset({Role.TARGET})
+        case Outcome.ABORTED:
+            return frozenset({Role.SOURCE})
+        case Outcome.LOST:
+            return frozenset(Role)
+
+
 def step(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action, ...]]:
     """Return the next state and what the controller must do now."""
     if state.phase is Phase.CLOSED:
@@ -276,7 +292,7 @@ def _step(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action, ..
             return _unknown_there(state, event)
         case NodeLost(Role.SOURCE) if state.phase is Phase.FINISHING:
             return _detach(state, Role.SOURCE)  # its copy is stale for ever; its agent clears it when it is back
-        case NodeLost(Role.TARGET) if state.phase is Phase.SETTLING:
+        case NodeLost(Role.TARGET) if state.phase is Phase.SETTLING and (state.back or not state.handed):
             return _detach(state, Role.TARGET)
         case AbortAsked(reason):
             return _abort(state, reason)
@@ -300,7 +316,8 @@ def _forward(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action,
         case Phase.PREPARING, StepFailed(reason):
             return _settle(replace(state, outcome=Outcome.ABORTED, cause=reason))
         case Phase.HANDING, StepFailed(reason, True):
-            return _settle(replace(state, outcome=Outcome.ABORTED, cause=reason, handed=False))
+            settling, actions = _settle(replace(state, outcome=Outcome.ABORTED, cause=reason))
+            return settling, (*actions, Watch(Role.SOURCE))
         case Phase.HANDING, StepFailed():  # sent, not answered: ask the source itself
             return replace(state, phase=Phase.WATCHING), (Watch(Role.SOURCE),)
     return state, ()
@@ -332,10 +349,11 @@ def _source_is_clear(state: Supervisor) -> tuple[Supervisor, tuple[Action, ...]]
 
 
 def _stays_on_source(state: Supervisor, phase: RolePhase, cause: str | None) -> tuple[Supervisor, tuple[Action, ...]]:
-    if state.phase in (Phase.SETTLING, Phase.DETACHING):
+    if state.phase is Phase.DETACHING or state.back:
         return state, ()
     outcome = Outcome.LOST if phase is RolePhase.LOST else Outcome.ABORTED
-    settling, actions = _settle(replace(state, outcome=outcome, cause=cause or state.cause), source_is_back=True)
+    back = replace(state, outcome=outcome, cause=cause or state.cause, back=True)
+    settling, actions = _settle(back, source_is_back=True)
     return settling, (RecordOwner(Role.SOURCE), *actions)
 
 
@@ -361,7 +379,7 @@ def _withdrawn(state: Supervisor, cause: str | None) -> tuple[Supervisor, tuple[
 
 def _unknown_there(state: Supervisor, says: Says) -> tuple[Supervisor, tuple[Action, ...]]:
     if says.role is Role.SOURCE and state.phase in (Phase.HANDING, Phase.WATCHING):
-        # The order never arrived. Should it still come, the stream meets no target and the source goes back by itself.
+        # The order has not arrived. Should it still come, the target must have withdrawn: only its word closes (R11).
         return _settle(replace(state, outcome=Outcome.ABORTED, cause=state.cause or "the source never got the order"))
     if says.role is Role.TARGET and state.phase is Phase.SETTLING:
         return _detach(state, Role.TARGET)
