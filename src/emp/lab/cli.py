@@ -76,10 +76,11 @@ def up(
     port: Annotated[int | None, typer.Option(help="Of the controller; the first free one if left out.")] = None,
     memory: Annotated[str, typer.Option(help="That each node offers to EVMs.")] = "4GiB",
     vcpus: Annotated[int, typer.Option(min=1, help="That each node offers to EVMs.")] = 8,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Start a daemon that ends again, after 1 s.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a lab; when this returns, its pool can be used."""
-    options = Options(name, nodes, port, parse_size(memory, field="memory"), vcpus)
+    options = Options(name, nodes, port, parse_size(memory, field="memory"), vcpus, keep=keep)
     with _progress() as say:
         state = make_lab(options, say)
     if as_json:
@@ -144,10 +145,18 @@ def status(ctx: typer.Context, name: Name = None, as_json: Json = False) -> None
         return
     print(f"lab {files.name}, {summary['url']}: {summary['state']}")
     rows = [
-        (place.name, place.address, place.role, place.state, str(place.pid or "-"), " ".join(place.evms) or "-")
+        (
+            place.name,
+            place.address,
+            place.role,
+            place.state,
+            str(place.pid or "-"),
+            "-" if place.restarts is None else str(place.restarts),
+            " ".join(place.evms) or "-",
+        )
         for place in places
     ]
-    print_table(("PLACE", "ADDRESS", "DAEMON", "STATE", "PID", "EVMS"), rows, empty="It has no places.")
+    print_table(("PLACE", "ADDRESS", "DAEMON", "STATE", "PID", "RESTARTS", "EVMS"), rows, empty="It has no places.")
     for one in cuts:
         print(f"cut: {one.source} -> {one.target} ({one.how})")
     print(f"logs are in {files.directory / 'logs'}")
@@ -165,9 +174,16 @@ def exec_(
 
 
 @app.command()
-def kill(ctx: typer.Context, where: Where, role: Role, name: Name = None) -> None:
-    """Kill a daemon or an EVM's QEMU (SIGKILL)."""
-    print(f"{role} on {where} (pid {verbs.kill(_lab(ctx, name), where, role)}) is dead")
+def kill(
+    ctx: typer.Context,
+    where: Where,
+    role: Role,
+    restart: Annotated[bool, typer.Option("--restart", help="Let the lab's keeper start it again.")] = False,
+    name: Name = None,
+) -> None:
+    """Kill a daemon or an EVM's QEMU (SIGKILL); a daemon stays dead until it is started."""
+    pid = verbs.kill(_lab(ctx, name), where, role, restart=restart)
+    print(f"{role} on {where} (pid {pid}) is dead" + (", and is started again" if restart else ""))
 
 
 @app.command()

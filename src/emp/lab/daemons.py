@@ -2,7 +2,8 @@
 
 They are the pool's own programs, started as on any machine (``python -m emp.agent --config FILE``). The one thing that
 a lab adds: the controller's socket for people is opened in the machine's own network namespace and handed over, so that
-``emp`` reaches it on 127.0.0.1 although the controller lives in a place.
+``emp`` reaches it on 127.0.0.1 although the controller lives in a place. In a lab that keeps its daemons, each is the
+child of a keeper, which starts it again when it ends.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from emp import faults
 from emp.host.processes import Process
-from emp.lab import scan
+from emp.lab import keeper, scan
 from emp.lab.images import KERNEL_COMMAND_LINE, Image
 from emp.lab.places import NAMESPACES, enter_argv, init_of, source_directory
 from emp.lab.state import LabFiles, LabState
@@ -149,8 +150,8 @@ def people_socket(port: int | None) -> socket.socket:
 def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket | None = None) -> None:
     """Start the daemon of a place; returns when it has been started, which is before it is ready.
 
-    The controller takes over ``people``; without it the lab's port is opened again. The caller still has to close its
-    own copy, so that a dead controller means connection refused.
+    The controller, and its keeper if it has one, takes over ``people``; without it the lab's port is opened again. The
+    caller still has to close its own copy, so that a controller that is dead for good means connection refused.
     """
     assert place.role is not None
     passed: tuple[int, ...] = ()
@@ -160,8 +161,10 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
             people = opened = people_socket(state.port)
         passed = (people.fileno(),)
         _write_config(files, place, _config(files, state, place) | {"people": {"fd": people.fileno()}})
-    # setsid --fork leaves the daemon to process 1 of its place, which reaps it: nothing of ours stays behind.
-    argv = [*_enter_argv(files, state, place), "setsid", "--fork", sys.executable, *_arguments(files, place)]
+    daemon = [sys.executable, *_arguments(files, place)]
+    # setsid --fork leaves it to process 1 of its place, which reaps it: nothing of ours stays behind.
+    leave = [*_enter_argv(files, state, place), "setsid", "--fork"]
+    argv = [*leave, *(keeper.command(daemon) if state.keep else daemon)]
     try:
         with files.log(place.name, place.role).open("ab") as log:
             subprocess.run(
@@ -198,7 +201,7 @@ def _environment(state: LabState, place: Place) -> dict[str, str]:
 
 
 def daemons(files: LabFiles, place: Place) -> list[scan.Running]:
-    """Return the live processes of a place's daemon and QEMUs, parents first."""
+    """Return the live processes of a place's keeper, daemon and QEMUs, parents first."""
     if place.role is Role.POWER:
         wanted = tuple(_arguments(files, place))
         return [found for found in scan.running(_may_be_bmc) if found.argv[-len(wanted) :] == wanted]
@@ -214,7 +217,7 @@ def _may_be_bmc(path: str) -> bool:
 
 
 def started(files: LabFiles, place: Place) -> bool:
-    """Whether the daemon of a place is running, or about to become what it is."""
+    """Whether the daemon of a place is running, or about to be: also if its keeper will start it again."""
     assert place.role is not None
     module = MODULES[place.role]
     return any(("-m", module) in pairwise(found.argv) for found in daemons(files, place))
@@ -231,10 +234,15 @@ def find(files: LabFiles, where: str, role: str) -> Process | None:
         matching = [found for found in daemons(files, place) if evm_of(found.argv) == evm]
     else:
         daemon = daemon_role(place, role)
-        matching = [found for found in daemons(files, place) if _runs(found.argv, MODULES[daemon])]
+        matching = [found for found in daemons(files, place) if _module(found.argv) == MODULES[daemon]]
     pids = {found.pid for found in matching}
     leaders = [found.process for found in matching if found.parent not in pids]
     return leaders[0] if leaders else None
+
+
+def find_keeper(files: LabFiles, place: Place) -> scan.Running | None:
+    """Return the keeper of a place's daemon, or the child in which it is just starting the daemon, if there is one."""
+    return next((found for found in daemons(files, place) if _module(found.argv) == keeper.MODULE), None)
 
 
 def daemon_role(place: Place, role: str) -> Role:
@@ -250,8 +258,11 @@ def daemon_role(place: Place, role: str) -> Role:
     return Role(role)
 
 
-def _runs(argv: tuple[str, ...], module: str) -> bool:
-    return ("-m", module) in pairwise(argv) and Path(argv[0]).name.startswith("python")
+def _module(argv: tuple[str, ...]) -> str | None:
+    """Return the module that a Python was told to run. What follows are its arguments: a keeper's name a module too."""
+    if not Path(argv[0]).name.startswith("python"):
+        return None
+    return next((word for option, word in pairwise(argv) if option == "-m"), None)
 
 
 def evm_of(argv: tuple[str, ...]) -> str | None:

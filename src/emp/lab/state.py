@@ -57,6 +57,8 @@ class LabState:
     """seconds since the Unix epoch, for people only"""
     faults: bool = False
     """the daemons have their fault points on"""
+    keep: bool = False
+    """a daemon that ends is started again (``emp.lab.keeper``)"""
     off: tuple[str, ...] = ()
     """nodes that somebody has switched off: their absence is no defect"""
     complete: bool = False

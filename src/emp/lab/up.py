@@ -35,6 +35,8 @@ class Options:
     vcpus: int = 8
     faults: bool = False
     """give every daemon its fault points (``emp.faults``)"""
+    keep: bool = False
+    """start a daemon that ends again, as systemd would"""
 
 
 def up(options: Options, say: Say = lambda line: None) -> LabState:
@@ -67,6 +69,7 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                     made=[str(path) for path in contexts.missing_directories()],
                     created_at=time.time(),
                     faults=options.faults,
+                    keep=options.keep,
                 )
                 files.save(state)
                 say(f"making {counted(options.nodes, 'node')}, a controller, a volume server (QEMU {version})")

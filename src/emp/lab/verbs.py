@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from emp.host.processes import Process
-from emp.lab import daemons, places, scan
+from emp.lab import daemons, keeper, places, scan
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import Place
 from emp.model.errors import BadInput, Conflict, NotFound
@@ -26,11 +26,41 @@ def _running(files: LabFiles, where: str, role: str) -> Process:
     return process
 
 
-def kill(files: LabFiles, where: str, role: str) -> int:
-    """SIGKILL a daemon or an EVM's QEMU and return its pid once it has ended."""
-    process = _running(files, where, role)
+def kill(files: LabFiles, where: str, role: str, *, restart: bool = False) -> int:
+    """SIGKILL a daemon or an EVM's QEMU and return its pid once it has ended.
+
+    A daemon then stays dead until ``start``, also in a lab that keeps its daemons; with ``restart`` it is left to its
+    keeper, and ``Conflict`` is raised if it has none.
+    """
+    if restart:
+        process = _running(files, where, role)
+        _check_kept(files, where, role)
+    else:
+        dismissed = _dismiss_keeper(files, where, role)
+        process = daemons.find(files, where, role) or dismissed or _running(files, where, role)
     scan.kill([process], timeout_s=END_S)
     return process.pid
+
+
+def _check_kept(files: LabFiles, where: str, role: str) -> None:
+    if role.startswith("qemu:"):
+        raise BadInput("a QEMU has no keeper", field="restart", hint="kill it without --restart")
+    if daemons.find_keeper(files, files.load().topology.place(where)) is None:
+        hint = "a lab that keeps its daemons is made with: emp lab up --keep"
+        raise Conflict(f"{role} on {where} has no keeper to start it again", field="restart", hint=hint)
+
+
+def _dismiss_keeper(files: LabFiles, where: str, role: str) -> Process | None:
+    """End the keeper of a daemon, if it has one, before the daemon itself; return what has ended."""
+    place = files.load().topology.place(where)
+    if role.startswith("qemu:"):
+        return None
+    daemons.daemon_role(place, role)
+    ended = None
+    while kept := daemons.find_keeper(files, place):
+        scan.kill([kept.process], timeout_s=END_S)
+        ended = kept.process
+    return ended
 
 
 def stop(files: LabFiles, where: str, role: str) -> int:
@@ -50,7 +80,7 @@ def _signal(files: LabFiles, where: str, role: str, number: signal.Signals) -> i
 
 
 def start(files: LabFiles, where: str, role: str) -> None:
-    """Start again a daemon that has died; returns before it is ready. ``Conflict`` if it runs."""
+    """Start again a daemon that has died; returns before it is ready. ``Conflict`` if it runs, or its keeper does."""
     with files.locked():
         state = files.load()
         place = state.topology.place(where)
@@ -84,9 +114,12 @@ class PlaceStatus:
     role: str
     """the daemon it is there for, or ``-``"""
     state: str
-    """running, frozen, dead; ``off`` when it is switched off, ``place dead`` when its process 1 is gone otherwise"""
-    pid: int | None
-    evms: tuple[str, ...]
+    """running, frozen, dead, ``restarting`` when its keeper will start it again; ``off`` when it is switched off,
+    ``place dead`` when its process 1 is gone otherwise"""
+    pid: int | None = None
+    restarts: int | None = None
+    """how often its keeper has started the daemon again; None without a keeper"""
+    evms: tuple[str, ...] = ()
     """names of the EVMs that have a QEMU here"""
 
 
@@ -97,14 +130,15 @@ def status(files: LabFiles) -> list[PlaceStatus]:
 
 
 def _place_status(files: LabFiles, lab: LabState, place: Place, alive: bool) -> PlaceStatus:
-    role = str(place.role or "-")
+    named = place.name, place.address, str(place.role or "-")
     if not alive:
-        state = "off" if place.name in lab.off else "place dead"
-        return PlaceStatus(place.name, place.address, role, state, None, ())
-    here = daemons.daemons(files, place)
-    evms = sorted({name for found in here if (name := daemons.evm_of(found.argv))})
+        return PlaceStatus(*named, "off" if place.name in lab.off else "place dead")
     if place.role is None:
-        return PlaceStatus(place.name, place.address, role, "running", None, tuple(evms))
-    process = daemons.find(files, place.name, role)
-    state = "dead" if process is None else "frozen" if scan.frozen(process) else "running"
-    return PlaceStatus(place.name, place.address, role, state, process.pid if process else None, tuple(evms))
+        return PlaceStatus(*named, "running")
+    evms = sorted({name for found in daemons.daemons(files, place) if (name := daemons.evm_of(found.argv))})
+    kept = daemons.find_keeper(files, place)
+    process = daemons.find(files, place.name, place.role)
+    restarts = keeper.restarts_of(kept.argv) if kept else None
+    if process is None:
+        return PlaceStatus(*named, "restarting" if kept else "dead", None, restarts, tuple(evms))
+    return PlaceStatus(*named, "frozen" if scan.frozen(process) else "running", process.pid, restarts, tuple(evms))
