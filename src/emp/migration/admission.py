@@ -84,12 +84,6 @@ def reply_of(ledger: Ledger, migration: str) -> GoArrived | SourceAborted | None
     return None
 
 
-def went_back(ledger: Ledger, migration: str) -> bool:
-    """What a target's late question is answered: has this source OWN(e_s) of that migration, so that it may go?"""
-    end = ledger.end_of(migration)
-    return end is not None and end.kind is RecordKind.OWN
-
-
 def standing_of(ledger: Ledger, migration: str) -> tuple[Role, RolePhase, Record] | None:
     """Where this node's end of ``migration`` stands once no role is busy with it; None: it is not known here."""
     end = ledger.end_of(migration)
