@@ -17,7 +17,7 @@ def fault_record(request: pytest.FixtureRequest) -> FaultRecord:
     return request.config.stash[RECORD]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stages() -> Iterator[Stages]:
     """Gives a stage that is whole; one that a cell has broken is replaced."""
     if os.geteuid() != 0:
