@@ -192,6 +192,13 @@ def test_a_withdrawal_is_carried_back_too_and_the_source_is_rescued() -> None:
     assert not any(isinstance(action, CarryGo | CarryAnswer) for action in done)
 
 
+def test_activated_is_not_carried_before_the_guest_runs() -> None:
+    """``cont`` may still be refused, and the source would have cleared the only copy."""
+    state, _ = play(*HANDED, GIVEN)
+    _state, done = play(Says(T, RolePhase.ACTIVATED), CourierDue(), state=state)
+    assert not any(isinstance(action, CarryAnswer) for action in done)
+
+
 def test_nothing_is_carried_that_nobody_has_said() -> None:
     """A target that waits is told neither GO nor abort before the source has said which."""
     state, done = play(*HANDED, LOADED, CourierDue())

@@ -264,6 +264,7 @@ def _word(state: Supervisor) -> tuple[Action, ...]:
 
 
 _ANSWERS = {
+    # Not ACTIVATED itself: ``cont`` may still be refused, and the source would have cleared the only copy by then.
     RolePhase.RUNNING: RolePhase.ACTIVATED,
     RolePhase.LOST: RolePhase.ACTIVATED,
     RolePhase.WITHDRAWN: RolePhase.WITHDRAWN,
