@@ -158,6 +158,11 @@ def test_an_abort_after_the_evm_runs_on_the_target_changes_nothing() -> None:
     assert (state, done) == (running, [])
 
 
+def test_a_source_that_has_forgotten_the_migration_does_not_hold_its_end_up() -> None:
+    _state, done = play(*HANDED, Says(T, RolePhase.RUNNING), Says(S, None), Detached())
+    assert done[-2:] == [Detach(S), Close(Outcome.COMPLETED, None)]
+
+
 # ------------------------------------------------------------------ the courier
 
 GIVEN = Says(S, RolePhase.GIVEN, wants_courier=True)

@@ -382,6 +382,8 @@ def _unknown_there(state: Supervisor, says: Says) -> tuple[Supervisor, tuple[Act
     if says.role is Role.SOURCE and state.phase in (Phase.HANDING, Phase.WATCHING):
         # The order has not arrived. Should it still come, the target must have withdrawn: only its word closes (R11).
         return _settle(replace(state, outcome=Outcome.ABORTED, cause=state.cause or "the source never got the order"))
+    if says.role is Role.SOURCE and state.phase is Phase.FINISHING:  # its journal is not the one that it had
+        return _detach(state, Role.SOURCE)
     if says.role is Role.TARGET and state.phase is Phase.SETTLING:
         return _detach(state, Role.TARGET)
     return state, ()
