@@ -1,7 +1,6 @@
 """Where a role stands after a restart of its agent: made from the journal's last record and from what is alive.
 
-What the agent knew beside that is gone, and must not matter: ``tests/unit/test_migration_search.py`` kills
-agents between any two steps.
+What the agent knew beside that is gone, and must not matter: ``tests/search`` kills agents between any two steps.
 """
 
 from __future__ import annotations
