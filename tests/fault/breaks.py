@@ -228,10 +228,10 @@ def recovered_elsewhere(stage: Stage) -> Script:
 
 
 def slow_link(stage: Stage) -> Script:
-    """The target's wire carries 8 kB/s, 200 ms late."""
+    """What goes to the target crawls: 8 kB/s through its port of the switch."""
     port = ("dev", stage.target)
     command = ("ip", "netns", "exec", stage.pool.topology.namespace(FABRIC), "tc", "qdisc")
-    run_sync(*command, "replace", *port, "root", "netem", "delay", "200ms", "rate", "64kbit")
+    run_sync(*command, "replace", *port, "root", "tbf", "rate", "64kbit", "burst", "1600", "latency", "5s")
     yield
     lasts(LATE_S)
     run_sync(*command, "del", *port, "root")

@@ -51,6 +51,18 @@ class InDevice(Hold):
 
 
 @dataclass(frozen=True)
+class Hesitating(Hold):
+    """In pre-switchover, and what follows it would not end: the target's QEMU stands still until the pool is healed.
+
+    The source's agent does not wait in pre-switchover: what reaches it there it takes up after ``migrate-continue``.
+    """
+
+    def wait(self, stage: Stage) -> None:
+        super().wait(stage)
+        stage.stop_qemu("T")
+
+
+@dataclass(frozen=True)
 class Unheard(Hold):
     """Both QEMUs are through, and the target's agent has not heard it yet."""
 
@@ -67,6 +79,7 @@ class Unheard(Hold):
 
 PRECOPY = Hold("S", "qmp-migration-active", frozen=False)
 PRE_SWITCHOVER = Hold("S", "source.continue-stream.before")
+HESITATING = Hesitating("S", "source.continue-stream.before")
 DEVICE = InDevice("S", "source.continue-stream.before")
 COMPLETED = Hold("S", "source.write-record-given.before")
 UNHEARD = Unheard("S", "source.continue-stream.before")

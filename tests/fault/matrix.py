@@ -82,6 +82,7 @@ def cells() -> list[Cell]:
 
 _SCALED = f"the matrix's 60 s are {breaks.LATE_S:.0f} s here, past every timer of the cell's policy"
 _GIVEN = {"M": holds.GIVEN}
+_HESITATING = {"P": holds.HESITATING}
 _COMPLETED = {"H": holds.COMPLETED}
 
 
@@ -113,7 +114,8 @@ def _partitions() -> Iterator[Cell]:
             quick="DM" if how is How.DROP else "",
         )  # fmt: skip
     yield from _row(9, breaks.cut("ST", "CS", for_s=None), {"M": "C"}, case="courier too", hold=_GIVEN, waits="M")
-    yield from _row(10, breaks.cut("SV"), {"P": "AC", "D": "A", "HM": "C", "T": "C"})
+    flushed = "by D the source's QEMU has flushed and let go of its disks: nothing of it asks the volume any more"
+    yield from _row(10, breaks.cut("SV"), {"P": "AC", "D": "AC", "HM": "C", "T": "C"}, note=flushed)
     yield from _row(11, breaks.cut("TV"), {"BPDH": "A", "MT": "C"})
     yield from _row(12, breaks.cut("CV"), {"BPDHMT": "C"})
     everybody = ("CT", "ST", "TV")
@@ -152,7 +154,9 @@ def _storage() -> Iterator[Cell]:
         yield from _row(18, breaks.at("S", "journal.given.before_fsync", bad), {"H": "A"}, case=what, hold=_COMPLETED)
         yield from _row(18, breaks.at("T", "journal.activated.before_fsync", bad), {"M": "C"}, case=what)
         yield from _row(18, breaks.at("S", "journal.done.before_fsync", bad), {"T": "C"}, case=what)
-        yield from _row(18, breaks.also_at("S", "journal.own.before_fsync", bad), {"PD": "A"}, case=what)
+        yield from _row(
+            18, breaks.also_at("S", "journal.own.before_fsync", bad), {"PD": "A"}, case=what, hold=_HESITATING
+        )
     yield from _row(18, breaks.at("S", "journal.given.before_fsync", "raise:EIO", 0, also="journal.own.before_fsync"),
         {"H": "AR"}, case="never again", waits="H", hold=_COMPLETED)  # fmt: skip
 
@@ -182,11 +186,11 @@ def _messages() -> Iterator[Cell]:
     )  # fmt: skip
     for column, party, point in twice:
         yield from _row(23, breaks.at(party, point, "dup"), {column: "C"}, case=point, hold={**begun, **_GIVEN})
-    yield from _row(23, breaks.abort_twice, {"P": "A", "H": "A"}, case="abort")
+    yield from _row(23, breaks.abort_twice, {"P": "A", "H": "A"}, case="abort", hold=_HESITATING)
 
 
 def _people() -> Iterator[Cell]:
-    yield from _row(26, breaks.abort, {"BPDH": "A"}, case="abort", quick="BP")
+    yield from _row(26, breaks.abort, {"BPDH": "A"}, case="abort", quick="BP", hold=_HESITATING)
     yield from _row(26, breaks.abort_refused, {"MT": "C"}, case="abort", hold=_GIVEN, quick="T")
     yield from _row(26, breaks.guest_reboots, {"B": "K"}, case="reboot", note="K: another boot; it was asked for")
     yield from _row(27, breaks.second_migration, {"BPDHMT": "C"})

@@ -94,6 +94,7 @@ class Stage:
         self.journals: dict[str, bytes] = {}
         """node -> its journal as it was before the migration"""
         self._aside: dict[Path, bytes] = {}
+        self._doubted = False
         self.played = 0
         self.vcpus: VcpuWitness
         self.frames: FrameWitness
@@ -209,8 +210,8 @@ class Stage:
         until(lambda: process is not None and scan.frozen(process), f"{party} is frozen at {point}")
 
     def thaw(self, party: str) -> None:
-        """Let a daemon go on; one that has been killed meanwhile does not."""
-        with contextlib.suppress(NotFound):
+        """Let a daemon go on; one that is gone meanwhile, or whose node is off, does not."""
+        with contextlib.suppress(EmpError):
             verbs.cont(self.files, self.place_of(party), self.role_of(party))
 
     def keep_frozen(self, party: str) -> None:
@@ -243,7 +244,7 @@ class Stage:
         verbs.stop(self.files, self.place_of(party), f"qemu:{self.subject.name}")
 
     def cont_qemu(self, party: str) -> None:
-        with contextlib.suppress(NotFound):
+        with contextlib.suppress(EmpError):
             verbs.cont(self.files, self.place_of(party), f"qemu:{self.subject.name}")
 
     def cut(self, one: str, other: str, how: How = How.DROP) -> None:
@@ -324,13 +325,23 @@ class Stage:
             with contextlib.suppress(NotFound):
                 verbs.kill(self.files, path.parent.name, "agent")
             path.write_bytes(content)
+            self._doubted = True
         self._aside.clear()
 
     # -- what came of it
 
     def settled(self) -> list[str]:
         """Return what is still wrong with the healed pool, none once it is whole."""
+        if self._doubted:
+            self._readmit()
         return end_state.check(self.files, self.client, self.subject.name)
+
+    def _readmit(self) -> None:
+        """A person has seen that the right journal is back."""
+        with contextlib.suppress(EmpError):
+            for node in self.client.nodes.list().items:
+                if node.quarantine is not None and node.report.journal is None:
+                    self.client.nodes.readmit(node.name, confirm=True)
 
     def outcome(self) -> str:
         """Return the matrix's letter for what the EVM has gone through. Only once the pool is whole."""
