@@ -21,7 +21,6 @@ from tests.search.world import Busy, Node, Plan, Qemu, World, put, runs, spent, 
 K = RecordKind
 TIMERS = list(Timer)
 EVM = "web"
-
 _BETWEEN_AGENTS = ("go", "aborted", "loaded", "answer", "failed", "asks target", "asks source")
 _UNFINISHED = (Sweep.LEAVING, Sweep.ARRIVING)
 
