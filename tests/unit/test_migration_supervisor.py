@@ -145,6 +145,13 @@ def test_a_restarted_controller_asks_both_ends() -> None:
     assert done[-1] == Close(Outcome.ABORTED, "the controller was restarted in the preparation")
 
 
+def test_who_looks_at_both_ends_anew_forgets_what_they_had_said() -> None:
+    """A step that failed unforeseen, after the source had come back."""
+    back = Says(S, RolePhase.ABORTED, "asked")
+    _state, done = play(*HANDED, back, Resumed(prepared=True), back, Says(T, RolePhase.WITHDRAWN), Detached())
+    assert done[-1] == Close(Outcome.ABORTED, "asked")
+
+
 def test_a_target_lost_after_its_activation_never_brings_the_source_back() -> None:
     _state, done = play(*HANDED, Says(T, RolePhase.LOST, "its QEMU died"), Detached())
     assert RecordOwner(T) in done

@@ -68,7 +68,11 @@ class Adoption:
         """Until everything is adopted: what hung while the agent started is tried again, unless it was retired."""
         while self._left:
             await asyncio.sleep(AGAIN_S)
-            alive = await self._residents.assembler.hypervisor.found()
+            try:
+                alive = await self._residents.assembler.hypervisor.found()
+            except (EmpError, OSError) as error:
+                log.error("what is left is not adopted yet: %s", error)
+                continue
             for evm, last in tuple(self._left.items()):
                 del self._left[evm]
                 if self._journal.last(evm) == last:
@@ -78,7 +82,7 @@ class Adoption:
     async def _try(self, evm: str, process: ProcessId | None) -> None:
         try:
             await self._take_back(evm, process)
-        except EmpError as error:
+        except (EmpError, OSError) as error:
             log.error("%s: not adopted: %s", evm, error)
             if entry := self._residents.shelf.get(evm):
                 self._residents.note(entry, EvmState.UNKNOWN, f"could not be adopted: {error}")

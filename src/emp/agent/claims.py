@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Iterable
 
-from emp.model.errors import Conflict, EmpError
+from emp.model.errors import Conflict, EmpError, NotFound
 from emp.model.orders import VolumeGrant
 from emp.model.volume import Attachment
 from emp.volumes.base import VolumeClaims
@@ -36,7 +36,7 @@ class Claims:
         while True:
             try:
                 await self._service.claim(attachment, epoch=epoch)
-            except Conflict as error:
+            except (Conflict, NotFound) as error:
                 log.error("%s: not claimed under %d: %s", attachment.volume, epoch, error)
                 return
             except EmpError as error:

@@ -142,7 +142,7 @@ class Journal:
         try:
             await asyncio.shield(writing)
         except OSError as error:
-            hint = "free or repair the disk, then restart the agent"
+            hint = "free or repair the disk: it is tried again"
             raise JournalWriteFailed(f"{self._path}: {error.strerror}", hint=hint) from error
 
     def _note(self, record: Record) -> None:

@@ -151,6 +151,8 @@ class SourceRole(Role[Source]):
 
     async def _follow_machine(self, heard: AsyncIterator[MachineEvent]) -> None:
         async for event in heard:
+            if self.phase.final and event.kind is not MachineEventKind.RESUMED:
+                return  # what comes now is another migration's; only when the guest ran again may still be to be told
             try:
                 await self._hear(event)
             except MachineGone:

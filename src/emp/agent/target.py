@@ -122,6 +122,8 @@ class TargetRole(Role[Target]):
 
     async def _follow_machine(self, assembly: Assembly, heard: AsyncIterator[MachineEvent]) -> None:
         async for event in heard:
+            if self.phase.final and event.kind is not MachineEventKind.RESUMED:
+                return
             try:
                 await self._hear(assembly, event)
             except MachineGone:

@@ -327,7 +327,7 @@ def _forward(state: Supervisor, event: Event) -> tuple[Supervisor, tuple[Action,
 def _resume(state: Supervisor, prepared: bool) -> tuple[Supervisor, tuple[Action, ...]]:
     if not prepared:
         return _settle(replace(state, outcome=Outcome.ABORTED, cause="the controller was restarted in the preparation"))
-    watching = replace(state, phase=Phase.WATCHING, handed=True)
+    watching = Supervisor(Phase.WATCHING, cause=state.cause, handed=True)  # both ends say anew how it stands
     return watching, (Watch(Role.SOURCE), Watch(Role.TARGET))
 
 

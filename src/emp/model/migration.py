@@ -74,7 +74,7 @@ class MigrationRequest(Model):
 
 
 class Progress(Model):
-    """How the pre-copy goes, as of the last look at QEMU (about four a second)."""
+    """How the pre-copy goes, as of the last look at QEMU (five a second)."""
 
     memory_bytes: int = 0
     remaining_bytes: int = 0
