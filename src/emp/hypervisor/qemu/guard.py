@@ -37,6 +37,9 @@ CANCEL = {"execute": "migrate_cancel", "id": "cancel"}
 RELEASE = {"execute": "migrate-continue", "arguments": {"state": "failed"}, "id": "release"}
 """QEMU 10.0: ends the wait of ``pre-switchover``, and is refused unless the migration has failed"""
 
+LAST = {"execute": "query-status", "id": "last"}
+"""answered once QEMU's main loop is free: after a cancel it may wait for a stream that the target does not read"""
+
 
 class Monitor:
     """QEMU's side: lines of JSON."""
@@ -89,11 +92,12 @@ class Guard:
         self.status = "none"
         self.due_s: float | None = None
         self._begun = False
+        self._acted = False
         self._unanswered: set[str] = set()
 
     @property
     def over(self) -> bool:
-        return self._begun and self.status in NOT_BEGUN and "release" not in self._unanswered
+        return self._begun and self.status in NOT_BEGUN and not self._unanswered & {"release", "last"}
 
     def moved(self, status: str, now_s: float) -> list[dict[str, Any]]:
         """The migration is in ``status``; return what is to be sent."""
@@ -103,7 +107,11 @@ class Guard:
         earlier, self.status = self.status, status
         limit_s = self._limits_s.get(status)
         self.due_s = None if limit_s is None else now_s + limit_s
-        return self._once(RELEASE) if (earlier, status) == ("pre-switchover", "failed") else []
+        said = self._once(RELEASE) if (earlier, status) == ("pre-switchover", "failed") else []
+        if self._acted and status in OVER:
+            self.due_s = now_s + AGAIN_S
+            said += self._once(LAST)
+        return said
 
     def answered(self, command: str) -> None:
         self._unanswered.discard(command)
@@ -118,6 +126,9 @@ class Guard:
         if not self._begun:
             return None
         self.due_s = now_s + AGAIN_S
+        self._acted = True
+        if self.status in OVER:  # it has ended, and QEMU does not answer yet
+            return [YANK]
         # Where QEMU is stuck in a write nothing but ``yank`` gets through; elsewhere cancelling alone is cleaner.
         stuck = self.status == "device" or "cancel" in self._unanswered
         return [*self._once(CANCEL), *([YANK] if stuck else [])]
