@@ -28,7 +28,7 @@ from emp.model.evm import EvmSpec, Nic
 from emp.wire.pki import CertificateAuthority, Role
 
 LOOPBACK = "127.0.0.1"
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 # Entered by QEMU's linuxboot ROM at CS:0 of the second sector. In AT&T syntax (assembles with `as --32`):
 #
@@ -92,9 +92,17 @@ class Console:
         return await self.read()
 
 
+def console(machine: Machine) -> contextlib.AbstractAsyncContextManager[Console]:
+    return console_at(machine.console_path)
+
+
 @contextlib.asynccontextmanager
-async def console(machine: Machine) -> AsyncIterator[Console]:
-    reader, writer = await asyncio.open_unix_connection(str(machine.console_path))
+async def console_at(path: Path) -> AsyncIterator[Console]:
+    """The console of a machine that is there or is just being launched."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not path.exists():
+            await asyncio.sleep(0.001)
+    reader, writer = await asyncio.open_unix_connection(str(path))
     try:
         yield Console(reader, writer)
     finally:
@@ -204,10 +212,17 @@ class Bench:
 
     async def booted(self, name: str = "one") -> QemuMachine:
         """Return a machine on the left whose guest has answered."""
-        machine = await self.left.hypervisor.launch(self.plan(await self.spec(name)))
-        async with console(machine) as guest:
-            assert await guest.read() == "R"
+        spec = await self.spec(name)
+        async with asyncio.TaskGroup() as both:
+            # Connected while QEMU starts: the guest says R once, and what it says to nobody is gone.
+            answered = both.create_task(self._first_words(self.left.run_dir / name / "console"))
+            machine = await self.left.hypervisor.launch(self.plan(spec))
+        assert answered.result() == "R"
         return machine
+
+    async def _first_words(self, path: Path) -> str:
+        async with console_at(path) as guest:
+            return await guest.read()
 
     async def pair(self) -> tuple[QemuMachine, QemuMachine]:
         """Return a booted machine on the left, and one on the right that waits for it."""

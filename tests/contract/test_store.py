@@ -39,7 +39,7 @@ from emp.store.base import (
 )
 from emp.store.sqlite import SqliteStore
 
-WAIT_S = 20.0
+WAIT_S = 60.0  # hundreds of commits on a disk that others use
 RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "!=": operator.ne,

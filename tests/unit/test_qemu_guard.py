@@ -116,6 +116,20 @@ def test_cuts_what_stays_in_device_and_leaves_one_cancel_in_the_queue_of_a_hung_
         assert qemu.ends() == 0
 
 
+def test_goes_on_cutting_what_is_cancelled_and_does_not_end() -> None:
+    """QEMU says goodbye on each of its TLS connections: its main loop waits there for a target that reads nothing."""
+    with fake(pre_switchover_s=SHORT_S) as qemu:
+        qemu.begin()
+        qemu.moved("active", "pre-switchover")
+        cancel = qemu.heard()
+        qemu.tell(**{"return": {}, "id": cancel["id"]})
+        qemu.moved("cancelling")
+        assert {qemu.heard()["id"] for _ in range(5)} == {"cancel", "yank"}
+        qemu.moved("cancelled")
+        qemu.answers_again()
+        assert qemu.ends() == 0
+
+
 def test_lets_go_of_a_migration_that_fails_in_pre_switchover_and_waits_for_the_answer() -> None:
     with fake() as qemu:
         qemu.begin()

@@ -105,11 +105,10 @@ class Guard:
         if status == self.status:
             return []
         earlier, self.status = self.status, status
-        limit_s = self._limits_s.get(status)
+        limit_s = AGAIN_S if self._acted else self._limits_s.get(status)
         self.due_s = None if limit_s is None else now_s + limit_s
         said = self._once(RELEASE) if (earlier, status) == ("pre-switchover", "failed") else []
         if self._acted and status in OVER:
-            self.due_s = now_s + AGAIN_S
             said += self._once(LAST)
         return said
 
@@ -130,7 +129,7 @@ class Guard:
         if self.status in OVER:  # it has ended, and QEMU does not answer yet
             return [YANK]
         # Where QEMU is stuck in a write nothing but ``yank`` gets through; elsewhere cancelling alone is cleaner.
-        stuck = self.status == "device" or "cancel" in self._unanswered
+        stuck = self.status != "pre-switchover" or "cancel" in self._unanswered
         return [*self._once(CANCEL), *([YANK] if stuck else [])]
 
     def _once(self, command: dict[str, Any]) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ async def start(directory: RunDirectory, *, uid: int, pre_switchover_s: float, d
 
 
 async def end(directory: RunDirectory) -> None:
-    """End the guard of ``directory``, if there is one; it ends by itself when its QEMU does."""
+    """End the guard of ``directory``, if there is one; one that has ended by itself, as its QEMU did, is reaped."""
     process = directory.guard_process()
     if process is not None:
         process.send(signal.SIGKILL)

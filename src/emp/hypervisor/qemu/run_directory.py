@@ -194,12 +194,11 @@ class RunDirectory:
         _write(self.path / _GUARD, json.dumps(asdict(process)).encode(), None, 0o600)
 
     def guard_process(self) -> Process | None:
-        """Return the guard's process if it is alive."""
+        """Return the last guard's process, which may have ended."""
         try:
-            process = Process(**json.loads((self.path / _GUARD).read_bytes()))
+            return Process(**json.loads((self.path / _GUARD).read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
-        return process if process.alive else None
 
     def log_tail(self) -> str:
         """Return the end of QEMU's log, on one line."""
