@@ -100,9 +100,12 @@ def console(machine: Machine) -> contextlib.AbstractAsyncContextManager[Console]
 async def console_at(path: Path) -> AsyncIterator[Console]:
     """The console of a machine that is there or is just being launched."""
     async with asyncio.timeout(PATIENCE_S):
-        while not path.exists():
-            await asyncio.sleep(0.001)
-    reader, writer = await asyncio.open_unix_connection(str(path))
+        while True:
+            try:
+                reader, writer = await asyncio.open_unix_connection(str(path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                await asyncio.sleep(0.001)
     try:
         yield Console(reader, writer)
     finally:
