@@ -96,6 +96,21 @@ def console(machine: Machine) -> contextlib.AbstractAsyncContextManager[Console]
     return console_at(machine.console_path)
 
 
+class Talker(Protocol):
+    """A guest's console, real or fake."""
+
+    async def ask(self, byte: str = "?") -> str: ...
+
+
+async def rewriting(guest: Talker) -> None:
+    """Have the guest rewrite 64 MiB for ever; return when it does, which the answer to the order alone does not say.
+
+    It listens between two rounds: of four answers, some came after one.
+    """
+    for count, byte in enumerate("d???"):
+        assert await guest.ask(byte) == str(count)
+
+
 @contextlib.asynccontextmanager
 async def console_at(path: Path) -> AsyncIterator[Console]:
     """The console of a machine that is there or is just being launched."""

@@ -32,7 +32,19 @@ from emp.lab.images import KERNEL_COMMAND_LINE, ensure_image
 from emp.model.errors import HypervisorError, OutcomeUnknown
 from emp.model.volume import NbdEndpoint
 from emp.wire.pki import CertificateAuthority, Role
-from tests.qemu_bench import LOOPBACK, Bench, bench, console, frozen, is_kind, is_stream, leftovers, start_stream, until
+from tests.qemu_bench import (
+    LOOPBACK,
+    Bench,
+    bench,
+    console,
+    frozen,
+    is_kind,
+    is_stream,
+    leftovers,
+    rewriting,
+    start_stream,
+    until,
+)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="machines can be started by root only")
 
@@ -53,7 +65,7 @@ class TestMigration:
             nodes.node(name, timeout_s=1.0)
         source, target = await nodes.pair()
         async with console(source) as guest:
-            assert await guest.ask("d") == "0"
+            await rewriting(guest)
         events = source.events()
         await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity, limits=EVERYTHING_AT_ONCE)
         await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))
@@ -80,7 +92,7 @@ class TestMigration:
     ) -> None:
         source, target = await nodes.pair()
         async with console(source) as guest:
-            assert await guest.ask("d") == "0"
+            await rewriting(guest)
         await source.guard_stream(pre_switchover_s=0.5, device_s=0.5)
         events = source.events()
         await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity, limits=EVERYTHING_AT_ONCE)
@@ -102,7 +114,7 @@ class TestMigration:
         """QEMU 10.0 sees it at once or when it goes on; in the first case it fails the migration and waits for ever."""
         source, target = await nodes.pair()
         async with console(source) as guest:
-            assert await guest.ask("d") == "0"
+            await rewriting(guest)
         if guarded:
             await source.guard_stream(pre_switchover_s=60, device_s=60)
         events = source.events()
@@ -126,7 +138,7 @@ class TestMigration:
     async def test_cancelled_in_pre_switchover_the_guest_runs_again_at_once(self, nodes: Bench, hung: bool) -> None:
         source, target = await nodes.pair()
         async with console(source) as guest:
-            assert await guest.ask("d") == "0"
+            await rewriting(guest)
         events = source.events()
         await start_stream(source, target, to=nodes.right, source_name=nodes.left.identity, limits=EVERYTHING_AT_ONCE)
         await until(events, is_stream(StreamStatus.PRE_SWITCHOVER))

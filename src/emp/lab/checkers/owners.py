@@ -2,7 +2,7 @@
 
 The moments are those of the fault points round each record's fsync, so the lab must have its points on. What is being
 written may be on disk already, so GIVEN ends the source's time when its writing begins. Authority is nowhere between
-GIVEN and ACTIVATED.
+GIVEN and ACTIVATED, and with WITHDRAWN a target swears that it made no use of it, ACTIVATED or not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from emp.faults import Hit
 
 _BEGINS = ("journal.own.after_fsync", "journal.activated.before_fsync")
-_ENDS = ("journal.given.before_fsync", "journal.retired.before_fsync", "journal.stopped.before_fsync")
+_ENDS = tuple(f"journal.{record}.before_fsync" for record in ("given", "withdrawn", "retired", "stopped"))
 
 
 @dataclass(frozen=True)
