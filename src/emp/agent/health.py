@@ -1,7 +1,8 @@
 """How a target is while memory comes in: its QEMU, its volumes, its ports, its host's memory.
 
-The source asks once a second over the link, in its brownout alone; only then is anything looked at here. What is slow
-is begun at one question and told at the next: the answer is at once, and says how long ago all was last well.
+The source asks once a second over the link, in its brownout alone. What is slow is begun at one question and told at
+the next: the answer is at once, and says how long ago all was last well. When everything has come in, the target reads
+its volumes once more before it says so: a node that does not reach a disk does not take over its guest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from emp.network.base import NetworkDriver
 from emp.volumes.base import VolumeProbe
 
 MakeProbe = Callable[[NbdEndpoint], VolumeProbe]
+LAST_LOOK_S = 1.0
+"""for the volumes to answer in the blackout: the guest stands paused meanwhile"""
+AGAIN_S = 0.05
+"""before a read that failed is tried again in that time"""
 
 
 class Health:
@@ -47,9 +52,29 @@ class Health:
         }
         self._begin("qemu", self._ask_qemu)
         self._begin("ports", self._look_for_ports)
+        self.look_at_volumes()
+        return message
+
+    def look_at_volumes(self) -> None:
+        """Begin to read each; its connection is there then when the blackout comes."""
         for volume in self._probes:
             self._begin(volume, lambda v=volume: self._read(v))  # type: ignore[misc]
-        return message
+
+    async def silent_volumes(self) -> list[str]:
+        """Read each volume once more, in milliseconds; return those that do not answer in ``LAST_LOOK_S``."""
+        began_s = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_LOOK_S):
+                await asyncio.gather(*(self._read_anew(volume, began_s) for volume in self._probes))
+        return [volume for volume, at_s in self._read_at_s.items() if at_s < began_s]
+
+    async def _read_anew(self, volume: str, began_s: float) -> None:
+        if earlier := self._tasks.get(volume):
+            await asyncio.wait({earlier})  # a probe has one question on its way at a time
+        await self._read(volume)
+        while self._read_at_s[volume] < began_s:  # the connection may have been an old one
+            await asyncio.sleep(AGAIN_S)
+            await self._read(volume)
 
     def _begin(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """One question to each is on its way at a time."""

@@ -112,11 +112,14 @@ class TargetRole(Role[Target]):
     def _told(self, message: Message) -> None:
         """Only the source's brownout asks, and only then is there anything to be healthy."""
         if message.get("type") == "health" and self.state.phase is TargetPhase.PREPARED and self.assembly is not None:
-            if self._health is None:
-                grants = self.entry.volumes if self._probe else ()
-                probes = {grant.volume.id: self._probe(grant.attachment.endpoint) for grant in grants if self._probe}
-                self._health = Health(self.assembly, self._assembler.network, probes)
-            self.spawn(self._peer.send(self._health.asked()))
+            self.spawn(self._peer.send(self._looked_after(self.assembly).asked()))
+
+    def _looked_after(self, assembly: Assembly) -> Health:
+        if self._health is None:
+            grants = self.entry.volumes if self._probe else ()
+            probes = {grant.volume.id: self._probe(grant.attachment.endpoint) for grant in grants if self._probe}
+            self._health = Health(assembly, self._assembler.network, probes)
+        return self._health
 
     # -- what happens
 
@@ -134,10 +137,16 @@ class TargetRole(Role[Target]):
     async def _hear(self, assembly: Assembly, event: MachineEvent) -> None:
         match event.kind:
             case MachineEventKind.STREAM if event.stream is StreamStatus.COMPLETED:
-                # Loaded counts only with the guest paused: in ``inmigrate`` a ``cont`` would arm a start.
-                while await assembly.machine.run_state() is RunState.INMIGRATE:  # noqa: ASYNC110
-                    await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
-                self.feed(StreamMoved(Stream.COMPLETED))
+                silent = asyncio.create_task(self._looked_after(assembly).silent_volumes(), name="last look at volumes")
+                try:
+                    # Loaded counts only with the guest paused: in ``inmigrate`` a ``cont`` would arm a start.
+                    while await assembly.machine.run_state() is RunState.INMIGRATE:  # noqa: ASYNC110
+                        await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
+                    missing = await silent
+                finally:
+                    silent.cancel()
+                reason = f"no answer here from volume {', '.join(missing)}" if missing else None
+                self.feed(StreamMoved(Stream.BROKEN if missing else Stream.COMPLETED, reason))
             case MachineEventKind.STREAM if event.stream and event.stream.ended_badly:
                 reason = None
                 with contextlib.suppress(EmpError):
@@ -197,6 +206,7 @@ class TargetRole(Role[Target]):
         except EmpError as error:
             self.feed(events.MachineFailed(str(error)))
             return
+        self._looked_after(assembly).look_at_volumes()
         process = assembly.machine.process
         self.feed(events.MachineReady(process.pid, process.start_ticks))
 
