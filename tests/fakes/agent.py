@@ -378,6 +378,8 @@ class FakeAgent:
         if order.word == "activated":
             self.leave(part.status.evm)
             await part.move(RolePhase.DONE, Stage.CLOSED, committed=True, wants_courier=False)
+        elif order.word == "withdrawn":
+            await part.move(RolePhase.ABORTED, Stage.CLOSED, committed=False, wants_courier=False)
         return part.status
 
     async def _play(self, order: HandoverOrder, script: Script) -> None:

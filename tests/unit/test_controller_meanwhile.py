@@ -144,6 +144,26 @@ async def test_a_target_that_was_away_is_told_that_the_source_is_back(pool: Pool
     assert target.parts[begun["id"]].status.phase is RolePhase.WITHDRAWN
 
 
+async def test_a_source_behind_its_commit_is_told_that_the_target_has_withdrawn(pool: Pool) -> None:
+    """It got the order late, its target's machine died, and then it could not reach the target."""
+    await pool.create("web", node="n1")
+    source, target = pool.agents["n1"], pool.agents["n2"]
+    source.script = Script()
+    begun = await migrate(pool, target="n2")
+    await pool.until(f"/v1/migrations/{begun['id']}", lambda m: m["stage"] == "source-brownout")
+    await pool.post(f"/v1/migrations/{begun['id']}/abort")
+    await closed(pool, begun)
+    assert target.parts[begun["id"]].status.phase is RolePhase.WITHDRAWN
+    part = source.parts[begun["id"]]
+    await part.move(RolePhase.GIVEN, Stage.BLACKOUT, committed=True)
+    role = {"migration": begun["id"], "evm": "web", "role": "source", "phase": "given"}
+    source.open_roles = (OpenRole(**role, epoch=begun["epoch_target"]),)
+    async with asyncio.timeout(30), part.changed:
+        await part.changed.wait_for(lambda: part.status.phase is RolePhase.ABORTED)
+    (answer,) = {(order.word, order.nonce) for verb, order in source.orders if verb == "answer"}
+    assert answer == ("withdrawn", begun["nonce"] or "p1")
+
+
 @pytest.mark.parametrize(
     ("outcome", "role", "runs_elsewhere", "told"),
     [

@@ -122,15 +122,20 @@ class Adoption:
         if entry is None:
             raise HostError(f"the journal has {last.kind} of {evm!r}, and its record is not on the shelf")
         assembly = await self._residents.assembler.adopt(entry.spec, process) if process else None
-        if assembly is None:
-            await self._residents.assembler.network.remove(evm)
-        match found:
-            case Sweep.OWNED:
-                await self._owned(last, entry, assembly)
-            case Sweep.LEAVING:
-                await self._leaving(last, entry, assembly)
-            case Sweep.ARRIVING:
-                await self._arriving(last, entry, assembly, process)
+        try:
+            if assembly is None:
+                await self._residents.assembler.network.remove(evm)
+            match found:
+                case Sweep.OWNED:
+                    await self._owned(last, entry, assembly)
+                case Sweep.LEAVING:
+                    await self._leaving(last, entry, assembly)
+                case Sweep.ARRIVING:
+                    await self._arriving(last, entry, assembly, process)
+        except BaseException:
+            if assembly is not None:
+                await assembly.close()  # it is adopted again: a monitor of QEMU's serves one client
+            raise
 
     async def _owned(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
         if assembly is None:

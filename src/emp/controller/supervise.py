@@ -184,7 +184,9 @@ class Supervision:
             case supervisor.Watch(role):
                 self._spawn(f"watch {role}", self._watch(role))
             case supervisor.Abort(role, reason, source_is_back):
-                self._spawn(f"abort {role}", self._abort(role, reason, source_is_back))
+                # A copy that has loaded everything heeds only the second: it must not wait behind the first.
+                name = f"abort {role}" + (" for good" if source_is_back else "")
+                self._spawn(name, self._abort(role, reason, source_is_back))
             case supervisor.CarryGo():
                 self._spawn("carry go", self._carry(Role.TARGET, self._steps.carry_go))
             case supervisor.CarryAnswer(phase):

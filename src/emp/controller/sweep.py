@@ -4,7 +4,8 @@ An end that was away to the last is told how the migration ended, as often as it
 
 - a **target** of an aborted migration: ``aborted``, and that the source is back. A closed abort means that the source's
   OWN(e_s) was seen, or that it never got the order, so even a copy that has loaded everything goes.
-- a **source** of a completed one: the target's answer, ACTIVATED.
+- a **source** of a completed one: the target's answer, ACTIVATED; of an aborted one, if it is behind the commit, the
+  target's WITHDRAWN, from the target itself.
 - an end of a migration of which there is no record: to go back. A target that has loaded everything stays, unless
   another node runs the EVM under a newer epoch: the missing record may have known better.
 """
@@ -14,9 +15,10 @@ from __future__ import annotations
 import logging
 
 from emp.controller import trust
-from emp.controller.agents import Agents
+from emp.controller.agents import AgentClient, Agents
 from emp.controller.book import Book
 from emp.controller.migrations import Migrations
+from emp.controller.nodes import Nodes
 from emp.controller.tasks import Tasks
 from emp.model.evm import EvmState
 from emp.model.migration import Migration, Outcome
@@ -29,8 +31,9 @@ OVER = "the migration is over"
 
 
 class Sweep:
-    def __init__(self, book: Book, agents: Agents, migrations: Migrations) -> None:
+    def __init__(self, book: Book, nodes: Nodes, agents: Agents, migrations: Migrations) -> None:
         self._book = book
+        self._nodes = nodes
         self._agents = agents
         self._migrations = migrations
         self._tasks = Tasks("sweep")
@@ -53,9 +56,18 @@ class Sweep:
         log.warning("%s still has the %s of %s: %r", node.name, role.role, role.migration, order)
         match order:
             case AbortOrder():
-                await agent.abort(role.migration, order)
+                told = await agent.abort(role.migration, order)
+                if migration is not None and told.phase is RolePhase.GIVEN:
+                    await self._carry_withdrawal(agent, migration)
             case AnswerOrder():
                 await agent.answer(role.migration, order)
+
+    async def _carry_withdrawal(self, source: AgentClient, migration: Migration) -> None:
+        """A source behind its commit goes back only by the target's own word, which it has not been able to hear."""
+        target = self._nodes.need_trusted(migration.target)
+        word = await self._agents.of(target).abort(migration.id, AbortOrder(reason=OVER))
+        if word.phase is RolePhase.WITHDRAWN:
+            await source.answer(migration.id, AnswerOrder(word=word.phase.value, nonce=migration.nonce or ""))
 
     def _runs_elsewhere(self, node: Node, role: OpenRole) -> bool:
         """Whether another node attests the EVM under an epoch that this role's came before."""

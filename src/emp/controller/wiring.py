@@ -94,7 +94,7 @@ async def wire(
     evms = Evms(book, nodes, capacity, blueprints, boot, migrations)
     restarts = Restarts(book, evms.start)
     reports = Reports(book, restarts)
-    sweep = Sweep(book, agents, migrations)
+    sweep = Sweep(book, nodes, agents, migrations)
     nodes.on_report += [reports.heard, fences.heard, sweep.heard]
     nodes.on_down += [reports.lost, migrations.node_down]
     services = Services(
