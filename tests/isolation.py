@@ -14,6 +14,7 @@ import ctypes
 import fcntl
 import os
 import shutil
+import signal
 import socket
 import struct
 import tempfile
@@ -28,6 +29,10 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a background job: tests press Ctrl-C, and it is inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.geteuid() == 0:
         isolate()
     labs = Path(tempfile.mkdtemp(prefix="emp-tests-", dir="/var/tmp"))  # on a disk, which /tmp may not be

@@ -23,7 +23,9 @@ from emp.lab import daemons, places, power, scan
 from emp.lab.partition import How
 from emp.lab.power import Power
 from emp.lab.topology import FABRIC, VOL
-from emp.model.errors import Conflict, EmpError
+from emp.model.errors import Conflict, EmpError, NotFound
+from emp.model.evm import EvmState
+from tests.fault.holds import Hold
 from tests.fault.stage import Stage, until
 from tests.leaks import outliving
 
@@ -242,11 +244,26 @@ def nothing(stage: Stage) -> Script:
     yield
 
 
-def power_button(stage: Stage) -> Script:
-    """The guest shuts itself down."""
+def shut_down(stage: Stage) -> Script:
+    """The guest shuts itself down: it stays down until somebody starts it."""
     with contextlib.suppress(EmpError):
         stage.subject.guest().ask("poweroff", timeout_s=1.0)
     yield
+    until(lambda: stage.subject.record.state is EvmState.STOPPED, "it is stopped")
+    with outliving(f"the lab {stage.pool.name}"):
+        stage.client.evms.start(stage.subject.name)
+
+
+def delete(stage: Stage) -> Script:
+    """A user deletes the EVM. The cell ends with another one."""
+    evm = stage.subject
+    stage.client.evms.delete(evm.name, grace_s=0)
+    yield
+    with pytest.raises(NotFound):
+        stage.client.evms.get(evm.name)
+    assert not [node.name for node in stage.pool.topology.node_places if stage.qemu(node.name)]
+    stage.evm = None
+    stage.ready()
 
 
 def guest_reboots(stage: Stage) -> Script:
@@ -268,6 +285,24 @@ def journal_swapped(party: str, old: bytes | None) -> Break:
             path.write_bytes(stage.journals[stage.place_of(party)])
         yield
         stage.start(party)
+
+    return script
+
+
+def followed_by(first: Break, hold: Hold, second: Break) -> Break:
+    """Two faults: the migration is held again after the first, and then the second comes."""
+
+    def script(stage: Stage) -> Script:
+        hold.arm(stage)
+        one = first(stage)
+        next(one)
+        yield
+        next(one, None)
+        hold.wait(stage)
+        two = second(stage)
+        next(two)
+        hold.release(stage)
+        next(two, None)
 
     return script
 

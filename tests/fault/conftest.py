@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -32,5 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.config.getoption("faults", "quick") == "all":
-        session.config.stash[RECORD].write(session.config.rootpath / "build" / "faults.json")
+    record = session.config.stash[RECORD]
+    if (output := getattr(session.config, "workeroutput", None)) is not None:  # a worker of pytest-xdist
+        output["faults"] = record.sent()
+    elif session.config.getoption("faults", "quick") == "all":
+        record.write(session.config.rootpath / "build" / "faults.json")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker is through: what it has seen is part of the same record."""
+    if sent := getattr(node, "workeroutput", {}).get("faults"):
+        node.config.stash[RECORD].take(sent)

@@ -87,6 +87,7 @@ GIVEN = Hold("S", "source.send-go.before")
 GONE = Hold("T", "target.write-record-activated.before")
 ACTIVATED = Hold("T", "target.run.before")
 RUNS = Hold("S", "source.write-record-done.before")
+BACK = Hold("S", "source.write-record-own.before")
 BEGUN = Hold("C", "controller.attach.before")
 
 COLUMNS = {"B": PRECOPY, "P": PRE_SWITCHOVER, "D": DEVICE, "H": UNHEARD, "M": GONE, "T": RUNS}

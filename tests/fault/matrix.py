@@ -77,7 +77,8 @@ def _row(
 
 
 def cells() -> list[Cell]:
-    return [*_crashes(), *_partitions(), *_stops(), *_storage(), *_messages(), *_people(), *_journals()]
+    singles = [*_crashes(), *_partitions(), *_stops(), *_storage(), *_messages(), *_people(), *_journals()]
+    return [*singles, *_pairs()]
 
 
 _SCALED = f"the matrix's 60 s are {breaks.LATE_S:.0f} s here, past every timer of the cell's policy"
@@ -177,6 +178,8 @@ def _messages() -> Iterator[Cell]:
         ("M", "T", "link.answer.send"), ("M", "S", "link.go.send"), ("T", "V", "volumes.fence.answered"),
     )  # fmt: skip
     begun = {"B": holds.BEGUN}
+    for column, party, point in (("B", "T", "agent.prepare.received"), ("B", "S", "agent.hand_over.received")):
+        yield from _row(22, breaks.at(party, point, "raise:EIO"), {column: "AC"}, case=f"500 {point}", hold=begun)
     for column, party, point in lost:
         yield from _row(22, breaks.at(party, point, "drop"), {column: "C"}, case=point, hold={**begun, **_GIVEN})
     twice = (
@@ -193,7 +196,10 @@ def _messages() -> Iterator[Cell]:
 def _people() -> Iterator[Cell]:
     yield from _row(26, breaks.abort, {"BPDH": "A"}, case="abort", quick="BP", hold=_HESITATING)
     yield from _row(26, breaks.abort_refused, {"MT": "C"}, case="abort", hold=_GIVEN, quick="T")
-    yield from _row(26, breaks.guest_reboots, {"B": "K"}, case="reboot", note="K: another boot; it was asked for")
+    asked = "K: another boot; it was asked for"
+    yield from _row(26, breaks.guest_reboots, {"B": "K"}, case="reboot", note=asked)
+    yield from _row(26, breaks.shut_down, {"B": "K"}, case="shutdown", note="K: it stays down until it is started")
+    yield from _row(26, breaks.delete, {"B": "K"}, case="delete", note="K: it is gone, and the next cell has another")
     yield from _row(27, breaks.second_migration, {"BPDHMT": "C"})
 
 
@@ -203,6 +209,22 @@ def _journals() -> Iterator[Cell]:
         yield from _row(28, breaks.journal_swapped(party, b""), ends, case=party, hold=_GIVEN)
         yield from _row(29, breaks.journal_swapped(party, None), ends, case=party, hold=_GIVEN)
     yield from _row(30, breaks.recovered_elsewhere, {"BPDHMT": "K"})
+
+
+def _pairs() -> Iterator[Cell]:
+    """Two faults at adjacent columns: one of each kind on real QEMUs, all of them in the simulation."""
+    gone = partial(breaks.followed_by, hold=holds.GONE)
+    runs = partial(breaks.followed_by, hold=holds.RUNS)
+    yield from _row(1, gone(breaks.kill("C", None), second=breaks.kill("T", 1.0)), {"H": "C"}, case="then 3.M")
+    yield from _row(
+        2, gone(breaks.kill("S", 1.0), second=breaks.kill("T", 1.0)), {"M": "C"}, case="then 3.M", hold=_GIVEN
+    )
+    yield from _row(3, runs(breaks.kill("T", 1.0), second=breaks.kill("S", 1.0)), {"M": "C"}, case="then 2.T")
+    yield from _row(5, breaks.followed_by(breaks.kill_qemu("T"), holds.BACK, breaks.kill("S", 1.0)), {"D": "A"},
+        case="then 2")  # fmt: skip
+    yield from _row(6, runs(breaks.kill_volumes, second=breaks.kill("T", 1.0)), {"M": "C"}, case="then 3.T")
+    yield from _row(9, gone(breaks.cut("ST", for_s=None), second=breaks.kill("C", 1.0)), {"M": "C"}, case="then 1.M",
+        hold=_GIVEN)  # fmt: skip
 
 
 # ---------------------------------------------------------------- what has no cell

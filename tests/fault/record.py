@@ -21,6 +21,15 @@ class FaultRecord:
     planted: dict[str, bool] = field(default_factory=dict)
     """checker -> whether it has caught the violation that was planted for it"""
 
+    def sent(self) -> str:
+        """Return what ``take`` takes, in the process that collects what all of them saw."""
+        return json.dumps([self.cells, self.planted])
+
+    def take(self, sent: str) -> None:
+        cells, planted = json.loads(sent)
+        self.cells |= cells
+        self.planted |= planted
+
     def write(self, path: Path) -> None:
         passed = sum(cell["passed"] for cell in self.cells.values())
         path.parent.mkdir(exist_ok=True)

@@ -121,9 +121,16 @@ class Steps:
         """Write down who owns the EVM, as that end has attested; ``lost``: why it runs nowhere."""
         live = self._live
         owner, epoch = (live.target, live.epoch_target) if role is Role.TARGET else (live.source, live.epoch_source)
-        state = EvmState.CRASHED if lost else EvmState.MIGRATING
-        update = {"owner": owner, "epoch": epoch, "state": state, "reason": lost}
-        await self._tools.book.update(self._tools.book.evms, live.evm, lambda evm: evm.model_copy(update=update))
+
+        def owned(evm: Evm) -> Evm:
+            update: dict[str, object] = {"owner": owner, "epoch": epoch}
+            if lost:
+                update |= {"state": EvmState.CRASHED, "reason": lost}
+            elif role is Role.TARGET or evm.state not in ENDED:  # what has ended on the source meanwhile stays ended
+                update |= {"state": EvmState.MIGRATING, "reason": None}
+            return evm.model_copy(update=update)
+
+        await self._tools.book.update(self._tools.book.evms, live.evm, owned)
 
     async def detach(self, role: Role) -> None:
         """Shut out the side that no longer has the EVM, until the volume service has done it."""

@@ -387,7 +387,9 @@ static void jobs_ready(void)
 
 /* ---- start -------------------------------------------------------------------------------------------------------- */
 
-static int power_button(void) /* waits until the host presses it; every input device may be the one */
+/* Waits in the background until the host presses it; every input device may be the one. A press is heard from when this
+   returns on: the shell's prompt comes after it. */
+static int power_button(void)
 {
     char path[40];
     struct input_event key;
@@ -396,6 +398,8 @@ static int power_button(void) /* waits until the host presses it; every input de
         snprintf(path, sizeof path, "/dev/input/event%d", i);
         devices[i] = (struct pollfd){.fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC), .events = POLLIN};
     }
+    if (daemon(0, 1))
+        return 1;
     while (poll(devices, 8, -1) > 0) {
         for (int i = 0; i < 8; i++) {
             while (devices[i].fd >= 0 && read(devices[i].fd, &key, sizeof key) == sizeof key) {
