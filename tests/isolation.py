@@ -29,9 +29,7 @@ _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # a background job: tests press Ctrl-C, and it is inherited
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job: tests press Ctrl-C, and it is inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.geteuid() == 0:
         isolate()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.fault.record import RECORD, FaultRecord
+from tests.fault.record import RECORD, SHOWN, FaultRecord
 from tests.fault.stage import Stages
 
 
@@ -38,6 +38,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         output["faults"] = record.sent()
     elif session.config.getoption("faults", "quick") == "all":
         record.write(session.config.rootpath / "build" / "faults.json")
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """Show how a cell went beside its name (``-v``)."""
+    said = dict(report.user_properties).get(SHOWN) if report.when == "call" else None
+    return (report.outcome, report.outcome[0].upper(), f"{report.outcome.upper()} {said}") if said else None
 
 
 @pytest.hookimpl(optionalhook=True)

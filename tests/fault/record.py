@@ -46,4 +46,6 @@ class FaultRecord:
         path.write_text(json.dumps(body, indent=1) + "\n")
 
 
+SHOWN = "cell"
+"""the property of a test's report that says how its cell went"""
 RECORD = pytest.StashKey[FaultRecord]()

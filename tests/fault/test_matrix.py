@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 
 import pytest
 
 from tests.fault.breaks import BLACKOUT_DEADLINE_S, LATE_S
 from tests.fault.matrix import Cell, cells, missing, not_applicable
-from tests.fault.record import FaultRecord
+from tests.fault.record import SHOWN, FaultRecord
 from tests.fault.stage import HEALED_S, SLOW_BYTES_PER_S, Stage, Stages, until
 
 LASTING_S = 2 * LATE_S
@@ -62,7 +63,9 @@ def play(stage: Stage, cell: Cell) -> str:
 
 
 @pytest.mark.timeout(180)
-def test_cell(stages: Stages, cell: Cell, fault_record: FaultRecord, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cell(
+    stages: Stages, cell: Cell, fault_record: FaultRecord, record_property: Callable[[str, object], None]
+) -> None:
     began_s = time.monotonic()
     stage = stages.whole()
     seen, why, found = "?", "", dict[str, list[str]]()
@@ -80,11 +83,7 @@ def test_cell(stages: Stages, cell: Cell, fault_record: FaultRecord, capsys: pyt
         "expected": cell.expected, "seen": seen, "passed": passed, "seconds": round(seconds, 1), "why": why,
         "violations": sum(map(len, found.values())), "found": found, "pending": cell.pending, "note": cell.note,
     }  # fmt: skip
-    with capsys.disabled():
-        print(
-            f"\n  {cell.name:28} expected {cell.expected:3} seen {seen} {seconds:5.1f} s  {why[:300]} {found or ''}",
-            end="",
-        )
+    record_property(SHOWN, f"expected {cell.expected:2} seen {seen} {seconds:5.1f} s  {why[:300]} {found or ''}")
     if not passed:
         stages.discard()
         pytest.fail(f"{cell.name}: expected {cell.expected}, seen {seen}. {why} {found or ''}", pytrace=False)
