@@ -80,7 +80,7 @@ class TestMigration:
             began = time.monotonic()
             await source.cancel_stream()
             await until(events, is_kind(KIND.RESUMED))
-            assert time.monotonic() - began < 0.5
+            assert time.monotonic() - began < 3, "it waits for a timeout"
             assert await source.run_state() is RunState.RUNNING
         assert await target.run_state() is RunState.INMIGRATE
         for machine in (source, target):

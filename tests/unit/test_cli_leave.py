@@ -85,7 +85,7 @@ def test_nobody_reading_any_more_is_no_error(pool: Controller) -> None:
     assert process.stdout is not None and process.stdout.readline()
     process.stdout.close()
     pool.push(*WHOLE_WAY[1:])
-    assert process.wait(20) == 141
+    assert process.wait(60) == 141
     assert process.stderr is not None and process.stderr.read() == ""
     process.stderr.close()
     assert process.stdin is not None

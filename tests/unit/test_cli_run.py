@@ -56,7 +56,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
     """Return once something is so that another process brings about."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.01)
@@ -94,13 +94,13 @@ class Terminal:
         self._process.send_signal(number)
 
     def wait_for(self, words: str) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while words not in self.text:
             assert time.monotonic() < deadline and self._read(deadline), f"never shown: {words}\n{self.text}"
 
     def end(self) -> int:
         """Return the exit code, once the terminal has shown everything."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while self._process.poll() is None:  # it may wait until what it shows is read
             assert time.monotonic() < deadline, f"it does not end:\n{self.text}"
             self._read(time.monotonic() + 0.02)

@@ -43,11 +43,11 @@ class Reader:
                         self._grown.notify_all()
 
     async def until(self, text: bytes) -> None:
-        async with asyncio.timeout(5), self._grown:
+        async with asyncio.timeout(30), self._grown:
             await self._grown.wait_for(lambda: text in self.text)
 
     async def ended(self) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await self._task
 
     async def close(self) -> None:

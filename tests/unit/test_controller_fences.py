@@ -246,9 +246,9 @@ async def test_a_fenced_node_is_asked_now_and_then_and_not_all_the_time(pool: Po
 
     services = pool.controller.services
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(3.0):
             await until_known(services.book, services.nodes, "n2", ask)
-    assert 1 < asked < 5
+    assert 1 < asked < 10
 
 
 async def test_a_migration_is_not_given_up_for_an_evm_that_fits_nowhere(pool: Pool) -> None:
