@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from emp import faults
 from emp.client.client import Client
 from emp.faults import Hit
-from emp.lab import daemons, partition, scan, verbs
+from emp.lab import daemons, partition, places, scan, verbs
 from emp.lab.checkers import end_state, epochs, frames, leftovers, owners, records, resumes
 from emp.lab.checkers.frames import FrameWitness
 from emp.lab.checkers.vcpus import VcpuWitness
@@ -140,6 +141,10 @@ class Stage:
                 guest.start_journal(volume.serial, JOURNAL_HZ)
         self.source = self.subject.record.owner or ""
         nodes = [place.name for place in self.pool.topology.node_places]
+        if not self.played:  # daemons that have done nothing yet hold less than they will
+            for node in nodes[1:]:
+                self.subject.migrate(node)
+            self.source, self.played = nodes[-1], 1
         self.target = nodes[(nodes.index(self.source) + 1) % len(nodes)]
 
     def _make_evm(self) -> None:
@@ -327,6 +332,18 @@ class Stage:
             path.write_bytes(content)
             self._doubted = True
         self._aside.clear()
+
+    def keep_logs(self, directory: Path) -> None:
+        """Copy the daemons' and QEMUs' logs, and the points that were reached, for a person to read."""
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(self.files.directory / "logs", directory)
+        for place in self.pool.topology.places:
+            init = places.init_of(self.files, place.name)
+            for log in Path(f"/proc/{init.pid}/root/run/emp/evm").glob("*/*.log"):
+                shutil.copy(log, directory / f"{place.name}-qemu-{log.parent.name}.log")
+            hits = self.files.faults(place.name) / "hits"
+            if hits.exists():
+                shutil.copy(hits, directory / f"{place.name}-points")
 
     # -- what came of it
 

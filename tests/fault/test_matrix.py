@@ -64,7 +64,11 @@ def play(stage: Stage, cell: Cell) -> str:
 
 @pytest.mark.timeout(180)
 def test_cell(
-    stages: Stages, cell: Cell, fault_record: FaultRecord, record_property: Callable[[str, object], None]
+    stages: Stages,
+    cell: Cell,
+    fault_record: FaultRecord,
+    record_property: Callable[[str, object], None],
+    pytestconfig: pytest.Config,
 ) -> None:
     began_s = time.monotonic()
     stage = stages.whole()
@@ -85,6 +89,7 @@ def test_cell(
     }  # fmt: skip
     record_property(SHOWN, f"expected {cell.expected:2} seen {seen} {seconds:5.1f} s  {why[:300]} {found or ''}")
     if not passed:
+        stage.keep_logs(pytestconfig.rootpath / "build" / "faults" / cell.name)
         stages.discard()
         pytest.fail(f"{cell.name}: expected {cell.expected}, seen {seen}. {why} {found or ''}", pytrace=False)
 
