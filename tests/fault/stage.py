@@ -426,9 +426,9 @@ class Stage:
         return leftovers.take(self.files, ignore=frozenset(ours))
 
     def _residue(self) -> list[str]:
-        """A pool comes to rest a moment after it is healed: connections are closed, exports end."""
+        """A pool comes to rest a while after it is healed: idle connections are kept for some seconds, exports end."""
         assert self.before is not None
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 20.0
         while left := self.stock().left(self.before.stock):
             if time.monotonic() > deadline:
                 return left

@@ -18,8 +18,9 @@ from emp.lab import daemons, places, scan
 from emp.lab.state import LabFiles
 from emp.lab.topology import Place
 
-SPARE_DESCRIPTORS = 6
-"""a daemon's connections come and go: idle ones to its peers, a watch that is being renewed"""
+SPARE_DESCRIPTORS = 11
+"""five that an agent has for an EVM that came to it, and a daemon's connections come and go: idle ones to its peers, a
+watch that is being renewed"""
 
 
 @dataclass(frozen=True)
