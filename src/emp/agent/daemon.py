@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import secrets
+import shutil
 import signal
 from dataclasses import dataclass
 
@@ -78,12 +79,14 @@ class Parts:
 
 def _open_journal(config: AgentConfig) -> tuple[Journal, str | None]:
     """Return the journal, and why it cannot be trusted: then nothing is touched, and a person is told."""
-    path = config.state_dir / "journal"
+    path, instead = config.state_dir / "journal", config.run_dir / "quarantine"
     try:
-        return Journal.open(path, seen=config.run_dir / "journal-seen"), None
+        journal = Journal.open(path, seen=config.run_dir / "journal-seen")
     except JournalUntrusted as error:
         log.critical("%s: %s", path, error)
-        return Journal.open(config.run_dir / "quarantine" / "journal"), str(error)
+        return Journal.open(instead / "journal"), str(error)
+    shutil.rmtree(instead, ignore_errors=True)  # of an agent that did not trust its journal
+    return journal, None
 
 
 def _dial(config: AgentConfig, journal: Journal) -> Dial:
