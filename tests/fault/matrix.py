@@ -121,10 +121,11 @@ def _partitions() -> Iterator[Cell]:
     yield from _row(11, breaks.cut("TV"), {"BPDH": "A", "MT": "C"})
     yield from _row(12, breaks.cut("CV"), {"BPDHMT": "C"})
     everybody = ("CT", "ST", "TV")
-    yield from _row(13, breaks.cut(*everybody), {"BPDH": "A", "MT": "C"}, hold=_GIVEN, waits="M")
+    yield from _row(13, breaks.cut(*everybody), {"BPDH": "A", "T": "C"})
+    yield from _row(13, breaks.cut(*everybody, for_s=None), {"M": "C"}, hold=_GIVEN, waits="M")
     everybody = ("CS", "ST", "SV")
     yield from _row(14, breaks.cut(*everybody), {"BPDH": "A", "MT": "C"})
-    yield from _row(14, breaks.cut(*everybody), {"M": "C"}, case="before GO", hold=_GIVEN, waits="M")
+    yield from _row(14, breaks.cut(*everybody, for_s=None), {"M": "C"}, case="before GO", hold=_GIVEN, waits="M")
 
 
 def _stops() -> Iterator[Cell]:
