@@ -44,6 +44,8 @@ _RESUME_S = 10.0
 _PATIENCE_S = 2.0
 """by which the watchdog is ahead of the core's own timer: it has the figures"""
 _REDIAL_S = 0.5
+STUCK_S = 60.0
+"""for a hypervisor to answer nothing, its guest paused, a cancel and a cut connection notwithstanding"""
 _ENDED = (RunState.SHUTDOWN, RunState.GUEST_PANICKED)
 
 Dial = Callable[[], Awaitable[tuple[Link, Standing]]]
@@ -82,6 +84,7 @@ class SourceRole(Role[Source]):
         self._peer = PeerLink(self.feed, journal, self._watchdog.told)
         self._max_blackout_ms = policy.max_blackout_ms
         self._limit_ms = policy.max_blackout_ms
+        self._guest_stands = False
 
     @property
     def machine(self) -> Machine:
@@ -165,8 +168,10 @@ class SourceRole(Role[Source]):
             case MachineEventKind.STREAM:
                 await self._stream_moved(event.stream)
             case MachineEventKind.STOPPED:
+                self._guest_stands = True
                 self.measured(stopped_at_s=event.at_s)
             case MachineEventKind.RESUMED:
+                self._guest_stands = False
                 self.measured(resumed_at_s=event.at_s)
                 self.feed(events.GuestRuns())
             case MachineEventKind.GUEST_SHUTDOWN:
@@ -328,7 +333,12 @@ class SourceRole(Role[Source]):
             self.spawn(self._show_progress())
 
     async def _cancel_stream(self) -> None:
-        """Repeat until the hypervisor says what became of the stream; it may be stuck in a write for a while."""
+        """Repeat until the hypervisor says what became of the stream; it may be stuck in a write for a while.
+
+        QEMU 10.0 with multifd may hang there for good once its target has died in pre-switchover. A guest that is
+        paused for ever helps nobody: its machine is ended, and the restart policy decides what becomes of the EVM.
+        """
+        answered_s = time.monotonic()
         while self.state.phase is SourcePhase.CANCELLING:
             try:
                 await self.machine.cancel_stream()
@@ -337,7 +347,12 @@ class SourceRole(Role[Source]):
                 return
             except EmpError as error:
                 log.warning("%s: cancel: %s", self.state.migration, error)
+                if self._guest_stands and time.monotonic() - answered_s > STUCK_S:
+                    log.critical("%s: QEMU hangs for good with its guest paused: it is killed", self.state.migration)
+                    await self.machine.kill()
+                    return
             else:
+                answered_s = time.monotonic()
                 if info.status is StreamStatus.COMPLETED:
                     self.feed(StreamMoved(Stream.COMPLETED))
                     return
