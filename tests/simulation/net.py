@@ -276,7 +276,7 @@ class SimWire:
         except Exception as error:  # noqa: BLE001 - as the server would: the client sees an error of the tree
             return as_client_sees(error)
 
-    async def events(self, path: str, **_: Any) -> AsyncGenerator[Event]:
+    async def events(self, path: str, *, quiet_s: float = QUIET_S, **_: Any) -> AsyncGenerator[Event]:
         net = self._net
         await net.moments.moment(f"GET {path}", self._host)
         server = await self._connected()
@@ -286,7 +286,7 @@ class SimWire:
         try:
             while True:
                 try:
-                    async with asyncio.timeout(QUIET_S if not net.reaches(self._host, self._to) else None):
+                    async with asyncio.timeout(quiet_s if not net.reaches(self._host, self._to) else None):
                         item = await queue.get()
                 except TimeoutError:
                     raise Unavailable(f"{self._to} fell silent") from None

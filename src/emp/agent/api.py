@@ -8,6 +8,7 @@ The local one is for root on the node, whose socket's mode guards it: it works w
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from emp.agent.residents import Residents
 from emp.model.errors import Unavailable
 from emp.model.node import EvmReport, NodeReport
 from emp.model.orders import (
+    WATCH_ALIVE_S,
     AbortOrder,
     AnswerOrder,
     GoOrder,
@@ -133,8 +135,24 @@ def make_local_app(migrations: Migrations, gate: Gate, report: Callable[[], Node
 
 
 async def _sse(snapshots: AsyncIterator[RoleStatus]) -> AsyncIterator[str]:
-    async for snapshot in snapshots:
-        yield f"event: status\ndata: {snapshot.model_dump_json()}\n\n"
+    """Each snapshot as an event; a comment where there is none for a while, so that a node that is off is found out."""
+    coming: asyncio.Future[RoleStatus] | None = None
+    try:
+        while True:
+            coming = coming or asyncio.ensure_future(anext(snapshots))
+            await asyncio.wait({coming}, timeout=WATCH_ALIVE_S)
+            if not coming.done():
+                yield ": alive\n\n"
+                continue
+            try:
+                snapshot = coming.result()
+            except StopAsyncIteration:
+                return
+            coming = None
+            yield f"event: status\ndata: {snapshot.model_dump_json()}\n\n"
+    finally:
+        if coming is not None and coming.cancel():
+            await asyncio.wait({coming})
 
 
 def _metrics(report: NodeReport) -> bytes:

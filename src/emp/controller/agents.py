@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from emp.model.errors import EmpError, Internal
 from emp.model.node import EvmReport, Node, NodeReport
 from emp.model.orders import (
+    WATCH_ALIVE_S,
     AbortOrder,
     AnswerOrder,
     GoOrder,
@@ -97,7 +98,8 @@ class AgentClient:
 
     async def watch(self, migration: str) -> AsyncGenerator[RoleStatus]:
         """Yield the snapshots of this node's part, until the stream ends or breaks. Raises ``NotFound``."""
-        async with contextlib.aclosing(self._wire.events(f"/v1/migrations/{migration}/watch")) as events:
+        path = f"/v1/migrations/{migration}/watch"
+        async with contextlib.aclosing(self._wire.events(path, quiet_s=3 * WATCH_ALIVE_S)) as events:
             async for event in events:
                 yield _status(event.data)
 

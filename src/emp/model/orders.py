@@ -36,6 +36,9 @@ from emp.model.volume import Attachment, Volume
 
 PROTOCOL_VERSION = 1
 
+WATCH_ALIVE_S = 2.0
+"""an agent's stream of snapshots says something at least so often"""
+
 
 class VolumeGrant(Model):
     """A volume as one node gets it."""

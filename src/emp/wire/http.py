@@ -77,9 +77,15 @@ class WireClient:
         return exchange.result(response, response_model)
 
     async def events(
-        self, path: str, *, query: Query | None = None, last_event_id: str = "", reconnect_s: float = 0.0
+        self,
+        path: str,
+        *,
+        query: Query | None = None,
+        last_event_id: str = "",
+        reconnect_s: float = 0.0,
+        quiet_s: float = QUIET_S,
     ) -> AsyncGenerator[Event]:
-        """Yield the events of a stream, from after ``last_event_id`` on.
+        """Yield the events of a stream, from after ``last_event_id`` on; after ``quiet_s`` of silence it is broken.
 
         When it ends or breaks: without ``reconnect_s`` the iteration ends, or raises; with it, it goes on behind the
         last event seen, and raises after so many seconds without a connection; the server's 204 ends it. Leave it early
@@ -88,7 +94,7 @@ class WireClient:
         retry = _Retry(reconnect_s)
         while True:
             exchange = Exchange(self._target, "GET", path, idempotent=True, timeout_s=None)
-            parameters = _stream(exchange.parameters(None, query, trace=exchange.atrace, read_s=QUIET_S), last_event_id)
+            parameters = _stream(exchange.parameters(None, query, trace=exchange.atrace, read_s=quiet_s), last_event_id)
             loss: EmpError | None = None
             try:
                 async with self._client.stream(**parameters) as response:
