@@ -164,7 +164,9 @@ def _storage() -> Iterator[Cell]:
         {"H": "AR"}, case="never again", waits="H", hold=_COMPLETED)  # fmt: skip
 
     yield from _row(19, breaks.no_flush, {"P": "A"}, case="at the stop", hold={"P": holds.PRECOPY})
-    yield from _row(19, breaks.no_flush, {"D": "A"}, case="as the disks are let go", hold={"D": holds.PRE_SWITCHOVER})
+    flushed = "nothing has been written since the flush at the stop: QEMU asks the volume no more, and nothing is lost"
+    yield from _row(19, breaks.no_flush, {"D": "AC"}, case="as the disks are let go", note=flushed,
+        hold={"D": holds.PRE_SWITCHOVER})  # fmt: skip
     begun = Hold("S", "source.start-stream.before", frozen=False)
     other_memory = partial(breaks.target_differs, memory_bytes=160 << 20)
     yield from _row(24, breaks.nothing, {"B": "A"}, case="memory", hold={"B": begun}, setup=other_memory)

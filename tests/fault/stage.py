@@ -21,17 +21,18 @@ from typing import Any, TypeVar
 from emp import faults
 from emp.client.client import Client
 from emp.faults import Hit
-from emp.lab import daemons, partition, places, scan, verbs
+from emp.lab import daemons, partition, places, power, scan, verbs
 from emp.lab.checkers import end_state, epochs, frames, leftovers, owners, records, resumes
 from emp.lab.checkers.frames import FrameWitness
 from emp.lab.checkers.vcpus import VcpuWitness
 from emp.lab.down import down
 from emp.lab.journal_check import check_journal
 from emp.lab.partition import How
+from emp.lab.power import Power
 from emp.lab.ready import wait_ready
 from emp.lab.topology import CTL, VOL
 from emp.lab.up import Options, up
-from emp.model.errors import EmpError, NotFound
+from emp.model.errors import Conflict, EmpError, NotFound
 from emp.model.migration import Migration
 from emp.network.l2 import interface_name
 from tests.lab.conftest import Pool
@@ -239,8 +240,10 @@ class Stage:
             verbs.start(self.files, self.place_of(party), self.role_of(party))
 
     def qemu(self, node: str) -> int | None:
-        found = daemons.find(self.files, node, f"qemu:{self.subject.name}")
-        return found.pid if found else None
+        with contextlib.suppress(Conflict):  # the node is off
+            if found := daemons.find(self.files, node, f"qemu:{self.subject.name}"):
+                return found.pid
+        return None
 
     def kill_qemu(self, party: str) -> None:
         verbs.kill(self.files, self.place_of(party), f"qemu:{self.subject.name}")
@@ -309,10 +312,13 @@ class Stage:
         return None
 
     def heal(self) -> None:
-        """Disarm, thaw, mend and start everything."""
+        """Disarm, thaw, mend, switch on and start everything."""
         for place in self.pool.topology.places:
             faults.disarm(self.files.faults(place.name))
         partition.heal(self.files)
+        with outliving(f"the lab {self.pool.name}"):
+            for place in self.pool.topology.node_places:
+                power.switch(self.files, place.name, Power.ON)
         self._restore()
         for status in verbs.status(self.files):
             for evm in status.evms:
@@ -338,9 +344,10 @@ class Stage:
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(self.files.directory / "logs", directory)
         for place in self.pool.topology.places:
-            init = places.init_of(self.files, place.name)
-            for log in Path(f"/proc/{init.pid}/root/run/emp/evm").glob("*/*.log"):
-                shutil.copy(log, directory / f"{place.name}-qemu-{log.parent.name}.log")
+            if place.name in places.inits(self.files):
+                init = places.init_of(self.files, place.name)
+                for log in Path(f"/proc/{init.pid}/root/run/emp/evm").glob("*/*.log"):
+                    shutil.copy(log, directory / f"{place.name}-qemu-{log.parent.name}.log")
             hits = self.files.faults(place.name) / "hits"
             if hits.exists():
                 shutil.copy(hits, directory / f"{place.name}-points")

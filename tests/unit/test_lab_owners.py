@@ -24,6 +24,9 @@ GIVEN, ACTIVATED = (1.0, "n1", "given.before"), (2.0, "n2", "activated.before")
     [
         pytest.param([GIVEN, ACTIVATED], id="given away"),
         pytest.param([GIVEN, ACTIVATED, (3.0, "n2", "withdrawn.before"), (4.0, "n1", "own.after")], id="never run"),
+        pytest.param(
+            [GIVEN, (3.0, "n2", "withdrawn.before"), (3.1, "n2", "withdrawn.after")], id="by the target's word"
+        ),
     ],
 )
 def test_one_owner_after_the_other(moments: list[tuple[float, str, str]]) -> None:
@@ -39,3 +42,11 @@ def test_one_owner_after_the_other(moments: list[tuple[float, str, str]]) -> Non
 )
 def test_two_owners(moments: list[tuple[float, str, str]]) -> None:
     assert len(owners.violations(owners.tenures("n1", hits(*moments)))) == 1
+
+
+def test_a_target_that_withdraws_gives_the_source_its_evm_back() -> None:
+    withdrawn = ((3.0, "n2", "withdrawn.before"), (3.1, "n2", "withdrawn.after"))
+    for moments in ((GIVEN, *withdrawn), (GIVEN, ACTIVATED, *withdrawn), (GIVEN, *withdrawn, (4.0, "n1", "own.after"))):
+        found = owners.tenures("n1", hits(*moments))
+        assert [(found[-1].node, found[-1].since_s), len(owners.violations(found))] == [("n1", 3.1), 0]
+    assert len(owners.tenures("n1", hits(*withdrawn))) == 1, "before the commit nothing was given"

@@ -45,7 +45,7 @@ _PATIENCE_S = 2.0
 """by which the watchdog is ahead of the core's own timer: it has the figures"""
 _REDIAL_S = 0.5
 STUCK_S = 60.0
-"""for a hypervisor to answer nothing, its guest paused, a cancel and a cut connection notwithstanding"""
+"""for a hypervisor to answer nothing on the way back, its guest paused, before it is ended"""
 _ENDED = (RunState.SHUTDOWN, RunState.GUEST_PANICKED)
 
 Dial = Callable[[], Awaitable[tuple[Link, Standing]]]
@@ -85,6 +85,8 @@ class SourceRole(Role[Source]):
         self._max_blackout_ms = policy.max_blackout_ms
         self._limit_ms = policy.max_blackout_ms
         self._guest_stands = False
+        self._mute_since_s: float | None = None
+        """of the hypervisor, on the way back"""
 
     @property
     def machine(self) -> Machine:
@@ -333,12 +335,7 @@ class SourceRole(Role[Source]):
             self.spawn(self._show_progress())
 
     async def _cancel_stream(self) -> None:
-        """Repeat until the hypervisor says what became of the stream; it may be stuck in a write for a while.
-
-        QEMU 10.0 with multifd may hang there for good once its target has died in pre-switchover. A guest that is
-        paused for ever helps nobody: its machine is ended, and the restart policy decides what becomes of the EVM.
-        """
-        answered_s = time.monotonic()
+        """Repeat until the hypervisor says what became of the stream; it may be stuck in a write for a while."""
         while self.state.phase is SourcePhase.CANCELLING:
             try:
                 await self.machine.cancel_stream()
@@ -347,12 +344,9 @@ class SourceRole(Role[Source]):
                 return
             except EmpError as error:
                 log.warning("%s: cancel: %s", self.state.migration, error)
-                if self._guest_stands and time.monotonic() - answered_s > STUCK_S:
-                    log.critical("%s: QEMU hangs for good with its guest paused: it is killed", self.state.migration)
-                    await self.machine.kill()
-                    return
+                await self._unless_it_hangs(error)
             else:
-                answered_s = time.monotonic()
+                self._mute_since_s = None
                 if info.status is StreamStatus.COMPLETED:
                     self.feed(StreamMoved(Stream.COMPLETED))
                     return
@@ -360,6 +354,21 @@ class SourceRole(Role[Source]):
                     self.feed(StreamMoved(Stream.BROKEN))
                     return
             await asyncio.sleep(0.005)
+
+    async def _unless_it_hangs(self, error: EmpError) -> None:
+        """End a hypervisor that has been mute for too long on the way back, with its guest paused.
+
+        QEMU 10.0 with multifd now and then hangs for good when its stream is cut or its target dies around
+        pre-switchover. A guest that is paused for ever helps nobody; the restart policy decides what follows.
+        """
+        if not isinstance(error, OutcomeUnknown):
+            self._mute_since_s = None
+            return
+        now_s = time.monotonic()
+        self._mute_since_s = self._mute_since_s or now_s
+        if self._guest_stands and now_s - self._mute_since_s > STUCK_S:
+            log.critical("%s: QEMU hangs for good, its guest paused: it is killed", self.state.migration)
+            await self.machine.kill()
 
     async def _run(self) -> None:
         """``cont``: OWN(e_s) is on disk, or the target has sworn that it never ran."""
@@ -369,6 +378,7 @@ class SourceRole(Role[Source]):
             return  # the GONE event follows
         except OutcomeUnknown as error:
             log.warning("%s: cont: %s", self.state.migration, error)
+            await self._unless_it_hangs(error)
         except EmpError as error:
             if not await self._guest_has_ended():
                 self.feed(events.RunRefused(str(error)))
@@ -389,6 +399,7 @@ class SourceRole(Role[Source]):
             async with asyncio.timeout(_RESUME_S):
                 while True:
                     state = await self.machine.run_state()
+                    self._mute_since_s = None
                     if state is RunState.RUNNING:
                         self.feed(events.GuestRuns())
                         return
@@ -406,6 +417,7 @@ class SourceRole(Role[Source]):
         except MachineGone:
             pass  # the GONE event follows
         except EmpError as error:
+            await self._unless_it_hangs(error)
             self.feed(events.RunRefused(str(error)))
 
     async def _kill(self) -> None:

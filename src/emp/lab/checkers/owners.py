@@ -2,7 +2,8 @@
 
 The moments are those of the fault points round each record's fsync, so the lab must have its points on. What is being
 written may be on disk already, so GIVEN ends the source's time when its writing begins. Authority is nowhere between
-GIVEN and ACTIVATED, and with WITHDRAWN a target swears that it made no use of it, ACTIVATED or not.
+GIVEN and ACTIVATED. With WITHDRAWN a target swears that it made no use of it, ACTIVATED or not: it is the source's
+again then, which may run before its own record is on disk (rule R10).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from emp.faults import Hit
 
 _BEGINS = ("journal.own.after_fsync", "journal.activated.before_fsync")
+_GOES_BACK = "journal.withdrawn.after_fsync"
 _ENDS = tuple(f"journal.{record}.before_fsync" for record in ("given", "withdrawn", "retired", "stopped"))
 
 
@@ -37,6 +39,8 @@ def tenures(first: str, hits: Mapping[str, Iterable[Hit]], *, since_s: float = -
             found.append(Tenure(node, at_s))
         elif point in _ENDS and found[-1].node == node and found[-1].until_s == math.inf:
             found[-1] = Tenure(node, found[-1].since_s, at_s)
+        elif point == _GOES_BACK and found[-1].until_s < math.inf:
+            found += [Tenure(earlier.node, at_s) for earlier in found[::-1] if earlier.node != node][:1]
     return found
 
 
