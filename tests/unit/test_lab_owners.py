@@ -24,9 +24,7 @@ GIVEN, ACTIVATED = (1.0, "n1", "given.before"), (2.0, "n2", "activated.before")
     [
         pytest.param([GIVEN, ACTIVATED], id="given away"),
         pytest.param([GIVEN, ACTIVATED, (3.0, "n2", "withdrawn.before"), (4.0, "n1", "own.after")], id="never run"),
-        pytest.param(
-            [GIVEN, (3.0, "n2", "withdrawn.before"), (3.1, "n2", "withdrawn.after")], id="by the target's word"
-        ),
+        pytest.param([GIVEN, (3.0, "n2", "withdrawn.before"), (3.1, "n2", "withdrawn.after")], id="by its word"),
     ],
 )
 def test_one_owner_after_the_other(moments: list[tuple[float, str, str]]) -> None:
