@@ -222,9 +222,9 @@ def recovered_elsewhere(stage: Stage) -> Script:
     yield
     with contextlib.suppress(AssertionError):
         until(lambda: not stage.client.nodes.get(stage.source).ready, "the source is found down")
-    stage.client.nodes.fence(stage.source, confirm=True, reason="taken for lost")
+    stage.fence(stage.source, "taken for lost")
     with contextlib.suppress(EmpError):
-        stage.client.nodes.fence(stage.target, confirm=True, reason="an end of the open migration")
+        stage.fence(stage.target, "an end of the open migration")
     with outliving(f"the lab {stage.pool.name}"):
         stage.client.evms.recover(stage.subject.name)
 

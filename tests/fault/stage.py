@@ -93,6 +93,8 @@ class Stage:
         self.source = self.target = ""
         self.acked: dict[str, int] = {}
         self.kept_frozen: set[str] = set()
+        self.fenced: list[tuple[float, str]] = []
+        """when which node was proved off"""
         self.journals: dict[str, bytes] = {}
         """node -> its journal as it was before the migration"""
         self._aside: dict[Path, bytes] = {}
@@ -255,6 +257,10 @@ class Stage:
         with contextlib.suppress(EmpError):
             verbs.cont(self.files, self.place_of(party), f"qemu:{self.subject.name}")
 
+    def fence(self, node: str, why: str) -> None:
+        self.client.nodes.fence(node, confirm=True, reason=why)
+        self.fenced.append((time.monotonic(), node))
+
     def cut(self, one: str, other: str, how: How = How.DROP) -> None:
         partition.cut(self.files, self.place_of(one), self.place_of(other), how=how)
 
@@ -278,6 +284,7 @@ class Stage:
         self.played += 1
         self.migration = None
         self.kept_frozen.clear()
+        self.fenced.clear()
         nodes = [place.name for place in self.pool.topology.node_places]
         paths = {node: self.files.data(node) / "journal" for node in nodes}
         self.journals = {node: path.read_bytes() for node, path in paths.items() if path.exists()}
@@ -383,7 +390,7 @@ class Stage:
         """Return checker -> what it found. The guest's journal and memory are looked at and go on."""
         assert self.before is not None
         nodes = {place.name: self.hits(place.name) for place in self.pool.topology.node_places}
-        held = owners.tenures(self.before.source, nodes, since_s=self.before.began_s)
+        held = owners.tenures(self.before.source, nodes, since_s=self.before.began_s, fenced=self.fenced)
         return {
             "double run: vCPU threads": self.vcpus.violations(),
             "double run: QMP events": resumes.violations(self.before.source, nodes, self.vcpus.ended),

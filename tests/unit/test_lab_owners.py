@@ -48,3 +48,9 @@ def test_a_target_that_withdraws_gives_the_source_its_evm_back() -> None:
         found = owners.tenures("n1", hits(*moments))
         assert [(found[-1].node, found[-1].since_s), len(owners.violations(found))] == [("n1", 3.1), 0]
     assert len(owners.tenures("n1", hits(*withdrawn))) == 1, "before the commit nothing was given"
+
+
+def test_a_fence_ends_a_time() -> None:
+    booted = hits((5.0, "n2", "own.after"))
+    assert len(owners.violations(owners.tenures("n1", booted))) == 1
+    assert owners.violations(owners.tenures("n1", booted, fenced=[(4.0, "n1")])) == []

@@ -16,6 +16,7 @@ from emp.faults import Hit
 
 _BEGINS = ("journal.own.after_fsync", "journal.activated.before_fsync")
 _GOES_BACK = "journal.withdrawn.after_fsync"
+_FENCED = "fenced"
 _ENDS = tuple(f"journal.{record}.before_fsync" for record in ("given", "withdrawn", "retired", "stopped"))
 
 
@@ -28,16 +29,24 @@ class Tenure:
     until_s: float = math.inf
 
 
-def tenures(first: str, hits: Mapping[str, Iterable[Hit]], *, since_s: float = -math.inf) -> list[Tenure]:
-    """Return who owned the EVM from ``since_s`` on, when ``first`` did; ``hits``: node -> what its agent reached."""
-    moments = sorted(
-        (hit.at_s, node, hit.point) for node, reached in hits.items() for hit in reached if hit.at_s >= since_s
-    )
+def tenures(
+    first: str,
+    hits: Mapping[str, Iterable[Hit]],
+    *,
+    since_s: float = -math.inf,
+    fenced: Iterable[tuple[float, str]] = (),
+) -> list[Tenure]:
+    """Return who owned the EVM from ``since_s`` on, when ``first`` did; ``hits``: node -> what its agent reached.
+
+    ``fenced``: when a fence had proved a node off.
+    """
+    reached = [(hit.at_s, node, hit.point) for node, all_of_it in hits.items() for hit in all_of_it]
+    reached += [(at_s, node, _FENCED) for at_s, node in fenced]
     found = [Tenure(first, since_s)]
-    for at_s, node, point in moments:
+    for at_s, node, point in sorted(moment for moment in reached if moment[0] >= since_s):
         if point in _BEGINS and not (found[-1].node == node and found[-1].until_s == math.inf):
             found.append(Tenure(node, at_s))
-        elif point in _ENDS and found[-1].node == node and found[-1].until_s == math.inf:
+        elif point in (*_ENDS, _FENCED) and found[-1].node == node and found[-1].until_s == math.inf:
             found[-1] = Tenure(node, found[-1].since_s, at_s)
         elif point == _GOES_BACK and found[-1].until_s < math.inf:
             found += [Tenure(earlier.node, at_s) for earlier in found[::-1] if earlier.node != node][:1]
