@@ -4,7 +4,8 @@
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
-# Two at a time, each with namespaces and labs of its own; a file stays together, as its tests share a lab.
+# Two at a time, each with namespaces and labs of its own; a file stays together, as its tests share a lab. The search
+# takes all processors by itself.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 AS_ROOT := $(PY) scripts/as_root.py "the lab makes network namespaces, taps and mounts"
 
@@ -22,7 +23,8 @@ demo: setup ## Migrate a running EVM there and back, and show what happened
 	@$(AS_ROOT) .venv/bin/emp lab demo --json build/demo.json
 
 test: setup-dev lint ## Run every check and every test
-	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider $(SIDE_BY_SIDE) --durations=15
+	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider -q tests/search
+	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider $(SIDE_BY_SIDE) --ignore tests/search --durations=15
 
 soak: setup-dev ## N migrations in a row (200), most with a random fault, write build/soak.json; SEED=n repeats one
 	@$(AS_ROOT) $(PY) -B -m tests.fault.soak --runs $(or $(N),200) $(if $(SEED),--seed $(SEED))

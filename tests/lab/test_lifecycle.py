@@ -39,6 +39,13 @@ def started_anew(evm: Subject, boot_id: str, pid: int) -> tuple[str, int]:
     return anew, after
 
 
+def test_a_guest_that_is_asked_to_shut_down_while_it_boots_does(pool: Pool) -> None:
+    """It has not heard the first press of its power button."""
+    with subject(pool, boots=False, node="n1") as evm:
+        stopped = evm.client.evms.stop(evm.name, grace_s=WAIT_S)
+        assert (stopped.state, stopped.reason) == (EvmState.STOPPED, "shut down on request")
+
+
 def test_how_long_a_lab_and_an_evm_take_to_be_there(lab_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Figures for people, not limits: a busy machine may need longer. Aims: 5 s for the lab, 6 s for the EVM."""
     name = "timed"

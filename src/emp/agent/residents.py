@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 _IO_RETRY_S = 1.0
 _AGAIN_S = 1.0
+PRESS_AGAIN_S = 2.0
 PANICKED = "the guest's kernel panicked"
 
 
@@ -341,20 +342,25 @@ class Residents:
         self.changed.notify()
 
     async def _ask_to_shut_down(self, resident: Resident, grace_s: float) -> None:
+        """Press the power button, now and again: a guest that is booting has not heard it the first time."""
         assert resident.assembly is not None
         machine = resident.assembly.machine
-        events = machine.events()
+        ended = asyncio.create_task(_until_shut_down(machine.events()), name=f"shutdown of {resident.name}")
         try:
             async with asyncio.timeout(grace_s):
-                await machine.power_button()
-                async for event in events:
-                    if event.kind in (MachineEventKind.GUEST_SHUTDOWN, MachineEventKind.GONE):
-                        resident.reason = "shut down on request"
-                        return
+                while not ended.done():
+                    await machine.power_button()
+                    await asyncio.wait({ended}, timeout=PRESS_AGAIN_S)
+            resident.reason = "shut down on request"
+        except MachineGone:
+            resident.reason = "shut down on request"
         except TimeoutError:
             resident.reason = f"powered off: the guest did not shut down within {grace_s:.0f} s"
         except EmpError as error:
             resident.reason = f"powered off: {error}"
+        finally:
+            ended.cancel()
+            await asyncio.wait({ended})
 
     async def _end(self, resident: Resident, state: EvmState, reason: str) -> None:
         last = self.journal.last(resident.name)
@@ -380,3 +386,9 @@ class Residents:
             await self._stop_following(resident)
             if resident.assembly is not None:
                 await resident.assembly.close()
+
+
+async def _until_shut_down(events: AsyncIterator[MachineEvent]) -> None:
+    async for event in events:
+        if event.kind in (MachineEventKind.GUEST_SHUTDOWN, MachineEventKind.GONE):
+            return
