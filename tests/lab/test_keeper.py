@@ -103,9 +103,8 @@ def test_the_others_come_back_however_they_end(kept: Pool, where: str, number: s
 def test_a_kill_is_for_good_unless_it_says_otherwise(kept: Pool) -> None:
     restarted(kept, "n1", lambda: run_lab("kill", "--name", NAME, "--restart", "n1", "agent"))
     run_lab("kill", "--name", NAME, "n1", "agent")
-    place = kept.topology.place(
-        "n1"
-    )  # where nobody is to start it; the QEMU that it asked for its version ends by itself
+    # Nobody is to start it again; the QEMU that it had asked for its version may take a moment to end by itself.
+    place = kept.topology.place("n1")
     until(lambda: len(daemons.daemons(kept.files, place)) == 1, "nothing but its init is there")
     assert (status(kept, "n1").state, status(kept, "n1").restarts) == ("dead", None)
     again = run_lab("kill", "--name", NAME, "--restart", "n1", "agent", check=False)
