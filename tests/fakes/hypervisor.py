@@ -110,7 +110,7 @@ class FakeMachine:
     async def power_button(self) -> None:
         await self._ask("system_powerdown", self.qemu.press_power_button)
 
-    async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 2) -> int:
+    async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 1) -> int:
         return await self._ask("migrate-incoming", lambda: self.qemu.migrate_incoming(source, multifd_channels))
 
     async def guard_stream(self, *, pre_switchover_s: float, device_s: float) -> None:

@@ -330,7 +330,7 @@ class Migrations:
     # -- roles
 
     def _target_role(
-        self, state: Target, entry: Entry, assembly: Assembly | None = None, multifd_channels: int = 2
+        self, state: Target, entry: Entry, assembly: Assembly | None = None, multifd_channels: int = 1
     ) -> TargetRole:
         return TargetRole(
             state,

@@ -358,8 +358,8 @@ class SourceRole(Role[Source]):
     async def _unless_it_hangs(self, error: EmpError) -> None:
         """End a hypervisor that has been mute for too long on the way back, with its guest paused.
 
-        QEMU 10.0 with multifd now and then hangs for good when its stream is cut or its target dies around
-        pre-switchover. A guest that is paused for ever helps nobody; the restart policy decides what follows.
+        QEMU 10.0 with several multifd channels may hang so for good (docs/design/0007). A guest that is paused for ever
+        helps nobody; the restart policy decides what follows.
         """
         if not isinstance(error, OutcomeUnknown):
             self._mute_since_s = None

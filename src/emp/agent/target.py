@@ -46,7 +46,7 @@ class TargetRole(Role[Target]):
         claim: Callable[[], None],
         on_end: Callable[[TargetRole], Awaitable[None]],
         assembly: Assembly | None = None,
-        multifd_channels: int = 2,
+        multifd_channels: int = 1,
         probe: MakeProbe | None = None,
     ) -> None:
         super().__init__(state, step, journal, {})

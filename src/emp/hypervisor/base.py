@@ -118,7 +118,7 @@ class StreamLimits:
     """0 = no limit"""
     downtime_limit_ms: int = 30
     """never 0 (QEMU then never counts dirty pages again)"""
-    multifd_channels: int = 2
+    multifd_channels: int = 1
 
 
 class MachineEventKind(StrEnum):
@@ -186,7 +186,7 @@ class Machine(Protocol):
         """SIGKILL and wait until the process is gone and its run-time files are removed. Idempotent."""
         ...
 
-    async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 2) -> int:
+    async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 1) -> int:
         """Target: listen for a migration from the peer certificate ``CN=<source>`` only; return the TCP port.
 
         ``multifd_channels`` must be the source's (``StreamLimits``): with another number QEMU waits for ever, the

@@ -42,7 +42,7 @@ class Policy(Model):
     """source brownout longer than this is aborted"""
     max_bandwidth_bytes_per_s: int = Field(default=0, ge=0)
     """0 = uncapped"""
-    multifd_channels: int = Field(default=2, ge=1, le=16)
+    multifd_channels: int = Field(default=1, ge=1, le=16)
     blackout_deadline_s: float = Field(default=10.0, gt=0)
     """a blackout that has not committed by then is aborted"""
     guard_margin_s: float = Field(default=2.0, ge=0.5)

@@ -78,7 +78,7 @@ class PrepareOrder(Model):
     """e_t, issued by the store for the target"""
     source: Peer
     volumes: tuple[VolumeGrant, ...] = ()
-    multifd_channels: int = Field(default=2, ge=1, le=16)
+    multifd_channels: int = Field(default=1, ge=1, le=16)
     """both ends must have the same number, or QEMU waits for ever"""
 
 

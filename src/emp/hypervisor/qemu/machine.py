@@ -147,7 +147,7 @@ class QemuMachine:
     async def power_button(self) -> None:
         await self._ask("system_powerdown")
 
-    async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 2) -> int:
+    async def listen_for_stream(self, *, host: str, source: str, multifd_channels: int = 1) -> int:
         """See ``Machine``. ``multifd_channels`` must be what the source's ``StreamLimits`` say.
 
         A stream that is refused leaves the machine alive, with the reason in ``stream_info().error``. While somebody
