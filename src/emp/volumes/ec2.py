@@ -121,10 +121,10 @@ class Ec2Api:
         self._throttled_s = throttled_s
 
     async def ask(self, call: str, **parameters: Any) -> dict[str, Any]:
-        """Make one call, again while EC2 throttles it or is out of reach.
+        """Make one call, again while EC2 throttles it or is out of reach, or leaves a question without an answer.
 
-        Raises ``OutcomeUnknown`` when it was sent and not answered; ``Unavailable`` or ``Unreachable`` when patience is
-        at its end and nothing was done; else what EC2 refused, with its code in ``details["code"]``.
+        Raises ``OutcomeUnknown`` when an order was sent and not answered; ``Unavailable`` or ``Unreachable`` when
+        patience is at its end and nothing was done; else what EC2 refused, with its code in ``details["code"]``.
         """
         patience = self._times.patience(self._throttled_s)
         while True:
@@ -154,7 +154,7 @@ class Ec2Api:
         except exceptions.ParamValidationError as error:
             raise BadInput(f"EC2 does not take that: {error}") from error
         except (exceptions.BotoCoreError, ResponseParserError) as error:
-            raise _unknown(f"EC2 did not answer {call}: {error}") from error
+            raise _lost(call, f"EC2 did not answer {call}: {error}") from error
         return answer
 
     async def _client(self) -> Any:
@@ -191,12 +191,14 @@ def _refused(call: str, error: Any) -> EmpError:
     if code in _THROTTLED:
         return Unavailable(f"EC2 throttles {call}: {message}", hint="ask again later; nothing was done", code=code)
     if status >= 500:
-        return _unknown(f"EC2 failed at {call}: {code or status}")
+        return _lost(call, f"EC2 failed at {call}: {code or status}")
     kind, field, hint = _REFUSALS.get(code, (None, None, "EC2's message says why"))
     if kind is None:
         kind = BadInput if code.startswith(("Invalid", "Missing", "Unknown")) else Refused
     return kind(f"EC2 refuses {call}: {code}: {message}", field=field, hint=hint, code=code)
 
 
-def _unknown(message: str) -> OutcomeUnknown:
+def _lost(call: str, message: str) -> EmpError:
+    if call.startswith("describe_"):
+        return Unavailable(message, hint="ask again: it was only a question")
     return OutcomeUnknown(message, hint="look at the volume before you repeat it, or give the same order again")

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections import deque
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from urllib.parse import parse_qsl
@@ -29,6 +30,7 @@ from emp.wire.identity import Role
 log = logging.getLogger(__name__)
 
 _CREDENTIAL = re.compile(r"AWS4-HMAC-SHA256 Credential=([^/,\s]+)/\d{8}/[^/]+/ec2/aws4_request,")
+LAST_CALLS = 10_000
 TICK_S = 0.5
 """how long a change that is due may wait where the clock is not the machine's"""
 
@@ -47,8 +49,8 @@ class Face:
         self._buckets: dict[str, Bucket] = {}
         self._changes: set[asyncio.Task[None]] = set()
         self._asked = asyncio.Event()
-        self.calls: list[tuple[str, dict[str, str]]] = []
-        """every request that came in: its action and parameters"""
+        self.calls: deque[tuple[str, dict[str, str]]] = deque(maxlen=LAST_CALLS)
+        """the last requests that came in: action and parameters"""
 
     def turn(self, knobs: Knobs) -> None:
         """Put ``knobs`` in force, with full buckets and all their faults."""
@@ -68,7 +70,7 @@ class Face:
 
     async def api(self, request: Request) -> Response:
         """Answer one request of the query API."""
-        parameters = dict(parse_qsl((await request.body()).decode(), keep_blank_values=True))
+        parameters = dict(parse_qsl((await request.body()).decode(errors="replace"), keep_blank_values=True))
         action = parameters.get("Action", "")
         self.calls.append((action, parameters))
         try:
@@ -200,7 +202,8 @@ class _Lost(Response):
     """Begins and never ends: the server closes the connection, and the caller cannot know what came of its order."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        headers = [(b"content-length", b"1"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
 class _Silent(Response):

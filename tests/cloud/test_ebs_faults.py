@@ -1,0 +1,275 @@
+"""The EBS driver when the cloud is slow, busy, silent or wrong: what it does, what it does not do, what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emp.lab.cloud.knobs import AWS, Fault, Harm, Limits
+from emp.model.errors import Conflict, Forbidden, OutcomeUnknown, Unauthenticated, Unavailable, Unreachable
+from emp.model.volume import Volume, VolumeType
+from emp.volumes.ebs import EbsVolumeDriver
+from emp.volumes.ebs import Limits as Patience
+from emp.volumes.ec2 import Time
+from tests.cloud.simulator import NODES, POOL, REGION, ZONE, HandClock, Simulator, simulated
+from tests.cloud.test_ebs_driver import SIZE_BYTES, driver_of, held
+
+LOSSES = [Harm.LOST_ORDER, Harm.LOST_REPLY, Harm.SILENT, Harm.BROKEN]
+
+
+@pytest.fixture
+async def driver(simulator: Simulator, clock: HandClock) -> AsyncIterator[EbsVolumeDriver]:
+    made = driver_of(simulator, clock, read_s=0.4)
+    yield made
+    await made.aclose()
+
+
+@pytest.fixture
+async def gp3(driver: EbsVolumeDriver) -> Volume:
+    return await driver.create(type=VolumeType.GP3, size_bytes=SIZE_BYTES)
+
+
+# ------------------------------------------------------------------ lost answers
+
+
+@pytest.mark.parametrize("harm", LOSSES)
+@pytest.mark.parametrize(
+    "action", ["CreateVolume", "CreateTags", "AttachVolume", "DetachVolume", "DeleteTags", "DeleteVolume"]
+)
+async def test_a_lost_answer_to_any_order_changes_nothing_for_the_caller(
+    driver: EbsVolumeDriver, simulator: Simulator, harm: Harm, action: str
+) -> None:
+    simulator.turn(faults=[Fault(harm=harm, action=action)])
+    volume = await driver.create(type=VolumeType.GP3, size_bytes=SIZE_BYTES)
+    await driver.attach(volume.id, node="n1", epoch=1)
+    assert await held(driver, volume) == {"n1": 1}
+    await driver.detach(volume.id, node="n1", epoch=1)
+    await driver.attach(volume.id, node="n2", epoch=2)
+    assert await held(driver, volume) == {"n2": 2}
+    await driver.detach(volume.id, node="n2", epoch=2)
+    await driver.delete(volume.id)
+    assert await driver.list() == (), "and nothing was made twice"
+
+
+async def test_an_order_whose_answer_is_lost_is_looked_at_before_it_is_given_again(
+    driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume
+) -> None:
+    simulator.turn(faults=[Fault(harm=Harm.LOST_REPLY, action="AttachVolume")])
+    await driver.attach(gp3.id, node="n1", epoch=1)
+    simulator.turn(faults=[Fault(harm=Harm.LOST_REPLY, action="DetachVolume")])
+    await driver.detach(gp3.id, node="n1", epoch=1)
+    assert len(simulator.asked("AttachVolume")) == len(simulator.asked("DetachVolume")) == 1
+
+
+async def test_orders_that_are_never_answered_leave_it_open(
+    driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume
+) -> None:
+    simulator.turn(faults=[Fault(harm=Harm.LOST_ORDER, action="AttachVolume", times=None)])
+    with pytest.raises(OutcomeUnknown, match="not attached") as caught:
+        await driver.attach(gp3.id, node="n1", epoch=1)
+    assert caught.value.field == "volume"
+    assert caught.value.hint == "the order stands; give it again to go on waiting"
+    simulator.turn()
+    await driver.attach(gp3.id, node="n1", epoch=1)
+
+
+# ------------------------------------------------------------------ throttled, denied, out of reach
+
+
+async def test_throttling_is_survived(driver: EbsVolumeDriver, simulator: Simulator) -> None:
+    simulator.turn(limits=Limits(describe_bucket=2, describe_per_s=0.5, change_bucket=1, change_per_s=0.2))
+    volumes = await asyncio.gather(*(driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES) for _ in range(4)))
+    await asyncio.gather(*(driver.attach(volume.id, node="n1", epoch=1) for volume in volumes))
+    for volume in volumes:
+        assert await held(driver, volume) == {"n1": 1}
+    assert len(await driver.list()) == 4
+
+
+async def test_throttling_without_end_is_said_and_nothing_was_done(
+    driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume
+) -> None:
+    simulator.turn(faults=[Fault(harm=Harm.THROTTLED, action="AttachVolume", times=None)])
+    with pytest.raises(Unavailable, match="throttles attach_volume") as caught:
+        await driver.attach(gp3.id, node="n1", epoch=1)
+    assert caught.value.hint == "ask again later; nothing was done"
+    assert await held(driver, gp3) == {}
+
+
+async def test_pauses_grow_and_differ(clock: HandClock) -> None:
+    slept: list[float] = []
+
+    async def sleep(for_s: float) -> None:
+        slept.append(for_s)
+        await clock.sleep(for_s)
+
+    patience = Time(clock=clock, sleep=sleep).patience(60.0)
+    with pytest.raises(Unavailable, match="enough"):
+        while True:
+            await patience.pause(Unavailable("enough"))
+    assert len(slept) < 30
+    assert slept[0] < 0.5 < slept[-1] < 6
+    assert len(set(slept)) == len(slept)
+
+
+async def test_what_is_not_allowed_is_forbidden(driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume) -> None:
+    for action, order in (
+        ("AttachVolume", lambda: driver.attach(gp3.id, node="n1", epoch=1)),
+        ("DescribeVolumes", lambda: driver.describe(gp3.id)),
+        ("DeleteVolume", lambda: driver.delete(gp3.id)),
+    ):
+        simulator.turn(faults=[Fault(harm=Harm.DENIED, action=action)])
+        with pytest.raises(Forbidden, match="UnauthorizedOperation") as caught:
+            await order()
+        assert caught.value.field == "credentials"
+
+
+async def test_a_key_that_the_cloud_does_not_know_is_said(pki: Path, clock: HandClock, access_key: str) -> None:
+    with simulated(pki / "cloud", clock=clock, access_key=f"not-{access_key}") as simulator:
+        driver = driver_of(simulator, clock)
+        with pytest.raises(Unauthenticated, match="AuthFailure") as caught:
+            await driver.list()
+        assert caught.value.field == "credentials"
+        await driver.aclose()
+
+
+async def test_a_cloud_out_of_reach_is_unreachable(clock: HandClock, access_key: str) -> None:
+    driver = EbsVolumeDriver(
+        NODES, pool=POOL, region=REGION, zone=ZONE, endpoint_url="https://127.0.0.1:1",
+        times=Time(clock=clock, sleep=clock.sleep),
+    )  # fmt: skip
+    with pytest.raises(Unreachable, match="out of reach") as caught:
+        await driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)
+    assert "nothing was done" in str(caught.value.hint)
+    await driver.aclose()
+
+
+async def test_a_cloud_with_another_authority_is_not_spoken_to(
+    simulator: Simulator, clock: HandClock, access_key: str
+) -> None:
+    driver = EbsVolumeDriver(
+        NODES, pool=POOL, region=REGION, zone=ZONE, endpoint_url=simulator.url,
+        times=Time(clock=clock, sleep=clock.sleep),
+    )  # fmt: skip
+    with pytest.raises(Unreachable, match=r"(?i)certificate"):
+        await driver.list()
+    assert simulator.face.calls == []
+    await driver.aclose()
+
+
+# ------------------------------------------------------------------ states that last
+
+
+async def test_with_latency_as_on_aws_all_goes_as_without(
+    driver: EbsVolumeDriver, simulator: Simulator, clock: HandClock
+) -> None:
+    simulator.turn(latency=AWS, describe_lag_s=1.0)
+    volume = await driver.create(type=VolumeType.GP3, size_bytes=SIZE_BYTES)
+    await driver.attach(volume.id, node="n1", epoch=1)
+    began_s = clock()
+    await driver.detach(volume.id, node="n1", epoch=1)
+    await driver.attach(volume.id, node="n2", epoch=2)
+    assert 7.0 <= clock() - began_s <= 12.0, "the cloud's seven seconds, and what polling adds"
+    assert len(simulator.asked("AttachVolume")) == 2
+
+
+async def test_attaching_waits_until_it_has_left_the_node(
+    driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume
+) -> None:
+    await driver.attach(gp3.id, node="n1", epoch=1)
+    simulator.turn(latency=AWS)
+    ec2: Any = simulator.client()
+    ec2.detach_volume(VolumeId=gp3.id, InstanceId=NODES["n1"])
+    ec2.close()
+    await driver.attach(gp3.id, node="n1", epoch=2)
+    assert await held(driver, gp3) == {"n1": 2}
+
+
+async def test_sixteen_volumes_to_one_node_at_the_same_time(driver: EbsVolumeDriver, simulator: Simulator) -> None:
+    volumes = await asyncio.gather(*(driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES) for _ in range(16)))
+    await asyncio.gather(*(driver.attach(volume.id, node="n1", epoch=1) for volume in volumes))
+    assert [await held(driver, volume) for volume in volumes] == [{"n1": 1}] * 16
+
+
+async def test_a_volume_deleted_meanwhile_is_said(driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume) -> None:
+    simulator.turn(latency=AWS)
+    ec2: Any = simulator.client()
+    ec2.delete_volume(VolumeId=gp3.id)
+    ec2.close()
+    with pytest.raises(Conflict, match="is deleting"):
+        await driver.attach(gp3.id, node="n1", epoch=1)
+
+
+# ------------------------------------------------------------------ detaching that does not end
+
+
+def forced(simulator: Simulator) -> list[bool]:
+    return [parameters["Force"] == "true" for parameters in simulator.asked("DetachVolume")]
+
+
+@pytest.mark.parametrize("knob", ["stuck", "busy"])
+async def test_a_stuck_detach_is_never_forced_by_itself(
+    driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume, knob: str
+) -> None:
+    await driver.attach(gp3.id, node="n1", epoch=1)
+    simulator.turn(**{knob: [gp3.id]})
+    with pytest.raises(OutcomeUnknown, match=r"is still (detaching|busy) at n1") as caught:
+        await driver.detach(gp3.id, node="n1", epoch=1)
+    assert "see that nothing on the node has it open" in str(caught.value.hint)
+    with pytest.raises(OutcomeUnknown):
+        await driver.fence(gp3.id, epoch=2)
+    assert forced(simulator) == [False], "and it is ordered once"
+    simulator.turn()
+    await driver.detach(gp3.id, node="n1", epoch=1)
+    assert await held(driver, gp3) == {}
+
+
+@pytest.mark.parametrize("knob", ["stuck", "busy"])
+async def test_what_nothing_holds_is_forced_after_it_was_tried_in_order(
+    driver: EbsVolumeDriver, simulator: Simulator, clock: HandClock, gp3: Volume, knob: str
+) -> None:
+    await driver.attach(gp3.id, node="n1", epoch=1)
+    simulator.turn(**{knob: [gp3.id]})
+    began_s = clock()
+    await driver.detach(gp3.id, node="n1", epoch=1, unheld=True)
+    assert forced(simulator) == [False, True]
+    assert clock() - began_s >= Patience().force_after_s
+    assert await held(driver, gp3) == {}
+
+    simulator.turn()
+    await driver.attach(gp3.id, node="n2", epoch=2)
+    simulator.turn(**{knob: [gp3.id]})
+    await driver.fence(gp3.id, epoch=3, unheld=True)
+    assert forced(simulator) == [False, True, False, True]
+    assert await held(driver, gp3) == {}
+
+
+async def test_one_stuck_attachment_does_not_keep_a_fence_from_the_others(
+    driver: EbsVolumeDriver, simulator: Simulator
+) -> None:
+    volume = await driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)
+    for node in ("n1", "n2"):
+        await driver.attach(volume.id, node=node, epoch=1)
+    simulator.turn(faults=[Fault(harm=Harm.DENIED, action="DetachVolume")])
+    with pytest.raises(Forbidden):
+        await driver.fence(volume.id, epoch=2)
+    assert len(await held(driver, volume)) == 1
+    await driver.fence(volume.id, epoch=2)
+    assert await held(driver, volume) == {}
+
+
+# ------------------------------------------------------------------ the event loop
+
+
+async def test_a_slow_cloud_holds_nobody_up(driver: EbsVolumeDriver, simulator: Simulator, gp3: Volume) -> None:
+    simulator.turn(faults=[Fault(harm=Harm.SLOW, action="DescribeVolumes", delay_s=0.2)])
+    waiting = asyncio.create_task(driver.describe(gp3.id))
+    turns = 0
+    while not waiting.done():
+        await asyncio.sleep(0.01)
+        turns += 1
+    assert turns >= 3, "the event loop went on meanwhile"
+    await waiting
