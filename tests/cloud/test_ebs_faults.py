@@ -156,7 +156,7 @@ async def test_a_cloud_with_another_authority_is_not_spoken_to(
     )  # fmt: skip
     with pytest.raises(Unreachable, match=r"(?i)certificate"):
         await driver.list()
-    assert simulator.face.calls == []
+    assert not simulator.face.calls
     await driver.aclose()
 
 

@@ -3,8 +3,8 @@
 AWS knows no epochs, so the volume's tags carry them: ``emp:fence`` the oldest epoch that may be served, and
 ``emp:epoch:INSTANCE`` for whom an attachment was made, written before it is made. There is one attachment of a volume
 to a node: a newer epoch takes it over and the node keeps its device; an order with an older one is refused. What keeps
-an older QEMU of the same node from the device is its agent. Tags are not compared and set in one step, so one controller
-at a time may call, as everywhere in the pool.
+an older QEMU of the same node from the device is its agent. Tags are not compared and set in one step, so one
+controller at a time may call, as everywhere in the pool.
 
 Each order is a loop that looks, acts if there is something to do, and looks again: a reply that was lost, an order that
 was given twice and a controller that died in between are one and the same case. EBS knows no claims either: agents do
