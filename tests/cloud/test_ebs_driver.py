@@ -17,7 +17,7 @@ from emp.model.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch
 from emp.model.volume import Volume, VolumeType
 from emp.volumes.base import VolumeDriver
 from emp.volumes.ebs import EbsVolumeDriver
-from emp.volumes.ec2 import Time
+from emp.volumes.patience import Time
 from tests.cloud.conftest import USES_AWS
 from tests.cloud.simulator import FAR, NODES, POOL, REGION, ZONE, HandClock, Simulator
 

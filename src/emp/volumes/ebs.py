@@ -30,8 +30,10 @@ from typing import Any
 from emp.model.errors import BadInput, EmpError, NotFound, OutcomeUnknown, Refused
 from emp.model.names import format_size
 from emp.model.volume import Attachment, Volume, VolumeType
-from emp.volumes.ebs_view import EPOCH, FENCE, GIB, POOL, EbsView, attachment_of
-from emp.volumes.ec2 import READ_S, Ec2Api, Time, code_of, make_client
+from emp.volumes.ebs_looks import Looks, check_volume_id
+from emp.volumes.ebs_view import EPOCH, FENCE, GIB, MAX_NODES, POOL, EbsView, attachment_of
+from emp.volumes.ec2 import READ_S, Ec2Api, code_of, make_client
+from emp.volumes.patience import Pace, Time
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ IOPS_PER_GIB = 50
 """what io1 takes at most; io2 takes more"""
 DEVICES = [f"/dev/xvd{first}{second}" for first in "bc" for second in "abcdefghijklmnopqrstuvwxyz"]
 """https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/device_naming.html; a node's kernel takes no notice of them"""
-_VOLUME_ID = re.compile(r"vol-([0-9a-f]{8}|[0-9a-f]{17})")
+_LOOKS = Pace(first_s=0.1, share=0.03)
+"""a guest may be waiting: of 7 s that detaching and attaching take, a look is late by 0.2 s"""
 _INSTANCE_ID = re.compile(r"i-[0-9a-f]{8,17}")
 
 
@@ -88,9 +91,11 @@ class EbsVolumeDriver:
         self._limits = limits or Limits()
         make = client or (lambda: make_client(region, endpoint_url=endpoint_url, ca_file=ca_file, read_s=read_s))
         self._api = Ec2Api(make, self._times)
+        self._looks = Looks(self._api, self._times, self._nodes)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def aclose(self) -> None:
+        await self._looks.aclose()
         await self._api.aclose()
 
     # ------------------------------------------------------------------ volumes
@@ -110,7 +115,7 @@ class EbsVolumeDriver:
         if type.multi_attach:
             iops = min(IOPS, IOPS_PER_GIB * parameters["Size"])
             parameters |= {"MultiAttachEnabled": True, "Iops": iops}
-        patience = self._times.patience(self._limits.create_s)
+        patience = self._times.patience(self._limits.create_s, _LOOKS)
         while True:
             try:
                 made = str((await self._api.ask("create_volume", **parameters))["VolumeId"])
@@ -120,15 +125,17 @@ class EbsVolumeDriver:
             await patience.pause(lost)
         while True:
             try:
-                if (seen := await self._see(made)).state == "available":
+                if (seen := await self._looks.see(made)).state == "available":
                     return seen.volume
                 state = seen.state
+                if state == "error":
+                    raise Refused(f"EC2 could not make {made}: its state is error", field="volume", hint="delete it")
             except NotFound:
                 state = "not yet to be seen"  # describing lags behind creating
             await patience.pause(_pending(f"{made} is made, and {state}"))
 
     async def describe(self, volume: str) -> Volume:
-        return (await self._see(volume)).volume
+        return (await self._looks.see(volume)).volume
 
     async def list(self) -> tuple[Volume, ...]:
         """Return the volumes that this pool has made."""
@@ -145,10 +152,10 @@ class EbsVolumeDriver:
 
     async def delete(self, volume: str) -> None:
         """Idempotent. Raise ``Refused`` for a volume that this pool has not made."""
-        patience = self._times.patience(self._limits.create_s)
+        patience = self._times.patience(self._limits.create_s, _LOOKS)
         while True:
             try:
-                seen = await self._see(volume)
+                seen = await self._looks.see(volume)
                 if seen.state == "deleting":
                     return
                 if seen.tags.get(POOL) != self._pool:
@@ -171,10 +178,10 @@ class EbsVolumeDriver:
         Raises ``Refused`` for a node in another zone or with no room.
         """
         instance = self._instance(node)
-        async with self._locks[volume]:
-            patience = self._times.patience(self._limits.attach_s)
+        async with self._lock(volume):
+            patience = self._times.patience(self._limits.attach_s, _LOOKS)
             while True:
-                seen = await self._see(volume)
+                seen = await self._looks.see(volume)
                 seen.check_epoch(epoch, instance)
                 held = seen.on(instance)
                 state = str(held["State"]) if held else "not attached"
@@ -190,6 +197,7 @@ class EbsVolumeDriver:
 
     async def _order_attach(self, seen: EbsView, instance: str, epoch: int) -> EmpError | None:
         """Say for whom, then attach; the next look shows what came of it. Return a refusal that need not last."""
+        await self._forget(seen)
         await self._tag(seen, EPOCH + instance, seen.epoch_on(instance), epoch)
         device = await self._free_device(instance)
         try:
@@ -225,13 +233,13 @@ class EbsVolumeDriver:
         Otherwise one that hangs raises ``OutcomeUnknown``: the order stands, and may end at any moment.
         """
         instance = self._instance(node)
-        async with self._locks[volume]:
+        async with self._lock(volume):
             await self._detach(volume, instance, lambda found: found == epoch, unheld=unheld)
 
     async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
         """As the protocol says, for every instance that has it. ``unheld``: see ``detach``; of all that are older."""
-        async with self._locks[volume]:
-            seen = await self._see(volume)
+        async with self._lock(volume):
+            seen = await self._looks.see(volume)
             if epoch > seen.fence:
                 await self._tag(seen, FENCE, seen.fence, epoch)
             fence = max(epoch, seen.fence)
@@ -243,17 +251,14 @@ class EbsVolumeDriver:
                 raise result
 
     async def _detach(self, volume: str, instance: str, is_meant: Callable[[int], bool], *, unheld: bool) -> None:
-        patience = self._times.patience(self._limits.detach_s)
+        patience = self._times.patience(self._limits.detach_s, _LOOKS)
         while True:
             try:
-                seen = await self._see(volume)
+                seen = await self._looks.see(volume)
             except NotFound:
                 return
             held, epoch = seen.on(instance), seen.epoch_on(instance)
-            if not is_meant(epoch):
-                return
-            if held is None:
-                await self._forget(seen, instance)
+            if held is None or not is_meant(epoch):
                 return
             is_going = held["State"] in ("detaching", "busy")
             force = unheld and is_going and patience.spent_s >= self._limits.force_after_s
@@ -281,14 +286,16 @@ class EbsVolumeDriver:
             return
         await self._insist("create_tags", Resources=[seen.id], Tags=[{"Key": key, "Value": str(epoch)}])
 
-    async def _forget(self, seen: EbsView, instance: str) -> None:
-        """AWS takes 50 tags of a volume, so those of instances that have left it do not stay."""
-        if EPOCH + instance in seen.tags:
-            await self._insist("delete_tags", Resources=[seen.id], Tags=[{"Key": EPOCH + instance}])
+    async def _forget(self, seen: EbsView) -> None:
+        """Remove the tags of instances that have left. AWS takes 50 of a volume, and some are people's own."""
+        there = {EPOCH + instance for instance in seen.instances()}
+        gone = [key for key in seen.tags if key.startswith(EPOCH) and key not in there]
+        if len(gone) >= MAX_NODES:
+            await self._insist("delete_tags", Resources=[seen.id], Tags=[{"Key": key} for key in gone])
 
     async def _insist(self, call: str, **parameters: Any) -> None:
         """Give an order that may simply be given again until it has been answered."""
-        patience = self._times.patience(self._limits.create_s)
+        patience = self._times.patience(self._limits.create_s, _LOOKS)
         while True:
             try:
                 await self._api.ask(call, **parameters)
@@ -297,13 +304,8 @@ class EbsVolumeDriver:
                 lost = error
             await patience.pause(lost)
 
-    async def _see(self, volume: str) -> EbsView:
-        if not _VOLUME_ID.fullmatch(volume):
-            shown = volume if len(volume) <= 40 else volume[:37] + "..."
-            hint = "an id is vol- and 17 hexadecimal digits"
-            raise BadInput(f"{shown!r} is not the id of a volume", field="volume", hint=hint)
-        answer = await self._api.ask("describe_volumes", VolumeIds=[volume])
-        return EbsView(answer["Volumes"][0], self._nodes)
+    def _lock(self, volume: str) -> asyncio.Lock:
+        return self._locks[check_volume_id(volume)]
 
     def _instance(self, node: str) -> str:
         if node in self._instances:

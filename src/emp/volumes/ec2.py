@@ -7,10 +7,7 @@ driver looks first.
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,14 @@ from emp.model.errors import (
     Unavailable,
     Unreachable,
 )
+from emp.volumes.patience import Pace, Time
 
 CONNECT_S = 3.0
 READ_S = 15.0
 THROTTLED_S = 60.0
 """for so long a request that is throttled, or reaches nobody, is asked again"""
+_AGAIN = Pace(first_s=0.25, share=0.5)
+"""each pause half as long again as all before it together: to ask more often only empties the bucket"""
 
 _THROTTLED = frozenset(
     {"RequestLimitExceeded", "Throttling", "ThrottlingException", "RequestThrottled", "TooManyRequestsException"}
@@ -57,59 +57,6 @@ _REFUSALS: dict[str, tuple[type[EmpError], str, str]] = {
 """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html"""
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Pauses between two looks at something: each longer than the one before, none predictable."""
-
-    first_s: float = 0.25
-    factor: float = 1.5
-    longest_s: float = 4.0
-    jitter: float = 0.3
-    """a pause is longer or shorter by up to this share, so that many waiters do not ask at the same time"""
-
-
-class Time:
-    """The clock and the pauses of a driver; tests hand in their own. ``clock`` gives seconds that only rise."""
-
-    def __init__(
-        self,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-        pace: Pace | None = None,
-        chance: random.Random | None = None,
-    ) -> None:
-        self.clock = clock
-        self.sleep = sleep
-        self.pace = pace or Pace()
-        self.chance = chance or random.Random()
-
-    def patience(self, limit_s: float) -> Patience:
-        return Patience(self, limit_s)
-
-
-class Patience:
-    """Waits between the turns of one loop, until ``limit_s`` are over."""
-
-    def __init__(self, times: Time, limit_s: float) -> None:
-        self._times = times
-        self._limit_s = limit_s
-        self._began_s = times.clock()
-        self._pause_s = times.pace.first_s
-
-    @property
-    def spent_s(self) -> float:
-        return self._times.clock() - self._began_s
-
-    async def pause(self, failure: EmpError) -> None:
-        """Sleep; raise ``failure`` instead when patience is at its end."""
-        pace = self._times.pace
-        if self.spent_s >= self._limit_s:
-            raise failure
-        await self._times.sleep(self._pause_s * self._times.chance.uniform(1 - pace.jitter, 1 + pace.jitter))
-        self._pause_s = min(self._pause_s * pace.factor, pace.longest_s)
-
-
 class Ec2Api:
     """``client`` makes boto3's client on the first call: where credentials come from is boto3's affair."""
 
@@ -126,7 +73,7 @@ class Ec2Api:
         Raises ``OutcomeUnknown`` when an order was sent and not answered; ``Unavailable`` or ``Unreachable`` when
         patience is at its end and nothing was done; else what EC2 refused, with its code in ``details["code"]``.
         """
-        patience = self._times.patience(self._throttled_s)
+        patience = self._times.patience(self._throttled_s, _AGAIN)
         while True:
             try:
                 return await self._ask(call, parameters)
@@ -146,7 +93,11 @@ class Ec2Api:
         except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError, exceptions.SSLError) as error:
             hint = "check the network, the region and the endpoint; nothing was done"
             raise Unreachable(f"EC2 is out of reach: {error}", hint=hint) from error
-        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+        except (
+            exceptions.NoCredentialsError,
+            exceptions.PartialCredentialsError,
+            exceptions.CredentialRetrievalError,
+        ) as error:
             hint = "give the controller AWS credentials: a role, or the environment"
             raise Unauthenticated(
                 f"there are no credentials for EC2: {error}", field="credentials", hint=hint
@@ -158,9 +109,15 @@ class Ec2Api:
         return answer
 
     async def _client(self) -> Any:
+        from botocore.exceptions import BotoCoreError
+
         async with self._making:
             if self._made is None:
-                self._made = await asyncio.to_thread(self._make)
+                try:
+                    self._made = await asyncio.to_thread(self._make)
+                except BotoCoreError as error:
+                    hint = "check the region, the endpoint and the AWS profile"
+                    raise BadInput(f"there is no client for EC2: {error}", field="region", hint=hint) from error
         return self._made
 
     async def aclose(self) -> None:
