@@ -284,7 +284,20 @@ async def test_one_stuck_attachment_does_not_keep_a_fence_from_the_others(
     with pytest.raises(Forbidden):
         await driver.fence(volume.id, epoch=2)
     assert len(await held(driver, volume)) == 1
-    await driver.fence(volume.id, epoch=2)
+    await driver.fence(volume.id, epoch=1)
+    assert await held(driver, volume) == {}, "a fence only rises: the one of before holds"
+
+
+@pytest.mark.parametrize("kind", [VolumeType.IO2, VolumeType.GP3])
+async def test_a_fence_beside_an_attach_leaves_nothing_older(
+    driver: EbsVolumeDriver, simulator: Simulator, kind: VolumeType
+) -> None:
+    volume = await driver.create(type=kind, size_bytes=SIZE_BYTES)
+    simulator.turn(latency=AWS)
+    attaching = asyncio.create_task(driver.attach(volume.id, node="n1", epoch=5))
+    await asyncio.sleep(0)
+    await driver.fence(volume.id, epoch=6)
+    await asyncio.gather(attaching, return_exceptions=True)
     assert await held(driver, volume) == {}
 
 

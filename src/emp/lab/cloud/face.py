@@ -96,7 +96,6 @@ class Face:
             await asyncio.sleep(fault.delay_s)
         await self._pump()
         answer = self._model.render(action, self.cloud.perform(action, request))
-        await self._pump()
         self._asked.set()
         match fault:
             case Fault(harm=Harm.LOST_REPLY):
