@@ -28,7 +28,7 @@ soak: setup-dev ## N migrations in a row (200), most with a random fault, write 
 	@$(AS_ROOT) $(PY) -B -m tests.fault.soak --runs $(or $(N),200) $(if $(SEED),--seed $(SEED))
 
 test-cloud: setup-dev ## Run the cloud's contract suite: the simulator's rules, the EBS driver (docs/cloud.md)
-	@$(PY) -B -m pytest -p no:cacheprovider tests/cloud
+	@$(PY) -B -m pytest -p no:cacheprovider $(SIDE_BY_SIDE) tests/cloud
 
 test-faults: setup-dev ## Play every cell of the fault matrix, write build/faults.json (docs/faults.md)
 	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider -v -n 2 --dist worksteal tests/fault --faults all

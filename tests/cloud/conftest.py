@@ -12,16 +12,15 @@ import pytest
 
 from emp.wire.identity import Role
 from emp.wire.pki import CertificateAuthority
+from tests.cloud.aws import WHY_NOT_AWS
 from tests.cloud.simulator import ACCESS_KEY, POOL, HandClock, Simulator, simulated
-
-USES_AWS = os.environ.get("EMP_TEST_AWS") == "1"
 
 
 @pytest.fixture(scope="session")
 def access_key() -> Iterator[str]:
     """Give the key that boto3 signs with: a made-up one, or the real one where the suite also runs against AWS."""
     with pytest.MonkeyPatch.context() as patch:
-        if not USES_AWS:
+        if WHY_NOT_AWS:
             for name in [name for name in os.environ if name.startswith("AWS_")]:
                 patch.delenv(name)
             patch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)

@@ -18,20 +18,10 @@ from emp.model.volume import Volume, VolumeType
 from emp.volumes.base import VolumeDriver
 from emp.volumes.ebs import EbsVolumeDriver
 from emp.volumes.patience import Time
-from tests.cloud.conftest import USES_AWS
+from tests.cloud.aws import WHY_NOT_AWS
 from tests.cloud.simulator import FAR, NODES, POOL, REGION, ZONE, HandClock, Simulator
 
 SIZE_BYTES = 4 << 30
-
-
-def why_not_aws() -> str | None:
-    if not USES_AWS:
-        return "EMP_TEST_AWS is not 1"
-    if os.geteuid() == 0:
-        return "root's tests have no network: run as an ordinary user"
-    if len(os.environ.get("EMP_TEST_AWS_INSTANCES", "").split(",")) != 2 or not os.environ.get("EMP_TEST_AWS_ZONE"):
-        return "EMP_TEST_AWS_ZONE and the two ids of EMP_TEST_AWS_INSTANCES are not given"
-    return None
 
 
 @pytest.fixture(params=["simulator", "aws"])
@@ -41,8 +31,8 @@ async def driver(request: pytest.FixtureRequest) -> AsyncIterator[EbsVolumeDrive
         clock: HandClock = request.getfixturevalue("clock")
         made = driver_of(simulator, clock)
     else:
-        if reason := why_not_aws():
-            pytest.skip(reason)
+        if WHY_NOT_AWS:
+            pytest.skip(WHY_NOT_AWS)
         zone = os.environ["EMP_TEST_AWS_ZONE"]
         nodes = dict(zip(("n1", "n2"), os.environ["EMP_TEST_AWS_INSTANCES"].split(","), strict=True))
         made = EbsVolumeDriver(nodes, pool="emp-tests", region=zone[:-1], zone=zone)

@@ -189,16 +189,17 @@ class EbsVolumeDriver:
                 if held is None and seen.state != "creating":
                     seen.check_room(node)
                     refusal = await self._order_attach(seen, instance, epoch)
-                elif state in ("attaching", "attached"):
-                    await self._tag(seen, EPOCH + instance, seen.epoch_on(instance), epoch)
-                if state == "attached":
+                elif held and seen.epoch_on(instance) != epoch:
+                    if state in ("attaching", "attached"):
+                        await self._tag(seen, EPOCH + instance, epoch)
+                elif state == "attached":  # and the tag has been read back: a later look goes by it
                     return attachment_of(volume, node, epoch)
                 await patience.pause(refusal or _pending(f"{volume} at {node} is {state}"))
 
     async def _order_attach(self, seen: EbsView, instance: str, epoch: int) -> EmpError | None:
         """Say for whom, then attach; the next look shows what came of it. Return a refusal that need not last."""
         await self._forget(seen)
-        await self._tag(seen, EPOCH + instance, seen.epoch_on(instance), epoch)
+        await self._tag(seen, EPOCH + instance, epoch)
         device = await self._free_device(instance)
         try:
             await self._api.ask("attach_volume", VolumeId=seen.id, InstanceId=instance, Device=device)
@@ -239,10 +240,11 @@ class EbsVolumeDriver:
     async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
         """As the protocol says, for every instance that has it. ``unheld``: see ``detach``; of all that are older."""
         async with self._lock(volume):
-            seen = await self._looks.see(volume)
-            if epoch > seen.fence:
-                await self._tag(seen, FENCE, seen.fence, epoch)
-            fence = max(epoch, seen.fence)
+            patience = self._times.patience(self._limits.create_s, _LOOKS)
+            while (seen := await self._looks.see(volume)).fence < epoch:  # until it is read back
+                await self._tag(seen, FENCE, epoch)
+                await patience.pause(_pending(f"the fence of {volume} is not seen yet"))
+            fence = seen.fence
             older = [instance for instance in seen.instances() if seen.epoch_on(instance) < fence]
             orders = (self._detach(volume, instance, lambda found: found < fence, unheld=unheld) for instance in older)
             results = await asyncio.gather(*orders, return_exceptions=True)
@@ -281,10 +283,9 @@ class EbsVolumeDriver:
 
     # ------------------------------------------------------------------ tags and looks
 
-    async def _tag(self, seen: EbsView, key: str, known: int, epoch: int) -> None:
-        if known == epoch and key in seen.tags:
-            return
-        await self._insist("create_tags", Resources=[seen.id], Tags=[{"Key": key, "Value": str(epoch)}])
+    async def _tag(self, seen: EbsView, key: str, epoch: int) -> None:
+        if seen.tags.get(key) != str(epoch):
+            await self._insist("create_tags", Resources=[seen.id], Tags=[{"Key": key, "Value": str(epoch)}])
 
     async def _forget(self, seen: EbsView) -> None:
         """Remove the tags of instances that have left. AWS takes 50 of a volume, and some are people's own."""

@@ -91,6 +91,9 @@ class Ec2Api:
         except exceptions.ClientError as error:
             raise _refused(call, error) from error
         except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError, exceptions.SSLError) as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                hint = "name the endpoint's certificate authority in ca_file, if it is not Amazon's"
+                raise Refused(f"EC2's endpoint is not trusted: {error}", field="ca_file", hint=hint) from error
             hint = "check the network, the region and the endpoint; nothing was done"
             raise Unreachable(f"EC2 is out of reach: {error}", hint=hint) from error
         except (
