@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-faults simulate soak lint bench-idle bench-controller-loss bench-abort lock clean
+.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -28,6 +28,9 @@ test: setup-dev lint ## Run every check and every test
 
 soak: setup-dev ## N migrations in a row (200), most with a random fault, write build/soak.json; SEED=n repeats one
 	@$(AS_ROOT) $(PY) -B -m tests.fault.soak --runs $(or $(N),200) $(if $(SEED),--seed $(SEED))
+
+test-cloud: setup-dev ## Run the cloud's contract suite: the simulator's rules, the EBS driver (docs/cloud.md)
+	@$(PY) -B -m pytest -p no:cacheprovider $(SIDE_BY_SIDE) tests/cloud
 
 test-faults: setup-dev ## Play every cell of the fault matrix, write build/faults.json (docs/faults.md)
 	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider -v -n 3 --dist worksteal tests/fault --faults all

@@ -6,7 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from emp.model.volume import Attachment
+from emp.model.volume import Attachment, NbdEndpoint
 from emp.volumes.server.config import Config
 from emp.wire.http import WireClient
 from emp.wire.pki import CertificateAuthority, Identity, Role
@@ -14,6 +14,12 @@ from emp.wire.tls import mutual_client
 
 POOL = "p"
 SERVER = Identity(Role.VOLUMES, "v1")
+
+
+def endpoint_of(attachment: Attachment) -> NbdEndpoint:
+    """Return where the pool's own volume service serves an attachment: it always says."""
+    assert attachment.endpoint is not None
+    return attachment.endpoint
 
 
 class NbdPool:
@@ -45,7 +51,7 @@ class NbdPool:
 
     def qemu_io(self, attachment: Attachment, identity: Identity) -> list[str]:
         """Return the command line of a client that does block I/O; commands come on its standard input."""
-        endpoint = attachment.endpoint
+        endpoint = endpoint_of(attachment)
         tls = {"qom-type": "tls-creds-x509", "id": "tls", "endpoint": "client", "verify-peer": True}
         return [
             *("qemu-io", "--object", json.dumps(tls | {"dir": str(self.credentials(identity))}), "--image-opts"),

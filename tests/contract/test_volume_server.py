@@ -25,7 +25,7 @@ from emp.volumes.server.__main__ import main
 from emp.volumes.server.state import State
 from emp.wire.pki import Identity, Role
 from emp.wire.tls import mutual_client
-from tests.nbd_pool import SERVER, NbdPool
+from tests.nbd_pool import SERVER, NbdPool, endpoint_of
 
 PORT = 19999
 COMMAND = [sys.executable, "-m", "emp.volumes.server", "--config"]
@@ -67,7 +67,7 @@ class Daemon:
 
     def export(self, attachment: Attachment) -> Process:
         """Return the qemu-nbd behind an attachment."""
-        found = find(int((self.state_dir / "run" / f"{attachment.endpoint.export}.pid").read_text()))
+        found = find(int((self.state_dir / "run" / f"{endpoint_of(attachment).export}.pid").read_text()))
         assert found
         return found
 
@@ -219,7 +219,7 @@ async def test_a_pid_file_that_names_somebody_else_harms_nobody(daemon: Daemon) 
     export.send(signal.SIGKILL)
     await export.ended()
     with subprocess.Popen(["sleep", "60"]) as somebody:
-        for name in (first.endpoint.export, "stray"):
+        for name in (endpoint_of(first).export, "stray"):
             (daemon.state_dir / "run" / f"{name}.pid").write_text(f"{somebody.pid}\n")
         await daemon.start()
         await daemon.until_open(first)

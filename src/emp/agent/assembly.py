@@ -12,8 +12,9 @@ from emp.agent.console import Console
 from emp.agent.images import Images
 from emp.agent.shelf import Entry
 from emp.hypervisor.base import BlockDevice, Hypervisor, LaunchPlan, Machine, ProcessId
-from emp.model.errors import HostError
+from emp.model.errors import HostError, MissingDependency
 from emp.model.evm import EvmSpec
+from emp.model.orders import VolumeGrant
 from emp.network.base import NetworkDriver, Port
 
 log = logging.getLogger(__name__)
@@ -82,10 +83,7 @@ class Assembler:
                 initrd=Path(initrd),
                 kernel_command_line=image.kernel_command_line,
                 tap_fds=tuple(port.tap_fd for port in ports),
-                volumes=tuple(
-                    BlockDevice(g.volume.id, g.volume.serial, g.volume.size_bytes, g.attachment.endpoint)
-                    for g in entry.volumes
-                ),
+                volumes=tuple(map(_block_device, entry.volumes)),
                 incoming=incoming,
             )
             machine = await self.hypervisor.launch(plan)
@@ -113,3 +111,14 @@ class Assembler:
             async with asyncio.timeout(2):
                 await console.start()
         return Assembly(spec, machine, ports, console)
+
+
+def _block_device(grant: VolumeGrant) -> BlockDevice:
+    volume, endpoint = grant.volume, grant.attachment.endpoint
+    if endpoint is None:
+        raise MissingDependency(
+            f"{volume.id} is a device of this node, and this agent opens endpoints only",
+            field="volumes",
+            hint="use a volume service whose attachments name an endpoint",
+        )
+    return BlockDevice(volume.id, volume.serial, volume.size_bytes, endpoint)

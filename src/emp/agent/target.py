@@ -116,8 +116,8 @@ class TargetRole(Role[Target]):
 
     def _looked_after(self, assembly: Assembly) -> Health:
         if self._health is None:
-            grants = self.entry.volumes if self._probe else ()
-            probes = {grant.volume.id: self._probe(grant.attachment.endpoint) for grant in grants if self._probe}
+            points = ((grant.volume.id, grant.attachment.endpoint) for grant in self.entry.volumes)
+            probes = {volume: self._probe(point) for volume, point in points if self._probe and point}
             self._health = Health(assembly, self._assembler.network, probes)
         return self._health
 

@@ -9,13 +9,16 @@ from emp.model.names import Name, SizeBytes
 
 
 class VolumeType(StrEnum):
-    """What kinds of volume the pool knows. ``io2`` is multi-attach: the target attaches it in the source brownout."""
+    """What kinds of volume there are. A multi-attach one is attached to the target in the source brownout."""
 
     IO2 = "io2"
+    IO1 = "io1"
+    GP3 = "gp3"
+    GP2 = "gp2"
 
     @property
     def multi_attach(self) -> bool:
-        return self is VolumeType.IO2
+        return self in (VolumeType.IO2, VolumeType.IO1)
 
 
 class NbdEndpoint(Model):
@@ -26,6 +29,15 @@ class NbdEndpoint(Model):
     export: str
     tls_hostname: str
     """The name that the server's certificate must carry."""
+
+
+class HostDevice(Model):
+    """A block device of the node itself, found by its serial (``emp.volumes.base.DeviceResolver``)."""
+
+    path: str
+    """such as ``/dev/nvme1n1``; good until the volume is detached, so resolve anew for each use"""
+    serial: str
+    size_bytes: SizeBytes
 
 
 class ClaimPoint(Model):
@@ -43,7 +55,8 @@ class Attachment(Model):
     node: Name
     epoch: int
     """of the owner that it was opened for"""
-    endpoint: NbdEndpoint
+    endpoint: NbdEndpoint | None = None
+    """None: the node finds the device by the volume's serial (``emp.volumes.base.DeviceResolver``)"""
     claimed: int = 0
     """the newest epoch that its node has claimed it under since; 0: none"""
     claim: ClaimPoint | None = None

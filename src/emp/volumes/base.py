@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from emp.model.volume import Attachment, Volume, VolumeType
+from emp.model.volume import Attachment, HostDevice, NbdEndpoint, Volume, VolumeType
 
 
 class VolumeProbe(Protocol):
@@ -20,6 +20,19 @@ class VolumeProbe(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class DeviceResolver(Protocol):
+    """A node's agent finds with it what QEMU shall open for an attached volume whose attachment names no endpoint."""
+
+    async def resolve(self, volume: Volume) -> HostDevice | NbdEndpoint:
+        """Return the device that has the volume's serial and its size; ask anew for each use.
+
+        Raises ``Unavailable`` while no device has that serial: a kernel shows one a moment after the attachment is
+        complete, so ask again. Raises ``Refused`` where a device has the serial and is not the volume: of another size
+        or kind, or there are two. Such a device is not opened.
+        """
+        ...
 
 
 class VolumeDriver(Protocol):

@@ -1,0 +1,298 @@
+"""The simulated cloud as one state machine: no socket, no task, and its clock is handed in.
+
+An action changes the records and answers at once, as on AWS; what takes time is due later. ``settle`` moves on what is
+due and returns what the data plane must now do; ``done`` says that it has. Where a rule comes from is said beside it;
+``docs/cloud.md`` has them all.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from emp.lab.cloud import describing
+from emp.lab.cloud.attaching import check_attach, check_detach
+from emp.lab.cloud.creating import check_new, check_tags
+from emp.lab.cloud.errors import DRY_RUN, CloudError
+from emp.lab.cloud.knobs import Knobs
+from emp.lab.cloud.plane import PlaneVolume
+from emp.lab.cloud.records import Attachment, AttachmentState, Instance, Volume, check_id
+
+RETRY_S = 1.0
+"""after the data plane has failed"""
+LONGEST_TOKEN = 64
+"""https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-idempotency.html"""
+
+Request = Mapping[str, Any]
+Answer = dict[str, Any] | None
+
+
+class Deed(StrEnum):
+    OPEN = "open"
+    CLOSE = "close"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the data plane must do for the records to move on."""
+
+    deed: Deed
+    volume: PlaneVolume
+    instance: str = ""
+    epoch: int = 0
+
+
+class Cloud:
+    """``clock`` gives seconds that only rise, ``began`` is the time of day at its present reading.
+
+    ``new_id`` gives 16 hexadecimal digits.
+    """
+
+    def __init__(
+        self,
+        instances: Iterable[Instance],
+        *,
+        clock: Callable[[], float],
+        began: datetime,
+        knobs: Knobs | None = None,
+        new_id: Callable[[], str] = lambda: secrets.token_hex(8),
+    ) -> None:
+        self.knobs = knobs or Knobs()
+        self.instances = {instance.id: instance for instance in instances}
+        self.clock = clock
+        self._began = began
+        self._began_s = clock()
+        self._new_id = new_id
+        self._volumes: dict[str, Volume] = {}
+        self._tokens: dict[str, tuple[dict[str, Any], str]] = {}
+        self._actions: dict[str, Callable[[Request], Answer]] = {
+            "CreateVolume": self._create_volume,
+            "DeleteVolume": self._delete_volume,
+            "AttachVolume": self._attach_volume,
+            "DetachVolume": self._detach_volume,
+            "DescribeVolumes": self._describe_volumes,
+            "DescribeInstances": self._describe_instances,
+            "CreateTags": self._create_tags,
+            "DeleteTags": self._delete_tags,
+        }
+
+    @property
+    def actions(self) -> frozenset[str]:
+        return frozenset(self._actions)
+
+    def perform(self, action: str, request: Request) -> Answer:
+        """Carry out one action that has been checked against the service's model. Raises ``CloudError``."""
+        if request.get("DryRun"):
+            # https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_AttachVolume.html (DryRun): nothing but the
+            # permission is checked, and the good answer is an error.
+            message = "Request would have succeeded, but DryRun flag is set."
+            raise CloudError("DryRunOperation", message, status=DRY_RUN)
+        return self._actions[action](request)
+
+    # ------------------------------------------------------------------ time
+
+    def due_s(self) -> float | None:
+        """Return when ``settle`` next has something to return, by the clock; None: when somebody has asked for more."""
+        attachments = (attachment for volume in self._volumes.values() for attachment in volume.attachments.values())
+        times = [attachment.due_s for attachment in attachments]
+        times += [volume.deleted_s for volume in self._volumes.values() if not volume.is_emptied]
+        return min((at_s for at_s in times if at_s is not None), default=None)
+
+    def settle(self) -> list[Change]:
+        """Return what the data plane is to do now; each change once, until ``failed``."""
+        now_s = self.clock()
+        changes: list[Change] = []
+        for volume in self._volumes.values():
+            if volume.deleted_s is not None and volume.deleted_s <= now_s and not volume.is_emptied:
+                volume.is_emptied = True
+                changes.append(Change(Deed.DELETE, _plane(volume)))
+            for attachment in volume.attachments.values():
+                if attachment.due_s is not None and attachment.due_s <= now_s:
+                    attachment.due_s = None
+                    deed = Deed.CLOSE if attachment.state.is_going else Deed.OPEN
+                    changes.append(Change(deed, _plane(volume), attachment.instance, attachment.epoch))
+        return changes
+
+    def done(self, change: Change) -> None:
+        """The data plane has done it."""
+        volume = self._volumes[change.volume.id]
+        match change.deed:
+            case Deed.OPEN:
+                volume.attachments[change.instance].state = AttachmentState.ATTACHED
+            case Deed.CLOSE:
+                del volume.attachments[change.instance]
+            case Deed.DELETE:
+                del self._volumes[volume.id]
+
+    def failed(self, change: Change) -> None:
+        """The data plane could not; it is to be asked again."""
+        volume, again_s = self._volumes[change.volume.id], self.clock() + RETRY_S
+        if change.deed is Deed.DELETE:
+            volume.is_emptied, volume.deleted_s = False, again_s
+        else:
+            volume.attachments[change.instance].due_s = again_s
+
+    def turn(self, knobs: Knobs) -> None:
+        """Put ``knobs`` in force. What has begun keeps its latency; what is stuck no more goes on."""
+        self.knobs = knobs
+        for volume in self._volumes.values():
+            for attachment in volume.attachments.values():
+                if attachment.is_stuck and volume.id not in knobs.stuck | knobs.busy:
+                    self._let_go(attachment)
+
+    def _let_go(self, attachment: Attachment) -> None:
+        attachment.is_stuck = False
+        attachment.state = AttachmentState.DETACHING
+        attachment.due_s = self.clock() + self.knobs.latency.detach_s
+
+    # ------------------------------------------------------------------ volumes
+
+    def _create_volume(self, request: Request) -> Answer:
+        """The same ClientToken with the same parameters makes one volume; with others it is refused.
+
+        https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-idempotency.html
+        """
+        token = request.get("ClientToken")
+        if token is not None and (made := self._made_before(token, request)):
+            return describing.created_answer(made, self.clock())
+        new = check_new(request, {instance.zone for instance in self.instances.values()})
+        now_s = self.clock()
+        volume = Volume(
+            id=f"vol-0{self._new_id()}",
+            type=new.type,
+            size_gib=new.size_gib,
+            zone=new.zone,
+            created=self._time(),
+            iops=new.iops,
+            throughput=new.throughput,
+            multi_attach=new.multi_attach,
+            encrypted=new.encrypted,
+            tags=new.tags,
+            visible_s=now_s + self.knobs.describe_lag_s,
+            available_s=now_s + self.knobs.latency.create_s,
+        )
+        answer = describing.created_answer(volume, now_s) | {"State": "creating"}
+        self._volumes[volume.id] = volume
+        if token is not None:
+            self._tokens[token] = (dict(request), volume.id)
+        return answer
+
+    def _made_before(self, token: str, request: Request) -> Volume | None:
+        if not 1 <= len(token) <= LONGEST_TOKEN or not token.isascii():
+            raise CloudError("InvalidParameterValue", f"Value ({token[:80]}) for parameter clientToken is invalid.")
+        if token not in self._tokens:
+            return None
+        before, volume = self._tokens[token]
+        if before != dict(request):
+            message = "The client token was used before, with other parameters"
+            raise CloudError("IdempotentParameterMismatch", message)
+        if volume not in self._volumes:
+            raise CloudError("InvalidVolume.NotFound", f"The volume '{volume}' does not exist.")
+        return self._volumes[volume]
+
+    def _delete_volume(self, request: Request) -> Answer:
+        """Only an ``available`` one: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_DeleteVolume.html"""
+        volume, now_s = self._volume(request["VolumeId"]), self.clock()
+        if volume.attachments:
+            where = ", ".join(volume.attachments)
+            raise CloudError("VolumeInUse", f"Volume {volume.id} is currently attached to {where}")
+        if (state := volume.state(now_s)) != "available":
+            raise CloudError("IncorrectState", f"The volume '{volume.id}' is '{state}'")
+        volume.deleted_s = now_s + self.knobs.latency.delete_s
+        return None
+
+    def _attach_volume(self, request: Request) -> Answer:
+        volume, instance = self._volume(request["VolumeId"]), self._instance(request["InstanceId"])
+        device, now_s = request["Device"], self.clock()
+        check_attach(volume, instance, device, others=self._volumes.values(), now_s=now_s)
+        volume.epochs += 1
+        attachment = Attachment(instance.id, device, volume.epochs, self._time())
+        attachment.due_s = now_s + self.knobs.latency.attach_s
+        volume.attachments[instance.id] = attachment
+        return describing.attachment_answer(volume, attachment)
+
+    def _detach_volume(self, request: Request) -> Answer:
+        """``busy`` is a device in use: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_DetachVolume.html"""
+        volume, force = self._volume(request["VolumeId"]), request.get("Force", False)
+        if (instance := request.get("InstanceId")) is not None:
+            self._instance(instance)
+        found = check_detach(volume, instance, request.get("Device"), force=force, now_s=self.clock())
+        if not found.state.is_going or found.is_stuck:
+            self._let_go(found)
+            if not force and volume.id in self.knobs.stuck | self.knobs.busy:
+                found.is_stuck, found.due_s = True, None
+                found.state = AttachmentState.BUSY if volume.id in self.knobs.busy else AttachmentState.DETACHING
+        return describing.attachment_answer(volume, found)
+
+    # ------------------------------------------------------------------ tags
+
+    def _create_tags(self, request: Request) -> Answer:
+        """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_CreateTags.html"""
+        volumes = [self._volume(name) for name in request["Resources"]]
+        tags = [check_tags(request["Tags"], volume.tags) for volume in volumes]
+        for volume, merged in zip(volumes, tags, strict=True):
+            volume.tags = merged
+        return None
+
+    def _delete_tags(self, request: Request) -> Answer:
+        """Without a value the key is enough; without tags all go.
+
+        https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_DeleteTags.html
+        """
+        wanted: Sequence[Mapping[str, str]] | None = request.get("Tags")
+        for volume in [self._volume(name) for name in request["Resources"]]:
+            doomed = list(volume.tags) if wanted is None else [tag["Key"] for tag in wanted if _fits(tag, volume.tags)]
+            volume.tags = {key: value for key, value in volume.tags.items() if key not in doomed}
+        return None
+
+    # ------------------------------------------------------------------ describing
+
+    def _describe_volumes(self, request: Request) -> Answer:
+        now_s = self.clock()
+        if (ids := request.get("VolumeIds")) is not None:
+            volumes = [self._volume(name) for name in ids]
+        else:
+            volumes = [volume for volume in self._volumes.values() if volume.visible_s <= now_s]
+        answers = [describing.volume_answer(volume, now_s) for volume in volumes]
+        left = describing.filtered(answers, request.get("Filters", ()), describing.VOLUME_FILTERS)
+        shown, token = describing.page(left, request, ids="VolumeIds")
+        return {"Volumes": shown, "NextToken": token}
+
+    def _describe_instances(self, request: Request) -> Answer:
+        ids = request.get("InstanceIds")
+        instances = [self._instance(name) for name in ids] if ids is not None else list(self.instances.values())
+        answers = [describing.instance_answer(i, self._volumes.values(), self._began) for i in instances]
+        left = describing.filtered(answers, request.get("Filters", ()), describing.INSTANCE_FILTERS)
+        shown, token = describing.page(left, request, ids="InstanceIds")
+        reservations = [{"ReservationId": f"r-{answer['InstanceId'][2:]}", "Instances": [answer]} for answer in shown]
+        return {"Reservations": reservations, "NextToken": token}
+
+    # ------------------------------------------------------------------ finding
+
+    def _volume(self, name: str) -> Volume:
+        found = self._volumes.get(check_id("vol", name))
+        if found is None or found.visible_s > self.clock():
+            raise CloudError("InvalidVolume.NotFound", f"The volume '{name}' does not exist.")
+        return found
+
+    def _instance(self, name: str) -> Instance:
+        if (found := self.instances.get(check_id("i", name))) is None:
+            raise CloudError("InvalidInstanceID.NotFound", f"The instance ID '{name}' does not exist")
+        return found
+
+    def _time(self) -> datetime:
+        return self._began + timedelta(seconds=self.clock() - self._began_s)
+
+
+def _plane(volume: Volume) -> PlaneVolume:
+    return PlaneVolume(volume.id, volume.type, volume.size_gib << 30, dict(volume.tags))
+
+
+def _fits(tag: Mapping[str, str], tags: Mapping[str, str]) -> bool:
+    key = tag["Key"]
+    return key in tags and tag.get("Value", tags[key]) == tags[key]

@@ -1,0 +1,100 @@
+"""What the simulated cloud remembers. Times are seconds of its clock, but for those that answers show."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from emp.lab.cloud.errors import CloudError
+
+MAX_NODES = 16
+"""that may have a Multi-Attach volume at once: https://docs.aws.amazon.com/ebs/latest/userguide/ebs-volumes-multi.html"""
+MAX_VOLUMES = 27
+"""of one Nitro instance, if nothing else is said: 28 attachments less one network interface
+(https://docs.aws.amazon.com/ebs/latest/userguide/instance-volume-limits.html)"""
+_ID = {"vol": re.compile(r"vol-([0-9a-f]{8}|[0-9a-f]{17})"), "i": re.compile(r"i-([0-9a-f]{8}|[0-9a-f]{17})")}
+
+
+class AttachmentState(StrEnum):
+    """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_VolumeAttachment.html"""
+
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+    BUSY = "busy"
+    """wants to detach and cannot, because the node still has the device in use"""
+
+    @property
+    def is_going(self) -> bool:
+        return self in (AttachmentState.DETACHING, AttachmentState.BUSY)
+
+
+@dataclass
+class Attachment:
+    """One volume at one instance; gone from the record once it is detached."""
+
+    instance: str
+    device: str
+    epoch: int
+    """the how-manieth attachment of this volume it is: names it for good, and never comes back"""
+    at: datetime
+    state: AttachmentState = AttachmentState.ATTACHING
+    due_s: float | None = None
+    """when the data plane is to be asked; None: nothing is due, or it has been asked"""
+    is_stuck: bool = False
+    """detaching does not end by itself"""
+
+
+@dataclass
+class Volume:
+    id: str
+    type: str
+    size_gib: int
+    zone: str
+    created: datetime
+    iops: int | None
+    throughput: int | None
+    multi_attach: bool
+    encrypted: bool
+    tags: dict[str, str]
+    visible_s: float
+    """before this it is unknown to every action but the one that made it"""
+    available_s: float
+    """before this it is ``creating``"""
+    deleted_s: float | None = None
+    """at this its data goes, and then it; ``deleting`` till then"""
+    is_emptied: bool = False
+    """the data plane has been asked to remove its data"""
+    attachments: dict[str, Attachment] = field(default_factory=dict)
+    """by instance"""
+    epochs: int = 0
+
+    def state(self, now_s: float) -> str:
+        """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_Volume.html: in use until the last is detached."""
+        if self.deleted_s is not None:
+            return "deleting"
+        if now_s < self.available_s:
+            return "creating"
+        return "in-use" if self.attachments else "available"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A bare-metal node. It is there from the start: the simulator runs no instances."""
+
+    id: str
+    zone: str
+    state: str = "running"
+    """``running`` or ``stopped``: volumes can be attached in both"""
+    type: str = "m5.metal"
+    max_volumes: int = MAX_VOLUMES
+
+
+def check_id(kind: str, value: str) -> str:
+    """Return a well-formed id of ``kind`` (vol or i); InvalidVolumeID.Malformed or InvalidInstanceID.Malformed."""
+    if not _ID[kind].fullmatch(value):
+        noun = "InvalidVolumeID" if kind == "vol" else "InvalidInstanceID"
+        raise CloudError(f"{noun}.Malformed", f'Invalid id: "{value}" (expecting "{kind}-...")')
+    return value

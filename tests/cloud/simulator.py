@@ -1,0 +1,130 @@
+"""The simulated cloud on a loopback port, in a thread of its own, for clients that block."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from emp.lab.cloud.cloud import Cloud
+from emp.lab.cloud.face import Face, make_app
+from emp.lab.cloud.knobs import Knobs
+from emp.lab.cloud.plane import DataPlane, NoDataPlane
+from emp.lab.cloud.query import Ec2Model
+from emp.lab.cloud.records import Instance
+from emp.volumes.ec2 import make_client
+from emp.wire.serve import Listener, Server
+from emp.wire.sockets import listen
+from emp.wire.tls import public_server
+
+T = TypeVar("T")
+POOL, REGION, ZONE, OTHER_ZONE = "p", "eu-west-1", "eu-west-1a", "eu-west-1b"
+ACCESS_KEY = "AKIASIMULATEDCLOUD00"
+NODES = {f"n{number}": f"i-{number:017x}" for number in range(1, 19)}
+FAR = {"far": "i-0000000000000fa00"}
+"""a node in another zone"""
+BEGAN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+class HandClock:
+    """A clock that stands still until it is told how much later it is."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self._lock = threading.Lock()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def advance(self, by_s: float) -> None:
+        with self._lock:
+            self.now_s += by_s
+
+    async def sleep(self, for_s: float) -> None:
+        self.advance(for_s)
+        await asyncio.sleep(0)
+
+
+@cache
+def service_model() -> Ec2Model:
+    return Ec2Model()
+
+
+class Simulator:
+    """One cloud; ``clock`` is its time, ``url`` where it answers, ``ca_file`` who vouches for that."""
+
+    def __init__(self, credentials: Path, plane: DataPlane, clock: Callable[[], float], access_key: str) -> None:
+        instances = [Instance(name, ZONE) for name in NODES.values()] + [Instance(FAR["far"], OTHER_ZONE)]
+        self.cloud = Cloud(instances, clock=clock, began=BEGAN)
+        self.face = Face(self.cloud, plane, access_keys={access_key}, model=service_model())
+        self.ca_file = credentials / "ca-cert.pem"
+        self._credentials = credentials
+        self._loop = asyncio.new_event_loop()
+        self._over = asyncio.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="simulated cloud")
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    def client(self, *, read_s: float = 5.0) -> Any:
+        return make_client(REGION, endpoint_url=self.url, ca_file=self.ca_file, read_s=read_s)
+
+    def turn(self, **knobs: Any) -> None:
+        """Set the knobs; what is not named is as it is by default."""
+        self.do(lambda: self.face.turn(Knobs(**knobs)))
+
+    def do(self, what: Callable[[], T]) -> T:
+        """Run ``what`` in the simulator's own thread, between two requests."""
+
+        async def run() -> T:
+            return what()
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout=5)
+
+    def asked(self, action: str) -> list[dict[str, str]]:
+        """Return the parameters of every request of ``action`` so far."""
+        return [parameters for name, parameters in self.face.calls if name == action]
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._serve())
+        self._loop.close()
+
+    async def _serve(self) -> None:
+        with listen("127.0.0.1", 0) as socket:
+            self.port = socket.getsockname()[1]
+            listener = Listener(socket, public_server(self._credentials))
+            async with Server(make_app(self.face), [listener], pool=POOL, drain_s=0.1):
+                self._ready.set()
+                await self._over.wait()
+
+    @contextmanager
+    def running(self) -> Iterator[Simulator]:
+        self._thread.start()
+        assert self._ready.wait(timeout=10)
+        try:
+            yield self
+        finally:
+            self._loop.call_soon_threadsafe(self._over.set)
+            self._thread.join(timeout=10)
+            assert not self._thread.is_alive()
+
+
+@contextmanager
+def simulated(
+    credentials: Path,
+    *,
+    plane: DataPlane | None = None,
+    clock: Callable[[], float] | None = None,
+    access_key: str = ACCESS_KEY,
+) -> Iterator[Simulator]:
+    with Simulator(credentials, plane or NoDataPlane(), clock or HandClock(), access_key).running() as simulator:
+        yield simulator
