@@ -401,8 +401,8 @@ class Stage:
             "network": frames.violations(self.frames.seen, held),
             "disk": self._disk(),
             "memory": self._memory(),
-            "end state": self.settled(),
-            "residue": self._residue(),
+            "end state": self._at_the_end(self.settled),
+            "residue": self._at_the_end(self._residue),
             "records": records.check_ends(self.client, self.subject.name) + records.check_secrets(self.files),
         }
 
@@ -440,14 +440,16 @@ class Stage:
         return leftovers.take(self.files, ignore=frozenset(ours))
 
     def _residue(self) -> list[str]:
-        """A pool comes to rest a while after it is healed: idle connections are kept for some seconds, exports end."""
         assert self.before is not None
+        return self.stock().left(self.before.stock)
+
+    @staticmethod
+    def _at_the_end(look: Callable[[], list[str]]) -> list[str]:
+        """A pool comes to rest a while after it is healed: agents report anew, idle connections close."""
         deadline = time.monotonic() + 20.0
-        while left := self.stock().left(self.before.stock):
-            if time.monotonic() > deadline:
-                return left
+        while (wrong := look()) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return []
+        return wrong
 
     @property
     def ended(self) -> Migration | None:

@@ -42,18 +42,6 @@ def hang_target(world: World) -> None:
             world.later(30.0, qemu.wake)
 
 
-def hang_source_for_good(world: World) -> None:
-    assert world.track is not None
-    for qemu in world.copies(world.track.evm):
-        if qemu.node == _of("source")(world):
-            qemu.hang()
-            qemu.wake = _nothing  # type: ignore[method-assign]
-
-
-def _nothing() -> None:
-    """Nothing wakes it any more."""
-
-
 def kill_target_agent(world: World) -> None:
     agent = world.agents[_of("target")(world)]
     agent.kill()
@@ -83,8 +71,6 @@ CASES = {
     "a guest that shuts down as it arrives": Case((("T", 0, shut_down),)),
     "a guest that shuts down while the journal's disk is full": Case((("T", 2, shut_down), ("T", 1, fill_target_disk))),
     "a cont that a hung target loses": Case((("M", 2, hang_target),)),
-    "a source QEMU that hangs for good in the switchover": Case((("P", 1, hang_source_for_good), ("P", 2, ask_abort))),
-    "a source QEMU that hangs for good on the way back": Case((("P", 1, ask_abort), ("D", 0, hang_source_for_good))),
     "an agent that starts while its QEMU hangs": Case((("P", 1, hang_target), ("D", 2, kill_target_agent))),
     "a source QEMU that dies before DONE": Case((("T", 4, kill_source_qemu),)),
     "a preparation on a full disk": Case((("B", 8, fill_target_disk),)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -50,17 +51,38 @@ async def test_every_volume_is_read_anew() -> None:
     first, second = Probe(), Probe()
     async with looked_after(a=first, b=second) as made:
         made.look_at_volumes()
-        assert await made.silent_volumes() == []
+        await asyncio.sleep(0)  # these reads have begun, and count as from before
+        assert await made.unread_volumes(time.monotonic()) == []
     assert (first.reads, second.reads) == (2, 2)
 
 
 async def test_a_connection_that_broke_is_tried_again() -> None:
     async with looked_after(a=Probe(broken=2)) as made:
-        assert await made.silent_volumes() == []
+        assert await made.unread_volumes(made.look_at_volumes()) == []
+
+
+async def test_a_question_of_the_source_meanwhile_disturbs_no_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with looked_after(a=Probe(broken=3)) as made:
+        looking = asyncio.create_task(made.unread_volumes(made.look_at_volumes()))
+        while not looking.done():
+            made.look_at_volumes()  # as at each question
+            await asyncio.sleep(0)
+        assert looking.result() == []
 
 
 async def test_the_silent_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "LAST_LOOK_S", 0.2)
     async with looked_after(good=Probe(), hung=Probe(hangs=True), gone=Probe(broken=1000)) as made:
-        made.look_at_volumes()
-        assert await made.silent_volumes() == ["hung", "gone"]
+        assert await made.unread_volumes(made.look_at_volumes()) == ["hung", "gone"]
+
+
+async def test_nothing_is_read_once_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "AGAIN_S", 0.0)
+    probe = Probe(broken=1000)
+    async with looked_after(a=probe) as made:
+        looking = asyncio.create_task(made.unread_volumes(made.look_at_volumes()))
+        while probe.reads < 3:  # noqa: ASYNC110 - a read is no event
+            await asyncio.sleep(0)
+    reads = probe.reads
+    assert await looking == ["a"]
+    assert probe.reads == reads

@@ -95,7 +95,12 @@ class Adoption:
         try:
             if entry is not None:
                 assembly = await self._residents.assembler.adopt(entry.spec, process)
-                if await assembly.machine.run_state() is RunState.INMIGRATE:
+                try:
+                    waits = await assembly.machine.run_state() is RunState.INMIGRATE
+                except BaseException:
+                    await assembly.close()
+                    raise
+                if waits:
                     log.info("%s: its machine was made, and nothing was promised yet: it goes", evm)
                     await assembly.dismantle()
                     self._residents.shelf.drop(evm)

@@ -96,7 +96,11 @@ class Assembler:
     async def adopt(self, spec: EvmSpec, process: ProcessId) -> Assembly:
         """Take back what an earlier agent process of this node had made; nothing happens to the guest."""
         machine = await self.hypervisor.adopt(spec, process)
-        ports = await self.network.adopt(spec, await machine.tap_fds())
+        try:
+            ports = await self.network.adopt(spec, await machine.tap_fds())
+        except BaseException:
+            await machine.close()  # it is adopted again: a monitor of QEMU's serves one client
+            raise
         return await self._with_console(spec, machine, ports)
 
     async def clear(self, evm: str, process: ProcessId | None) -> None:

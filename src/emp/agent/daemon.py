@@ -85,7 +85,8 @@ def _open_journal(config: AgentConfig) -> tuple[Journal, str | None]:
     except JournalUntrusted as error:
         log.critical("%s: %s", path, error)
         return Journal.open(instead / "journal"), str(error)
-    shutil.rmtree(instead, ignore_errors=True)  # of an agent that did not trust its journal
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(instead)  # of an agent that did not trust its journal
     return journal, None
 
 

@@ -37,8 +37,10 @@ class Health:
         now_s = time.monotonic()
         self._answered_at_s = now_s
         self._read_at_s = dict.fromkeys(probes, now_s)
+        """volume -> when its last read that was answered began"""
         self._ports_gone = False
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._closed = False
 
     def asked(self) -> dict[str, Any]:
         """Return the answer, and look again meanwhile."""
@@ -55,30 +57,31 @@ class Health:
         self.look_at_volumes()
         return message
 
-    def look_at_volumes(self) -> None:
-        """Begin to read each; its connection is there then when the blackout comes."""
+    def look_at_volumes(self) -> float:
+        """Begin to read each that is not being read; return the time (monotonic) from which on that counts."""
+        since_s = time.monotonic()
         for volume in self._probes:
             self._begin(volume, lambda v=volume: self._read(v))  # type: ignore[misc]
+        return since_s
 
-    async def silent_volumes(self) -> list[str]:
-        """Read each volume once more, in milliseconds; return those that do not answer in ``LAST_LOOK_S``."""
-        began_s = time.monotonic()
+    async def unread_volumes(self, since_s: float) -> list[str]:
+        """Return those of which no read that began after ``since_s`` is answered within ``LAST_LOOK_S`` from now."""
+        pause_s = 0.0  # the first read may have been one from before, or over a connection that had died
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_LOOK_S):
-                await asyncio.gather(*(self._read_anew(volume, began_s) for volume in self._probes))
-        return [volume for volume, at_s in self._read_at_s.items() if at_s < began_s]
+                while not self._closed and (left := self._unread(since_s)):
+                    self.look_at_volumes()
+                    await asyncio.wait([self._tasks[volume] for volume in left])
+                    await asyncio.sleep(pause_s)
+                    pause_s = AGAIN_S
+        return self._unread(since_s)
 
-    async def _read_anew(self, volume: str, began_s: float) -> None:
-        if earlier := self._tasks.get(volume):
-            await asyncio.wait({earlier})  # a probe has one question on its way at a time
-        await self._read(volume)
-        while self._read_at_s[volume] < began_s:  # the connection may have been an old one
-            await asyncio.sleep(AGAIN_S)
-            await self._read(volume)
+    def _unread(self, since_s: float) -> list[str]:
+        return [volume for volume, at_s in self._read_at_s.items() if at_s < since_s]
 
     def _begin(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """One question to each is on its way at a time."""
-        if name not in self._tasks or self._tasks[name].done():
+        if not self._closed and (name not in self._tasks or self._tasks[name].done()):
             self._tasks[name] = asyncio.create_task(work(), name=f"health of {name}")
 
     async def _ask_qemu(self) -> None:
@@ -93,13 +96,15 @@ class Health:
             self._ports_gone = self._assembly.spec.name not in await self._network.leftovers()
 
     async def _read(self, volume: str) -> None:
+        began_s = time.monotonic()
         try:
             await self._probes[volume].read()
         except EmpError:
             return
-        self._read_at_s[volume] = time.monotonic()
+        self._read_at_s[volume] = began_s
 
     async def close(self) -> None:
+        self._closed = True
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)

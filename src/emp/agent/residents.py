@@ -348,11 +348,10 @@ class Residents:
         ended = asyncio.create_task(_until_shut_down(machine.events()), name=f"shutdown of {resident.name}")
         try:
             async with asyncio.timeout(grace_s):
-                while not ended.done():
-                    await machine.power_button()
-                    await asyncio.wait({ended}, timeout=PRESS_AGAIN_S)
-            resident.reason = "shut down on request"
-        except MachineGone:
+                await machine.power_button()
+                while not (await asyncio.wait({ended}, timeout=PRESS_AGAIN_S))[0]:
+                    with contextlib.suppress(EmpError):  # busy shutting down
+                        await machine.power_button()
             resident.reason = "shut down on request"
         except TimeoutError:
             resident.reason = f"powered off: the guest did not shut down within {grace_s:.0f} s"

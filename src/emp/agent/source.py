@@ -44,8 +44,6 @@ _RESUME_S = 10.0
 _PATIENCE_S = 2.0
 """by which the watchdog is ahead of the core's own timer: it has the figures"""
 _REDIAL_S = 0.5
-STUCK_S = 60.0
-"""for a hypervisor to answer nothing on the way back, its guest paused, before it is ended"""
 _ENDED = (RunState.SHUTDOWN, RunState.GUEST_PANICKED)
 
 Dial = Callable[[], Awaitable[tuple[Link, Standing]]]
@@ -84,9 +82,6 @@ class SourceRole(Role[Source]):
         self._peer = PeerLink(self.feed, journal, self._watchdog.told)
         self._max_blackout_ms = policy.max_blackout_ms
         self._limit_ms = policy.max_blackout_ms
-        self._guest_stands = False
-        self._mute_since_s: float | None = None
-        """of the hypervisor, on the way back"""
 
     @property
     def machine(self) -> Machine:
@@ -170,10 +165,8 @@ class SourceRole(Role[Source]):
             case MachineEventKind.STREAM:
                 await self._stream_moved(event.stream)
             case MachineEventKind.STOPPED:
-                self._guest_stands = True
                 self.measured(stopped_at_s=event.at_s)
             case MachineEventKind.RESUMED:
-                self._guest_stands = False
                 self.measured(resumed_at_s=event.at_s)
                 self.feed(events.GuestRuns())
             case MachineEventKind.GUEST_SHUTDOWN:
@@ -344,9 +337,7 @@ class SourceRole(Role[Source]):
                 return
             except EmpError as error:
                 log.warning("%s: cancel: %s", self.state.migration, error)
-                await self._unless_it_hangs(error)
             else:
-                self._mute_since_s = None
                 if info.status is StreamStatus.COMPLETED:
                     self.feed(StreamMoved(Stream.COMPLETED))
                     return
@@ -354,21 +345,6 @@ class SourceRole(Role[Source]):
                     self.feed(StreamMoved(Stream.BROKEN))
                     return
             await asyncio.sleep(0.005)
-
-    async def _unless_it_hangs(self, error: EmpError) -> None:
-        """End a hypervisor that has been mute for too long on the way back, with its guest paused.
-
-        QEMU 10.0 with several multifd channels may hang so for good (docs/design/0007). A guest that is paused for ever
-        helps nobody; the restart policy decides what follows.
-        """
-        if not isinstance(error, OutcomeUnknown):
-            self._mute_since_s = None
-            return
-        now_s = time.monotonic()
-        self._mute_since_s = self._mute_since_s or now_s
-        if self._guest_stands and now_s - self._mute_since_s > STUCK_S:
-            log.critical("%s: QEMU hangs for good, its guest paused: it is killed", self.state.migration)
-            await self.machine.kill()
 
     async def _run(self) -> None:
         """``cont``: OWN(e_s) is on disk, or the target has sworn that it never ran."""
@@ -378,7 +354,6 @@ class SourceRole(Role[Source]):
             return  # the GONE event follows
         except OutcomeUnknown as error:
             log.warning("%s: cont: %s", self.state.migration, error)
-            await self._unless_it_hangs(error)
         except EmpError as error:
             if not await self._guest_has_ended():
                 self.feed(events.RunRefused(str(error)))
@@ -399,7 +374,6 @@ class SourceRole(Role[Source]):
             async with asyncio.timeout(_RESUME_S):
                 while True:
                     state = await self.machine.run_state()
-                    self._mute_since_s = None
                     if state is RunState.RUNNING:
                         self.feed(events.GuestRuns())
                         return
@@ -417,7 +391,6 @@ class SourceRole(Role[Source]):
         except MachineGone:
             pass  # the GONE event follows
         except EmpError as error:
-            await self._unless_it_hangs(error)
             self.feed(events.RunRefused(str(error)))
 
     async def _kill(self) -> None:

@@ -22,6 +22,7 @@ from emp.migration import events
 from emp.migration.events import Action, Ordered, Stream, StreamMoved
 from emp.migration.states import Target, TargetPhase
 from emp.migration.target import step
+from emp.migration.way_back import VOLUME_UNREAD
 from emp.model.errors import Conflict, EmpError, OutcomeUnknown
 from emp.model.orders import Prepared
 from emp.model.orders import Role as RoleName
@@ -112,9 +113,9 @@ class TargetRole(Role[Target]):
     def _told(self, message: Message) -> None:
         """Only the source's brownout asks, and only then is there anything to be healthy."""
         if message.get("type") == "health" and self.state.phase is TargetPhase.PREPARED and self.assembly is not None:
-            self.spawn(self._peer.send(self._looked_after(self.assembly).asked()))
+            self.spawn(self._peer.send(self._health_of(self.assembly).asked()))
 
-    def _looked_after(self, assembly: Assembly) -> Health:
+    def _health_of(self, assembly: Assembly) -> Health:
         if self._health is None:
             points = ((grant.volume.id, grant.attachment.endpoint) for grant in self.entry.volumes)
             probes = {volume: self._probe(point) for volume, point in points if self._probe and point}
@@ -137,16 +138,15 @@ class TargetRole(Role[Target]):
     async def _hear(self, assembly: Assembly, event: MachineEvent) -> None:
         match event.kind:
             case MachineEventKind.STREAM if event.stream is StreamStatus.COMPLETED:
-                silent = asyncio.create_task(self._looked_after(assembly).silent_volumes(), name="last look at volumes")
-                try:
-                    # Loaded counts only with the guest paused: in ``inmigrate`` a ``cont`` would arm a start.
-                    while await assembly.machine.run_state() is RunState.INMIGRATE:  # noqa: ASYNC110
-                        await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
-                    missing = await silent
-                finally:
-                    silent.cancel()
-                reason = f"no answer here from volume {', '.join(missing)}" if missing else None
-                self.feed(StreamMoved(Stream.BROKEN if missing else Stream.COMPLETED, reason))
+                health = self._health_of(assembly)
+                since_s = health.look_at_volumes()
+                # Loaded counts only with the guest paused: in ``inmigrate`` a ``cont`` would arm a start.
+                while await assembly.machine.run_state() is RunState.INMIGRATE:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
+                if unread := await health.unread_volumes(since_s):
+                    self.feed(StreamMoved(Stream.BROKEN, f"{VOLUME_UNREAD} {', '.join(unread)}"))
+                else:
+                    self.feed(StreamMoved(Stream.COMPLETED))
             case MachineEventKind.STREAM if event.stream and event.stream.ended_badly:
                 reason = None
                 with contextlib.suppress(EmpError):
@@ -206,7 +206,7 @@ class TargetRole(Role[Target]):
         except EmpError as error:
             self.feed(events.MachineFailed(str(error)))
             return
-        self._looked_after(assembly).look_at_volumes()
+        self._health_of(assembly).look_at_volumes()
         process = assembly.machine.process
         self.feed(events.MachineReady(process.pid, process.start_ticks))
 

@@ -17,7 +17,7 @@ from emp.hypervisor.base import StreamInfo, StreamStatus
 from emp.migration import watch
 from emp.migration.events import AbortAsked, Event, LinkLost, Stream, StreamMoved, TargetFailed, Timer, TimerFired
 from emp.migration.watch import Check, Sample
-from emp.migration.way_back import TARGET_GONE
+from emp.migration.way_back import TARGET_GONE, VOLUME_UNREAD
 from emp.model.base import Model
 from emp.model.migration import Policy, WatchLine
 
@@ -109,7 +109,8 @@ class Watchdog:
             case LinkLost():
                 self._blame(Check.AGENT, "connection lost")
             case TargetFailed(reason):
-                self._blame(Check.QEMU if reason == TARGET_GONE else Check.STREAM, reason)
+                unread = reason.startswith(VOLUME_UNREAD)
+                self._blame(Check.VOLUMES if unread else Check.QEMU if reason == TARGET_GONE else Check.STREAM, reason)
             case StreamMoved(Stream.BROKEN, reason):
                 self._blame(Check.STREAM, reason or "broke")
             case TimerFired(Timer.DEADLINE):

@@ -126,7 +126,8 @@ class Steps:
             update: dict[str, object] = {"owner": owner, "epoch": epoch}
             if lost:
                 update |= {"state": EvmState.CRASHED, "reason": lost}
-            elif role is Role.TARGET or evm.state not in ENDED:  # what has ended on the source meanwhile stays ended
+            elif evm.state not in ENDED or (role is Role.TARGET and (evm.owner, evm.epoch) != (owner, epoch)):
+                # What its owner has said to have ended meanwhile stays ended.
                 update |= {"state": EvmState.MIGRATING, "reason": None}
             return evm.model_copy(update=update)
 

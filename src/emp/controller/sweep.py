@@ -57,17 +57,19 @@ class Sweep:
         match order:
             case AbortOrder():
                 told = await agent.abort(role.migration, order)
-                if migration is not None and told.phase is RolePhase.GIVEN:
+                if migration and migration.outcome is Outcome.ABORTED and told.phase is RolePhase.GIVEN:
                     await self._carry_withdrawal(agent, migration)
             case AnswerOrder():
                 await agent.answer(role.migration, order)
 
     async def _carry_withdrawal(self, source: AgentClient, migration: Migration) -> None:
         """A source behind its commit goes back only by the target's own word, which it has not been able to hear."""
-        target = self._nodes.need_trusted(migration.target)
+        target = self._nodes.find(migration.target)
+        if target is None or not target.ready or trust.doubt(target) is not None:
+            return  # the source reports again
         word = await self._agents.of(target).abort(migration.id, AbortOrder(reason=OVER))
-        if word.phase is RolePhase.WITHDRAWN:
-            await source.answer(migration.id, AnswerOrder(word=word.phase.value, nonce=migration.nonce or ""))
+        if word.phase is RolePhase.WITHDRAWN and word.nonce:
+            await source.answer(migration.id, AnswerOrder(word=word.phase.value, nonce=word.nonce))
 
     def _runs_elsewhere(self, node: Node, role: OpenRole) -> bool:
         """Whether another node attests the EVM under an epoch that this role's came before."""

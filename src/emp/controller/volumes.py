@@ -19,7 +19,7 @@ from emp.volumes.base import VolumeDriver
 
 log = logging.getLogger(__name__)
 
-MOVED_TYPES = tuple(kind for kind in VolumeType if kind.multi_attach)
+MIGRATABLE_TYPES = tuple(kind for kind in VolumeType if kind.multi_attach)
 """A volume that one node alone can have would keep its EVM where it is."""
 SMALLEST_BYTES = 1 << 20
 SECTOR_BYTES = 4096
@@ -47,8 +47,8 @@ def parse_wishes(texts: Sequence[str]) -> tuple[VolumeWish, ...]:
                 raise BadInput(f"{text} is named twice", field=field, hint="name each volume once")
             wishes.append(VolumeWish(id=text))
             continue
-        if kind not in MOVED_TYPES:
-            hint = f"{', '.join(f'{t}:SIZE' for t in MOVED_TYPES)}, or the id of a volume"
+        if kind not in MIGRATABLE_TYPES:
+            hint = f"{', '.join(f'{t}:SIZE' for t in MIGRATABLE_TYPES)}, or the id of a volume"
             raise BadInput(f"{kind[:40]!r} is not a volume type", field=field, hint=hint)
         size_bytes = check_size(parse_size(size, field=field), field=field)
         wishes.append(VolumeWish(type=VolumeType(kind), size_bytes=size_bytes))
@@ -71,8 +71,8 @@ class Volumes:
             await self._note(volume)
 
     async def create(self, type: VolumeType, size_bytes: int, *, evm: str | None = None) -> Volume:  # noqa: A002
-        if type not in MOVED_TYPES:
-            hint = f"one of {', '.join(MOVED_TYPES)}"
+        if type not in MIGRATABLE_TYPES:
+            hint = f"one of {', '.join(MIGRATABLE_TYPES)}"
             raise BadInput(f"an EVM with a volume of the type {type} could not be moved", field="type", hint=hint)
         made = await self._driver.create(type=type, size_bytes=size_bytes)
         volume = made.model_copy(update={"evm": evm})

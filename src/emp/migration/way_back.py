@@ -59,6 +59,8 @@ from emp.migration.states import Source, SourcePhase, Target, TargetPhase
 
 LINK_LOST = "the connection to the target's agent was lost"
 SOURCE_GONE = "the EVM's process on the source ended"
+VOLUME_UNREAD = "the target cannot read"
+"""begins the reason of a target that has everything and does not reach a volume"""
 TARGET_GONE = "the EVM's process on the target ended"
 SOURCE_WENT_BACK = "the source went back"
 RETIRED = "the EVM was retired here"

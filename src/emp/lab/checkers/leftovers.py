@@ -18,9 +18,10 @@ from emp.lab import daemons, places, scan
 from emp.lab.state import LabFiles
 from emp.lab.topology import Place
 
-SPARE_DESCRIPTORS = 11
-"""five that an agent has for an EVM that came to it, and a daemon's connections come and go: idle ones to its peers, a
-watch that is being renewed"""
+SPARE_DESCRIPTORS = 6
+"""a daemon's connections come and go: idle ones to its peers, a watch that is being renewed"""
+EVM_DESCRIPTORS = 5
+"""an agent's, for the EVM that has come to it"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Stock:
         leaks = [
             f"{daemon} has {number} descriptors, {number - before.descriptors[daemon]} more than before"
             for daemon, number in self.descriptors.items()
-            if number > before.descriptors.get(daemon, number) + SPARE_DESCRIPTORS
+            if number > before.descriptors.get(daemon, number) + _spare(daemon)
         ]
         return more + less + leaks
 
@@ -87,3 +88,7 @@ def _what(argv: tuple[str, ...]) -> str:
     if "--export-name" in argv:
         return f"{program} of {argv[argv.index('--export-name') + 1].split('.')[0]}"
     return program
+
+
+def _spare(daemon: str) -> int:
+    return SPARE_DESCRIPTORS + (EVM_DESCRIPTORS if daemon.startswith("agent ") else 0)

@@ -34,7 +34,7 @@ def tenures(
     hits: Mapping[str, Iterable[Hit]],
     *,
     since_s: float = -math.inf,
-    fenced: Iterable[tuple[float, str]] = (),
+    fenced: Sequence[tuple[float, str]] = (),
 ) -> list[Tenure]:
     """Return who owned the EVM from ``since_s`` on, when ``first`` did; ``hits``: node -> what its agent reached.
 
@@ -42,6 +42,7 @@ def tenures(
     """
     reached = [(hit.at_s, node, hit.point) for node, all_of_it in hits.items() for hit in all_of_it]
     reached += [(at_s, node, _FENCED) for at_s, node in fenced]
+    off = {node for _, node in fenced}
     found = [Tenure(first, since_s)]
     for at_s, node, point in sorted(moment for moment in reached if moment[0] >= since_s):
         if point in _BEGINS and not (found[-1].node == node and found[-1].until_s == math.inf):
@@ -49,7 +50,8 @@ def tenures(
         elif point in (*_ENDS, _FENCED) and found[-1].node == node and found[-1].until_s == math.inf:
             found[-1] = Tenure(node, found[-1].since_s, at_s)
         elif point == _GOES_BACK and found[-1].until_s < math.inf:
-            found += [Tenure(earlier.node, at_s) for earlier in found[::-1] if earlier.node != node][:1]
+            others = [earlier.node for earlier in found[::-1] if earlier.node != node]
+            found += [Tenure(other, at_s) for other in others[:1] if other not in off]
     return found
 
 
