@@ -104,8 +104,8 @@ async def _depend(dependency: Depends, connection: Any) -> Any:
 async def events_of(response: Any) -> AsyncGenerator[str]:
     """Yield the data of each server-sent event of a streaming answer."""
     async for chunk in response.body_iterator:
-        if not chunk.startswith(":"):
-            yield chunk.partition("data: ")[2].strip()
+        if not chunk.startswith(b":"):
+            yield chunk.decode().partition("data: ")[2].strip()
 
 
 def as_client_sees(error: Exception) -> EmpError:

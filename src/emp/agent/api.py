@@ -8,8 +8,8 @@ The local one is for root on the node, whose socket's mode guards it: it works w
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -39,6 +39,7 @@ from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
 from emp.wire.identity import Role
 from emp.wire.points import route_class
+from emp.wire.sse import frame, kept_alive
 
 
 def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
@@ -114,7 +115,7 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
     @app.get("/v1/migrations/{migration}/watch", dependencies=adopted)
     async def watch(migration: str) -> StreamingResponse:
         migrations.status(migration)  # unknown here: a 404 instead of a stream
-        return StreamingResponse(_sse(migrations.watch(migration)), media_type="text/event-stream")
+        return StreamingResponse(watched(migrations.watch(migration)), media_type="text/event-stream")
 
     return app
 
@@ -134,25 +135,15 @@ def make_local_app(migrations: Migrations, gate: Gate, report: Callable[[], Node
     return app
 
 
-async def _sse(snapshots: AsyncIterator[RoleStatus]) -> AsyncIterator[str]:
-    """Each snapshot as an event; a comment where there is none for a while, so that a node that is off is found out."""
-    coming: asyncio.Future[RoleStatus] | None = None
-    try:
-        while True:
-            coming = coming or asyncio.ensure_future(anext(snapshots))
-            await asyncio.wait({coming}, timeout=WATCH_ALIVE_S)
-            if not coming.done():
-                yield ": alive\n\n"
-                continue
-            try:
-                snapshot = coming.result()
-            except StopAsyncIteration:
-                return
-            coming = None
-            yield f"event: status\ndata: {snapshot.model_dump_json()}\n\n"
-    finally:
-        if coming is not None and coming.cancel():
-            await asyncio.wait({coming})
+def watched(snapshots: AsyncGenerator[RoleStatus]) -> AsyncGenerator[bytes]:
+    """Each snapshot as an event; never silent for long, so that a node that is off is found out."""
+    return kept_alive(_frames(snapshots), every_s=WATCH_ALIVE_S)
+
+
+async def _frames(snapshots: AsyncGenerator[RoleStatus]) -> AsyncGenerator[bytes]:
+    async with contextlib.aclosing(snapshots):
+        async for snapshot in snapshots:
+            yield frame(snapshot.model_dump_json(), event="status")
 
 
 def _metrics(report: NodeReport) -> bytes:

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import logging
 import secrets
-import shutil
 import signal
 from dataclasses import dataclass
 
@@ -79,14 +78,13 @@ class Parts:
 
 def _open_journal(config: AgentConfig) -> tuple[Journal, str | None]:
     """Return the journal, and why it cannot be trusted: then nothing is touched, and a person is told."""
-    path, instead = config.state_dir / "journal", config.run_dir / "quarantine"
+    path, instead = config.state_dir / "journal", config.run_dir / "quarantine" / "journal"
     try:
         journal = Journal.open(path, seen=config.run_dir / "journal-seen")
     except JournalUntrusted as error:
         log.critical("%s: %s", path, error)
-        return Journal.open(instead / "journal"), str(error)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(instead)  # of an agent that did not trust its journal
+        return Journal.open(instead), str(error)
+    instead.unlink(missing_ok=True)  # of an agent that did not trust its journal
     return journal, None
 
 

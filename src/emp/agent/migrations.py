@@ -6,9 +6,10 @@ A role stays here after its end, so that late questions get its last word; after
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from emp.agent.assembly import Assembly
 from emp.agent.claims import Claims
@@ -286,10 +287,11 @@ class Migrations:
             if not role.phase.final
         )
 
-    async def watch(self, migration: str) -> AsyncIterator[RoleStatus]:
+    async def watch(self, migration: str) -> AsyncGenerator[RoleStatus]:
         if role := self._roles.get(migration):
-            async for status in role.watch():
-                yield status
+            async with contextlib.aclosing(role.watch()) as statuses:
+                async for status in statuses:
+                    yield status
         else:
             yield self.status(migration)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from emp import faults
@@ -195,7 +195,7 @@ class Role(Generic[State]):
     def measured(self, **figures: float | int | None) -> None:
         self.figures = self.figures.model_copy(update=figures)
 
-    async def watch(self) -> AsyncIterator[RoleStatus]:
+    async def watch(self) -> AsyncGenerator[RoleStatus]:
         """Yield a snapshot now and after each change; ends with the final one."""
         while True:
             seen = self.changed.version

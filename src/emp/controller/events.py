@@ -1,66 +1,26 @@
-"""Server-sent events: frames, keep-alive comments, and an error that comes too late for an HTTP status.
-
-Format: HTML Living Standard, section 9.2 (server-sent events).
-"""
+"""The controller's streams of server-sent events: migrations, and the records that people may watch."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi.responses import StreamingResponse
 
 from emp.controller.book import PUBLIC, Book
 from emp.controller.hub import Snapshot
 from emp.model.api import WatchEvent
-from emp.model.errors import BadInput, EmpError
+from emp.model.errors import BadInput
 from emp.store.base import Event, EventKind
+from emp.wire.sse import frame, kept_alive
 
 KEEP_ALIVE_S = 15.0
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-def frame(data: str, *, id: int | None = None, event: str | None = None) -> bytes:  # noqa: A002
-    """Return one event; ``data`` is JSON on one line."""
-    lines = ([f"id: {id}"] if id is not None else []) + ([f"event: {event}"] if event else [])
-    return "\n".join((*lines, f"data: {data}", "", "")).encode()
-
-
 def event_stream(frames: AsyncGenerator[bytes]) -> StreamingResponse:
     """Return ``frames`` as an answer, with a comment where nothing happens for a while."""
-    return StreamingResponse(_kept_alive(frames), media_type="text/event-stream", headers=HEADERS)
-
-
-async def _kept_alive(frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    coming: asyncio.Task[bytes] | None = None
-    yield b": connected\n\n"  # the headers go out now, not with the first event
-    try:
-        while True:
-            coming = coming or asyncio.create_task(_next(frames), name="next event")
-            done, _ = await asyncio.wait([coming], timeout=KEEP_ALIVE_S)
-            if not done:
-                yield b": keep-alive\n\n"
-                continue
-            try:
-                data = coming.result()
-            except StopAsyncIteration:
-                return
-            except EmpError as error:
-                yield frame(json.dumps(error.as_dict()), event="error")
-                return
-            finally:
-                coming = None
-            yield data
-    finally:
-        if coming is not None:
-            coming.cancel()
-            await asyncio.wait([coming])
-        await frames.aclose()
-
-
-async def _next(frames: AsyncIterator[bytes]) -> bytes:
-    return await anext(frames)
+    return StreamingResponse(kept_alive(frames, every_s=KEEP_ALIVE_S), media_type="text/event-stream", headers=HEADERS)
 
 
 async def migration_frames(snapshots: AsyncGenerator[Snapshot]) -> AsyncGenerator[bytes]:
