@@ -208,8 +208,7 @@ class Residents:
                 resident.state, resident.reason = EvmState.PANICKED, PANICKED
             case _:
                 resident.state, resident.reason = EvmState.PAUSED, f"the machine is {state}"
-                if state is RunState.IO_ERROR:
-                    self._chore(self._after_io_error(resident), f"storage of {resident.name}")
+                self._let_run(resident)
 
     def note(self, entry: Entry, state: EvmState, reason: str | None) -> Resident:
         """An EVM whose machine is not there any more, but whose authority or end is."""
@@ -256,11 +255,12 @@ class Residents:
                 resident.state, resident.reason = EvmState.PANICKED, PANICKED
             case MachineEventKind.IO_ERROR:
                 resident.state, resident.reason = EvmState.PAUSED, f"storage error: {event.detail}"
-                self._chore(self._after_io_error(resident), f"storage of {resident.name}")
+                self._let_run(resident)
             case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:
                 resident.state = EvmState.PAUSED
                 if resident.role is not None and not resident.role.phase.final:
                     return  # the blackout: the migration tells
+                self._let_run(resident)
             case MachineEventKind.RESUMED:
                 resident.state, resident.reason = EvmState.RUNNING, None
             case MachineEventKind.GONE:
@@ -282,24 +282,39 @@ class Residents:
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
 
-    async def _after_io_error(self, resident: Resident) -> None:
-        """QEMU has paused the guest instead of failing its I/O: ``cont`` tries it again, until it goes through."""
+    def _let_run(self, resident: Resident) -> None:
+        self._chore(self._until_it_runs(resident), f"pause of {resident.name}")
+
+    async def _until_it_runs(self, resident: Resident) -> None:
+        """Nobody pauses a guest on purpose: QEMU does instead of failing its I/O, and ``cont`` tries that again.
+
+        It does not always say that it was for that: a volume that fails in the very moment of a migration's end leaves
+        a guest that was stopped, and no event of a storage error.
+        """
         while True:
             await asyncio.sleep(_IO_RETRY_S)  # and look then: right after ``cont`` the guest seems to run in any case
             if self._residents.get(resident.name) is not resident or resident.state is not EvmState.PAUSED:
                 return
             async with resident.lock:
                 try:
-                    await self._cont_after_io_error(resident)
+                    await self._cont(resident)
                 except EmpError as error:
-                    log.info("%s: after its storage error: %s", resident.name, error)
+                    log.info("%s: it is paused, and does not run again: %s", resident.name, error)
 
-    async def _cont_after_io_error(self, resident: Resident) -> None:
+    async def _cont(self, resident: Resident) -> None:
         assembly, last = resident.assembly, self.journal.last(resident.name)
         if assembly is None or last is None or last.kind not in RUNNABLE:
             return  # its machine is gone, or a migration has it (rule R1)
-        if await assembly.machine.run_state() is RunState.IO_ERROR:
-            await assembly.machine.cont()
+        if resident.role is not None and not resident.role.phase.final:
+            return
+        match await assembly.machine.run_state():
+            case RunState.IO_ERROR | RunState.PAUSED:
+                await assembly.machine.cont()
+            case RunState.FINISH_MIGRATE:  # it failed in pre-switchover: QEMU must be let go of
+                await assembly.machine.cancel_stream()
+            case RunState.RUNNING:  # its event has been missed
+                resident.state, resident.reason = EvmState.RUNNING, None
+                self.changed.notify()
 
     async def _after_shutdown(self, resident: Resident) -> None:
         if resident.role is not None:
