@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from emp.migration.supervisor import (
+    FORGOTTEN,
     Abort,
     AbortAsked,
     Action,
@@ -241,3 +242,8 @@ def test_given_up_is_lost_in_every_phase_and_nothing_follows(happened: tuple[Eve
     state, done = play(GivenUp("a cold restart"), GIVEN, Says(T, RolePhase.RUNNING), CourierDue(), state=state)
     assert done == [Close(Outcome.LOST, "a cold restart")]
     assert state.phase is Phase.CLOSED
+
+
+def test_a_source_whose_journal_alone_knows_that_it_went_back_gives_a_cause_all_the_same() -> None:
+    _, done = play(*HANDED, Says(S, RolePhase.ABORTED), Says(T, RolePhase.WITHDRAWN), Detached())
+    assert done[-1] == Close(Outcome.ABORTED, FORGOTTEN)

@@ -22,6 +22,9 @@ from enum import StrEnum
 from emp.model.migration import Outcome
 from emp.model.orders import Role, RolePhase
 
+FORGOTTEN = "the source went back; its agent was restarted since, and its log says why"
+"""where a journal alone attests OWN(e_s)"""
+
 
 class Phase(StrEnum):
     ATTACHING = "attaching"
@@ -353,7 +356,7 @@ def _stays_on_source(state: Supervisor, phase: RolePhase, cause: str | None) -> 
     if state.phase is Phase.DETACHING or state.back:
         return state, ()
     outcome = Outcome.LOST if phase is RolePhase.LOST else Outcome.ABORTED
-    back = replace(state, outcome=outcome, cause=cause or state.cause, back=True)
+    back = replace(state, outcome=outcome, cause=cause or state.cause or FORGOTTEN, back=True)
     settling, actions = _settle(back, source_is_back=True)
     return settling, (RecordOwner(Role.SOURCE), *actions)
 
