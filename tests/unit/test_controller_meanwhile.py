@@ -164,6 +164,29 @@ async def test_a_source_behind_its_commit_is_told_that_the_target_has_withdrawn(
     assert answer == ("withdrawn", begun["nonce"] or "p1")
 
 
+async def test_the_last_word_of_a_node_in_doubt_is_taken_once_it_is_believed(pool: Pool) -> None:
+    await pool.create("web", node="n1")
+    source = pool.agents["n1"]
+    script = source.script = Script.free()
+    script.clearing.clear()
+    source.journal_id, source.journal_seq = "j", 9
+    await source.beat()
+    begun = await migrate(pool, target="n2")
+    await pool.until(f"/v1/migrations/{begun['id']}", lambda m: m["stage"] == "target-brownout")
+    source.boot_id, source.journal_seq = "again", 8  # an older disk
+    await source.beat()
+    assert source.quarantine is not None
+    script.clearing.set()
+    part = source.parts[begun["id"]]
+    async with asyncio.timeout(30), part.changed:
+        await part.changed.wait_for(lambda: part.status.phase is RolePhase.DONE)
+    await asyncio.sleep(2 * supervise.REWATCH_S)  # in which its word is heard, and not taken
+    source.journal_seq = 10
+    await source.beat()
+    await pool.post("/v1/nodes/n1/readmit", {"confirm": True})
+    assert (await closed(pool, begun))["outcome"] == "completed"
+
+
 @pytest.mark.parametrize(
     ("outcome", "role", "runs_elsewhere", "told"),
     [

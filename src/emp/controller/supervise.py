@@ -282,7 +282,7 @@ class Supervision:
                 async with contextlib.aclosing(self._steps.agent(role).watch(self.id)) as statuses:
                     async for status in statuses:
                         self._hear(status)
-                        if status.phase.final:
+                        if status.phase.final and not self._is_doubted(role):  # else its last word is yet to be taken
                             return
             except NotFound:
                 self._hear_nothing(role)
