@@ -28,7 +28,6 @@ from emp.model.orders import RetireOrder, StartOrder, StopOrder
 
 log = logging.getLogger(__name__)
 
-_IO_RETRY_S = 1.0
 _AGAIN_S = 1.0
 PRESS_AGAIN_S = 2.0
 PANICKED = "the guest's kernel panicked"
@@ -292,7 +291,7 @@ class Residents:
         a guest that was stopped, and no event of a storage error.
         """
         while True:
-            await asyncio.sleep(_IO_RETRY_S)  # and look then: right after ``cont`` the guest seems to run in any case
+            await asyncio.sleep(_AGAIN_S)  # and look then: right after ``cont`` the guest seems to run in any case
             if self._residents.get(resident.name) is not resident or resident.state is not EvmState.PAUSED:
                 return
             async with resident.lock:
