@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -46,19 +45,6 @@ def root_of(stage: Stage, place: str) -> Path:
     return Path(f"/proc/{places.init_of(stage.files, place).pid}/root")
 
 
-def tell_qemu(stage: Stage, node: str, command: str) -> None:
-    """Send a QMP command to the EVM's QEMU on a node, through the monitor that the guard has when there is one."""
-    with socket.socket(socket.AF_UNIX) as monitor, monitor.makefile("rw") as lines:
-        monitor.settimeout(5)
-        monitor.connect(str(root_of(stage, node) / "run/emp/evm" / stage.subject.name / "guard"))
-        lines.readline()
-        for line in ("qmp_capabilities", command):
-            lines.write(json.dumps({"execute": line}) + "\n")
-            lines.flush()
-            while "return" not in (answer := json.loads(lines.readline())):
-                assert "error" not in answer, answer
-
-
 @pytest.fixture
 def caught(fault_record: FaultRecord) -> Iterator[dict[str, bool]]:
     """checker -> whether it fired, written into the record of the run."""
@@ -86,7 +72,7 @@ def test_a_second_cont_and_a_frame_too_early(stage: Stage, caught: dict[str, boo
         until(lambda: any(seen.node == stage.target for seen in stage.frames.seen), "the frame is on the wire")
         stage.thaw("S")
         stage.wait_point("S", "source.write-record-done.before", "delay:1500")
-        tell_qemu(stage, stage.source, "cont")
+        stage.subject.tell_qemu(stage.source, "cont")
         stage.wait_point("S", "qmp-resume")
         until(stage.vcpus.violations, "the scheduler's account shows it")
         until(lambda: not stage.settled(), "the pool is whole")

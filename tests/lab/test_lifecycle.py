@@ -4,13 +4,11 @@ migration."""
 from __future__ import annotations
 
 import json
-import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from emp.lab import places
 from emp.lab.guest_control import Guest
 from emp.lab.state import LabFiles
 from emp.model.errors import Conflict
@@ -50,18 +48,7 @@ def test_a_guest_that_is_asked_to_shut_down_while_it_boots_does(pool: Pool) -> N
 
 def test_a_guest_that_nobody_paused_on_purpose_runs_again(pool: Pool) -> None:
     with subject(pool, node="n1") as evm:
-        init = places.init_of(pool.files, "n1")
-        with socket.socket(socket.AF_UNIX) as monitor:
-            monitor.connect(f"/proc/{init.pid}/root/run/emp/evm/{evm.name}/guard")
-            lines = monitor.makefile()
-            for command in ("qmp_capabilities", "stop"):
-                monitor.sendall(json.dumps({"execute": command}).encode() + b"\n")
-            said = ""
-            for event in ("STOP", "RESUME"):
-                while f'"event": "{event}"' not in said:
-                    said = lines.readline()
-                    assert said, f"no {event}"
-            lines.close()
+        evm.tell_qemu("n1", "stop")
         evm.wait(EvmState.RUNNING)
         evm.guest().ask("status")
 
