@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -39,10 +38,6 @@ def stage(stages: Stages) -> Iterator[Stage]:
     yield stage
     stage.heal()
     stage.drop_evm()
-
-
-def root_of(stage: Stage, place: str) -> Path:
-    return Path(f"/proc/{places.init_of(stage.files, place).pid}/root")
 
 
 @pytest.fixture
