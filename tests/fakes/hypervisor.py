@@ -224,7 +224,7 @@ class FakeHypervisor:
             await self.fabric.breath(*LAUNCH_S)
             for device in plan.volumes:
                 if not self.fabric.served(self.node, device):
-                    raise HypervisorError(f"blockdev {device.endpoint.export}: Connection refused")
+                    raise HypervisorError(f"blockdev {device.volume}: Connection refused")
             machine = FakeMachine(self, FakeQemu(self.fabric, self.node, plan))
         finally:
             self._launching.discard(name)

@@ -319,7 +319,7 @@ def volume_server(nodes: Bench) -> Iterator[BlockDevice]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     endpoint = NbdEndpoint(host=LOOPBACK, port=port, export="vol-1", tls_hostname="controller-volumes")
-    yield BlockDevice(volume="vol-1", serial="vol-1", size_bytes=16 << 20, endpoint=endpoint)
+    yield BlockDevice(volume="vol-1", serial="vol-1", size_bytes=16 << 20, source=endpoint)
     server.kill()
     server.wait()
 
@@ -356,7 +356,8 @@ class TestVolumes:
         if wrong == "size_bytes":
             device = replace(volume_server, size_bytes=32 << 20)
         else:
-            device = replace(volume_server, endpoint=volume_server.endpoint.model_copy(update={wrong: "other"}))
+            assert isinstance(volume_server.source, NbdEndpoint)
+            device = replace(volume_server, source=volume_server.source.model_copy(update={wrong: "other"}))
         spec = await nodes.spec(volumes=("vol-1",))
         with pytest.raises(HypervisorError) as error:
             await nodes.left.hypervisor.launch(replace(nodes.plan(spec), volumes=(device,)))

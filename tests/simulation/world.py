@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from emp.hypervisor.base import BlockDevice, StreamStatus
 from emp.migration.records import RecordKind
+from emp.model.volume import NbdEndpoint
 from tests.fakes.fabric import Fabric
 from tests.fakes.qemu import FakeQemu
 from tests.simulation.daemons import AgentDaemon, ControllerDaemon, Daemon, SimAgents, VolumesDaemon
@@ -213,7 +214,8 @@ class SimFabric(Fabric):
         return self.bandwidth_bytes_per_s * self.world.slow
 
     def served(self, node: str, device: BlockDevice) -> bool:
-        return device.endpoint.export in self.world.exports and self.world.net.reaches(node, "vol")
+        served = isinstance(device.source, NbdEndpoint) and device.source.export in self.world.exports
+        return served and self.world.net.reaches(node, "vol")
 
     async def lag(self) -> None:
         await self.breath(0.0001, 0.002)

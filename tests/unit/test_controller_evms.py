@@ -46,6 +46,7 @@ async def test_create_boots_the_evm_under_a_fresh_epoch(pool: Pool) -> None:
     assert (order.spec.machine, order.spec.cpu_model) == ("pc-i440fx-10.0", "Westmere-v1")
     assert order.spec.image_digest == "sha256:aaaa"
     (grant,) = order.volumes
+    assert grant.attachment is not None
     assert (grant.attachment.node, grant.attachment.epoch) == ("n1", evm["epoch"])
     assert order.spec.volumes == (grant.volume.id,)
     assert (await pool.get(f"/v1/volumes/{grant.volume.id}"))["evm"] == "web"

@@ -39,7 +39,7 @@ SPEC = EvmSpec(
 
 def device(name: str, host: str) -> BlockDevice:
     endpoint = NbdEndpoint(host=host, port=10809, export=f"{name}@7", tls_hostname="volumes")
-    return BlockDevice(volume=name, serial=f"{name}-serial", size_bytes=1 << 30, endpoint=endpoint)
+    return BlockDevice(volume=name, serial=f"{name}-serial", size_bytes=1 << 30, source=endpoint)
 
 
 PLAN = LaunchPlan(
@@ -156,7 +156,9 @@ def test_the_kernel_command_line_is_one_word_whatever_is_in_it(text: str) -> Non
 
 @given(st.text(st.characters(codec="utf-8"), max_size=40))
 def test_what_a_volume_is_called_elsewhere_stays_inside_its_json(text: str) -> None:
-    volume = replace(PLAN.volumes[0], endpoint=PLAN.volumes[0].endpoint.model_copy(update={"export": text}))
+    endpoint = PLAN.volumes[0].source
+    assert isinstance(endpoint, NbdEndpoint)
+    volume = replace(PLAN.volumes[0], source=endpoint.model_copy(update={"export": text}))
     words = argv(replace(PLAN, volumes=(volume, PLAN.volumes[1])))
     assert len(words) == len(argv(PLAN))
     nbd = next(json.loads(word) for word in words if '"export0"' in word)

@@ -118,7 +118,7 @@ class Assembler:
 
 
 def _block_device(grant: VolumeGrant) -> BlockDevice:
-    volume, endpoint = grant.volume, grant.attachment.endpoint
+    volume, endpoint = grant.volume, grant.endpoint
     if endpoint is None:
         raise MissingDependency(
             f"{volume.id} is a device of this node, and this agent opens endpoints only",

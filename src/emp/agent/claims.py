@@ -27,6 +27,8 @@ class Claims:
     def begin(self, grants: Iterable[VolumeGrant], *, epoch: int) -> None:
         """Claim every volume of ``grants`` for this node; return at once."""
         for grant in grants:
+            if grant.attachment is None:  # it is the source's yet
+                continue
             claiming = self._claim(grant.attachment, epoch)
             task = asyncio.create_task(claiming, name=f"claim {grant.volume.id} under {epoch}")
             self._tasks.add(task)

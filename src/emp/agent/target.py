@@ -117,7 +117,7 @@ class TargetRole(Role[Target]):
 
     def _health_of(self, assembly: Assembly) -> Health:
         if self._health is None:
-            points = ((grant.volume.id, grant.attachment.endpoint) for grant in self.entry.volumes)
+            points = ((grant.volume.id, grant.endpoint) for grant in self.entry.volumes)
             probes = {volume: self._probe(point) for volume, point in points if self._probe and point}
             self._health = Health(assembly, self._assembler.network, probes)
         return self._health

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from emp.model.errors import HypervisorError
 from emp.model.evm import EvmSpec
-from emp.model.volume import NbdEndpoint
+from emp.model.volume import HostDevice, NbdEndpoint
 
 
 class MachineGone(HypervisorError):
@@ -33,13 +33,26 @@ class ProcessId:
 
 
 @dataclass(frozen=True)
+class RelaySocket:
+    """Where this node's own relay serves a volume that is still attached elsewhere: plain NBD, the default export.
+
+    The directory holds the sockets of one machine alone; whoever has a descriptor of it may connect.
+    """
+
+    path: Path
+
+
+BlockSource = NbdEndpoint | HostDevice | RelaySocket
+
+
+@dataclass(frozen=True)
 class BlockDevice:
     """A volume as this node opens it; the guest sees ``serial`` at its disk."""
 
     volume: str
     serial: str
     size_bytes: int
-    endpoint: NbdEndpoint
+    source: BlockSource
 
 
 @dataclass(frozen=True)

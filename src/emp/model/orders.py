@@ -24,15 +24,16 @@ refused with ``stale_epoch``.
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from emp.model.base import Model
 from emp.model.evm import EvmSpec
 from emp.model.migration import Policy, Progress, Stage, WatchLine
 from emp.model.names import Ip, Name
 from emp.model.node import NodeReport
-from emp.model.volume import Attachment, Volume
+from emp.model.volume import Attachment, NbdEndpoint, Volume
 
 PROTOCOL_VERSION = 1
 
@@ -41,10 +42,23 @@ WATCH_ALIVE_S = 2.0
 
 
 class VolumeGrant(Model):
-    """A volume as one node gets it."""
+    """A volume as one node gets it: attached to it, or relayed by the node that has it."""
 
     volume: Volume
-    attachment: Attachment
+    attachment: Attachment | None = None
+    relay: NbdEndpoint | None = None
+    """where the source of a migration serves a volume that one node alone can have, until it can be moved"""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.attachment is None) == (self.relay is None):
+            raise ValueError("a volume is either attached or relayed")
+        return self
+
+    @property
+    def endpoint(self) -> NbdEndpoint | None:
+        """Where the node reaches it; None: it is a device of the node itself."""
+        return self.relay or (self.attachment.endpoint if self.attachment else None)
 
 
 class StartOrder(Model):

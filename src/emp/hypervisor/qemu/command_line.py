@@ -22,6 +22,7 @@ from emp.hypervisor.base import BlockDevice, LaunchPlan
 from emp.hypervisor.qemu.guest_config import FW_CFG_NAME
 from emp.model.errors import BadInput
 from emp.model.names import check_name
+from emp.model.volume import NbdEndpoint
 
 FIRST_NIC_SLOT, MAX_NICS = 4, 4
 FIRST_VOLUME_SLOT, MAX_VOLUMES = 8, 24
@@ -161,14 +162,17 @@ def _memory(size_bytes: int) -> dict[str, Any]:
 
 def _volume(index: int, device: BlockDevice, *, queues: int) -> list[str]:
     """A volume. NBD has no image locks: that only the owner writes is for the volume service to enforce, by epoch."""
-    server = {"type": "inet", "host": device.endpoint.host, "port": str(device.endpoint.port)}
+    endpoint = device.source
+    if not isinstance(endpoint, NbdEndpoint):
+        raise BadInput(f"{device.volume} is no export", field="volumes", hint="an NBD export")
+    server = {"type": "inet", "host": endpoint.host, "port": str(endpoint.port)}
     nbd = {
         "driver": "nbd",
         "node-name": f"export{index}",
         "server": server,
-        "export": device.endpoint.export,
+        "export": endpoint.export,
         "tls-creds": "volumes",
-        "tls-hostname": device.endpoint.tls_hostname,
+        "tls-hostname": endpoint.tls_hostname,
         "reconnect-delay": NBD_RECONNECT_DELAY_S,
         "cache": {"direct": True, "no-flush": False},
     }
