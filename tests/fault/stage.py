@@ -46,6 +46,7 @@ REWRITTEN_BYTES = 4 << 20
 REWRITE_BYTES_PER_S = 16 << 20
 JOURNAL_HZ = 40
 VOLUME = "io2:64MiB"
+CRASHES = 3
 HEALED_S = 30.0
 """in which a healed pool must have one healthy EVM again"""
 WAIT_S = 40.0
@@ -92,6 +93,8 @@ class Stage:
         self.before: Before | None = None
         self.source = self.target = ""
         self.acked: dict[str, int] = {}
+        self.crashes = 0
+        """of this EVM: the controller waits ever longer before it starts one again that keeps crashing"""
         self.kept_frozen: set[str] = set()
         self.fenced: list[tuple[float, str]] = []
         """when which node was proved off"""
@@ -129,8 +132,9 @@ class Stage:
         return self.evm
 
     def ready(self) -> None:
-        """Have an EVM that works: made anew when there is none, or its volume is half full of records."""
-        if self.evm is not None and sum(self.acked.values()) > (VOLUME_RECORDS // 2):
+        """Have an EVM that works: made anew when there is none, it crashed often, or its volume is half full."""
+        is_full = sum(self.acked.values()) > (VOLUME_RECORDS // 2)
+        if self.evm is not None and (is_full or self.crashes >= CRASHES):
             self.drop_evm()
         if self.evm is None:
             self._make_evm()
@@ -158,6 +162,7 @@ class Stage:
             )
         self.evm = Subject(self.pool, self.client, made.spec)
         self.acked = {}
+        self.crashes = 0
 
     def drop_evm(self) -> None:
         """Delete the EVM, and wait until it is gone."""
@@ -381,6 +386,7 @@ class Stage:
         status = self.subject.guest().ask("status")
         owner = self.subject.record.owner
         if status["boot_id"] != self.before.boot_id:
+            self.crashes += 1
             return "K"
         if owner == self.target:
             return "C"

@@ -407,6 +407,18 @@ async def test_a_handed_over_listening_socket_is_served(certs: Path, probe: Prob
         assert answer.status_code == 200
 
 
+def test_a_connection_whose_peer_is_off_ends_by_itself() -> None:
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle_s, again_s, times = (
+                accepted.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+    assert idle_s + again_s * times < 30
+
+
 def test_what_is_no_listening_socket_is_not_adopted(tmp_path: Path) -> None:
     with (tmp_path / "file").open("w") as file, pytest.raises(BadInput, match="is not a socket"):
         adopt(file.fileno())

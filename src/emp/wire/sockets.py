@@ -10,6 +10,8 @@ from pathlib import Path
 from emp.model.errors import BadInput, Conflict
 
 BACKLOG = 256
+DEAD_PEER = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 3, socket.TCP_KEEPCNT: 3}
+"""s of silence, s between questions, questions without an answer (tcp(7)): a node that is off leaves no connection"""
 
 
 def listen(host: str, port: int, *, field: str = "listen") -> socket.socket:
@@ -58,11 +60,14 @@ def adopt(fd: int, *, field: str = "listen_fd") -> socket.socket:
 
 
 def _prompt(listening: socket.socket) -> socket.socket:
-    """Set TCP_NODELAY, which accepted connections inherit.
+    """Set TCP_NODELAY and keep-alive, which accepted connections inherit.
 
-    asyncio sets it only on sockets that name their protocol. Without it an answer's second segment waits for the
+    asyncio sets the first only on sockets that name their protocol. Without it an answer's second segment waits for the
     client's delayed acknowledgement: 40 ms.
     """
     if listening.family in (socket.AF_INET, socket.AF_INET6):
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in DEAD_PEER.items():
+            listening.setsockopt(socket.IPPROTO_TCP, option, value)
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening

@@ -35,6 +35,7 @@ def check(files: LabFiles, client: Client, evm: str) -> list[str]:
     claims = {node.name: mine.state for node in nodes for mine in node.report.evms if mine.name == evm}
     wrong += [] if claims == {owner: EvmState.RUNNING} else [f"{owner} owns it, and agents report {claims}"]
     wrong += [f"{node.name} is not ready" for node in nodes if not node.ready]
+    wrong += [f"{node.name} is still fenced" for node in nodes if node.fence]
     for volume in volumes:
         held = [(attachment.node, attachment.epoch) for attachment in volume.attachments]
         if [node for node, _ in held] != [owner]:
