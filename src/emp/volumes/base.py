@@ -7,6 +7,9 @@ everything older. A target's attachment is a candidate that changes nothing unti
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from emp.model.volume import Attachment, HostDevice, NbdEndpoint, Volume, VolumeType
@@ -78,3 +81,119 @@ class VolumeClaims(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+class RelayState(StrEnum):
+    CONNECTING = "connecting"
+    """it has not reached the volume yet; clients wait"""
+    RUNNING = "running"
+    HOLDING = "holding"
+    """it waits for what is outstanding, and takes nothing new"""
+    HELD = "held"
+    """nothing goes to the volume, and there is no connection to it"""
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """From a request's first sending to the volume until its answer; holding and sending again are included."""
+
+    count: int
+    mean_ms: float
+    max_ms: float
+
+
+@dataclass(frozen=True)
+class RelayStatus:
+    """How a relay is, and what it has done since its process began."""
+
+    state: RelayState
+    writes_open: bool
+    clients: int
+    outstanding: int
+    """requests that the volume has not answered"""
+    waiting: int
+    """requests that have not been sent to the volume"""
+    is_flushed: bool
+    """held, with nothing outstanding: every acknowledged write is on the volume, and it can be detached"""
+    held_since_s: float | None
+    """wall clock; None: not held"""
+    problem: str | None
+    """why the volume could not be reached, if that was the last that happened"""
+    port: int | None
+    """of the source's end"""
+    read_ops: int
+    read_bytes: int
+    write_ops: int
+    """of all kinds: writes, discards, zeroes"""
+    write_bytes: int
+    flushes: int
+    errors: int
+    """the volume's own, passed on"""
+    reconnects: int
+    """connections to the volume that were lost and made again, holds included"""
+    round_trip: RoundTrip
+
+
+class RelayDriver(Protocol):
+    """A node's relays, one process per volume: they outlive the agent, which adopts them again.
+
+    A relay is known by a name (a label as in ``emp.model.names``). The source's end *serves* a volume to another node;
+    writes wait there until ``open``. The target's end *dials* it, and serves QEMU on a unix socket. Neither ever
+    answers with an error of its own: what the volume does not answer waits. The same order again gives the same answer.
+    Each raises ``NotFound`` for a name that there is not, ``HostError`` when the process does not run,
+    ``OutcomeUnknown`` when it did not answer: give the same order again.
+    """
+
+    async def start(self) -> None:
+        """Adopt the relays that there are, and start those again that have ended."""
+        ...
+
+    async def close(self) -> None:
+        """The agent stops; its relays go on."""
+        ...
+
+    async def names(self) -> tuple[str, ...]: ...
+
+    async def serve(self, name: str, *, source: HostDevice | NbdEndpoint, size_bytes: int, peer: str) -> NbdEndpoint:
+        """Source: serve a volume of this node to the certificate ``peer`` (``agent-n2``) alone; writes wait.
+
+        Returns once the volume answers. Raises ``Refused`` if it has another size, ``Unreachable`` or ``HostError`` if
+        it does not answer or open; the relay goes on trying until it is ended. ``Conflict``: the name is in use for
+        something else.
+        """
+        ...
+
+    async def open(self, name: str) -> RelayStatus:
+        """Source: let writes through from now on. For good: a relay that was killed and is started again still does."""
+        ...
+
+    async def dial(self, name: str, *, machine: str, upstream: NbdEndpoint, size_bytes: int) -> Path:
+        """Target: return a unix socket, in a directory of ``machine``, on which the volume is served. As ``serve``."""
+        ...
+
+    async def hold(self, name: str, *, within_s: float) -> RelayStatus:
+        """Return when all is answered and flushed, and there is no connection to the volume; then it can be detached.
+
+        Raises ``Unreachable`` if that is not so ``within_s``, ``HostError`` if a flush failed or a device stays open.
+        It is held all the same: ``resume`` it, ``switch`` it (both send again what is outstanding), or ``hold`` it once
+        more.
+        """
+        ...
+
+    async def switch(self, name: str, source: HostDevice | NbdEndpoint) -> RelayStatus:
+        """Let a held relay go on with the volume where it is now.
+
+        Raises ``Refused`` if what is there has another size or cannot do what the client was told, ``Unreachable`` or
+        ``HostError`` if it does not open: it stays held. ``Conflict``: it is not held.
+        """
+        ...
+
+    async def resume(self, name: str) -> RelayStatus:
+        """Let a held relay go on with the same volume."""
+        ...
+
+    async def status(self, name: str) -> RelayStatus: ...
+
+    async def end(self, name: str) -> None:
+        """End the relay; return when nothing of it has the volume open. What waits in it is never done. Idempotent."""
+        ...

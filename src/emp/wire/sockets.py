@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from emp.model.errors import BadInput, Conflict
@@ -33,14 +35,28 @@ def listen(host: str, port: int, *, field: str = "listen") -> socket.socket:
         raise BadInput(f"cannot listen on {where}: {error.strerror or error}", field=field) from error
 
 
-def listen_unix(path: Path) -> socket.socket:
-    """Return a unix socket listening at ``path``, for this user alone (0600); one that was left there is replaced."""
+def listen_unix(path: Path, *, mode: int = 0o600) -> socket.socket:
+    """Return a unix socket listening at ``path``; one that was left there is replaced.
+
+    ``mode`` says who may connect: by default this user alone.
+    """
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(str(path))
-    path.chmod(0o600)  # nobody gets in between: it does not listen yet
+    with reachable(path) as name:
+        listening.bind(name)
+    path.chmod(mode)  # nobody gets in between: it does not listen yet
     listening.listen(BACKLOG)
     return listening
+
+
+@contextlib.contextmanager
+def reachable(path: Path) -> Iterator[str]:
+    """Give a short name of a unix socket's path, which the kernel takes up to 107 bytes of (unix(7))."""
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
 
 
 def adopt(fd: int, *, field: str = "listen_fd") -> socket.socket:

@@ -6,13 +6,14 @@ processes of one that was killed, and never mistakes another process for one of 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from emp.host.processes import Process, find
+from emp.host.kept import Kept
+from emp.host.pid_file import arguments, running
+from emp.host.processes import Process
 from emp.host.run import run
 from emp.model.errors import HostError
 from emp.wire.identity import Identity, Role, qemu_dn
@@ -23,9 +24,6 @@ CLIENTS = 16
 """at once: the node's QEMU, a successor that overlaps with it, the agent's probes, connections that died unnoticed"""
 START_S = 5.0
 STOP_S = 2.0
-_FIRST_DELAY_S = 0.05
-_LONGEST_DELAY_S = 2.0
-_STABLE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,73 +65,40 @@ class Export:
 
     def __init__(self, spec: ExportSpec) -> None:
         self.spec = spec
-        self.restarts = 0
-        self._process: Process | None = None
-        self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._keeper: asyncio.Task[None] | None = None
-        self._failure: HostError | None = None
+        self._kept = Kept(f"the export {spec.name}", self._adopt_or_start)
+
+    @property
+    def restarts(self) -> int:
+        return self._kept.restarts
 
     async def open(self) -> None:
         """Serve, and return when clients can connect. Raise ``HostError`` when that fails; it goes on trying."""
-        if self._keeper is None:
-            self._keeper = asyncio.create_task(self._keep(), name=f"export {self.spec.name}")
-        while self._process is None or not self._process.alive:
-            await asyncio.shield(self._turn)
-            if self._failure is not None:
-                raise self._failure
+        await self._kept.open()
 
     async def close(self) -> None:
         """End the process; return when nothing can be read or written through it any more."""
-        await self._stop_keeping()
-        if process := _running(self.spec.pid_file):
+        await self._kept.let_go()
+        if process := running(self.spec.pid_file):
             await process.stop(grace_s=STOP_S)
         self.spec.pid_file.unlink(missing_ok=True)
 
-    async def _keep(self) -> None:
-        delay_s = _FIRST_DELAY_S
-        loop = asyncio.get_running_loop()
-        while True:
-            began_s = loop.time()
-            try:
-                self._process, self._failure = await self._adopt_or_start(), None
-                self._next_turn()
-                await self._process.ended()
-                log.warning("the export %s has ended by itself; it is started again", self.spec.name)
-                self.restarts += 1
-            except HostError as error:
-                log.error("the export %s does not start: %s", self.spec.name, error)
-                self._failure = error
-                self._next_turn()
-            delay_s = _FIRST_DELAY_S if loop.time() - began_s > _STABLE_S else min(2 * delay_s, _LONGEST_DELAY_S)
-            await asyncio.sleep(delay_s)
-
-    def _next_turn(self) -> None:
-        turn, self._turn = self._turn, asyncio.get_running_loop().create_future()
-        turn.set_result(None)
-
     async def _adopt_or_start(self) -> Process:
         argv = self.spec.argv()
-        if process := _running(self.spec.pid_file):
-            if _arguments(process) == argv:
+        if process := running(self.spec.pid_file):
+            if arguments(process) == argv:
                 return process
             await process.stop(grace_s=STOP_S)  # what is asked of it has changed
         await run(*argv, timeout_s=START_S)
-        started = _running(self.spec.pid_file)
+        started = running(self.spec.pid_file)
         if started is None:
             raise HostError(f"the export {self.spec.name} ended as soon as it had started")
         return started
-
-    async def _stop_keeping(self) -> None:
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait({self._keeper})
-            self._keeper = None
 
 
 async def end_strays(directory: Path, wanted: set[Path]) -> None:
     """End every export with a pid file in ``directory`` that is not among ``wanted``."""
     for pid_file in _pid_files(directory) - wanted:
-        if process := _running(pid_file):
+        if process := running(pid_file):
             log.warning("ending the stray export %s", pid_file.stem)
             await process.stop(grace_s=STOP_S)
         pid_file.unlink(missing_ok=True)
@@ -141,20 +106,3 @@ async def end_strays(directory: Path, wanted: set[Path]) -> None:
 
 def _pid_files(directory: Path) -> set[Path]:
     return set(directory.glob("*.pid"))
-
-
-def _arguments(process: Process) -> list[str]:
-    try:
-        line = Path(f"/proc/{process.pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return line.split("\0")[:-1]
-
-
-def _running(pid_file: Path) -> Process | None:
-    """Return the qemu-nbd that wrote ``pid_file``, if it still runs."""
-    try:
-        process = find(int(pid_file.read_text()))
-    except (FileNotFoundError, ValueError):
-        return None
-    return process if process and str(pid_file) in _arguments(process) else None

@@ -1,0 +1,627 @@
+"""A relay between a client and a volume that are both in the test's hands: what it keeps, sends, holds and refuses."""
+
+# ruff: noqa: ASYNC110 - a relay's status is asked for, as its agent does
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emp.model.errors import BadInput, Conflict, EmpError, HostError, NotFound, Refused, Unreachable
+from emp.volumes.nbd_wire import REPLY_MAGIC, Flag, Kind
+from emp.volumes.relay.config import Device, RelayConfig, TlsListen, UnixListen, Upstream, load
+from emp.volumes.relay.door import Door
+from emp.volumes.relay.relay import Relay
+from emp.volumes.relay.session import MOST_REQUESTS
+from emp.wire.sockets import listen_unix
+from tests.fakes.nbd import ALL_FLAGS, FakeClient, FakeVolume, raw_request
+
+HERE, THERE = Device("/dev/here"), Device("/dev/there")
+EIO = 5
+
+
+class Bench:
+    """One relay on a unix socket, its volume, and perhaps the one that it moves to."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "config.json"
+        self.socket = directory / "socket"
+        self.volume = FakeVolume()
+        self.there = FakeVolume()
+        self.config = RelayConfig(
+            listen=UnixListen(str(self.socket)),
+            size_bytes=self.volume.size_bytes,
+            upstream=HERE,
+            tls_dir="",
+            control="",
+            pid_file="",
+            writes_open=True,
+        )
+        self.clients: list[FakeClient] = []
+
+    async def start(self, **changes: Any) -> Relay:
+        """Start it, or start it again as it was."""
+        config = load(self.path) if self.path.exists() else self.config
+
+        def source(upstream: Upstream, **_: Path) -> FakeVolume:
+            return self.volume if upstream == HERE else self.there
+
+        self.relay = Relay(self.path, replace(config, **changes), source)
+        self._listening = listen_unix(self.socket, mode=0o666)
+        await self.relay.start()
+        self._door = asyncio.create_task(Door(self.relay, self._listening, self.config).run())
+        return self.relay
+
+    async def client(self) -> FakeClient:
+        self.clients.append(await FakeClient.to(self.socket))
+        return self.clients[-1]
+
+    async def kill(self) -> None:
+        """It is gone, with all its connections, without a word to the volume."""
+        self._door.cancel()
+        await asyncio.wait({self._door})
+        self._listening.close()
+
+    async def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        await self.relay.close()
+        await self.kill()
+        await self.volume.stop()
+        await self.there.stop()
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    await made.close()
+
+
+async def until(relay: Relay, **wanted: object) -> None:
+    """Wait until the status has these values."""
+    async with asyncio.timeout(5):
+        while not wanted.items() <= relay.status().items():
+            await asyncio.sleep(0.01)
+
+
+# ---------------------------------------------------------------------- passing on
+
+
+async def test_every_kind_of_request_reaches_the_volume_as_it_is(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    assert (client.export.size_bytes, client.export.flags) == (bench.volume.size_bytes, ALL_FLAGS)
+    assert await client.write(4096, b"\5" * 8192, flags=1) == 0
+    assert await client.read(4096, 8192) == b"\5" * 8192
+    for kind in (Kind.FLUSH, Kind.TRIM, Kind.WRITE_ZEROES, Kind.CACHE):
+        length = 0 if kind is Kind.FLUSH else 512
+        cookie = client.send(kind, 512 if length else 0, length, flags=0b10 if kind is Kind.WRITE_ZEROES else 0)
+        assert await client.answer() == (0, cookie, b"")
+    seen = [(each.kind, each.offset, each.length, each.flags) for each in bench.volume.asked]
+    assert seen == [
+        *((Kind.WRITE, 4096, 8192, 1), (Kind.READ, 4096, 8192, 0), (Kind.FLUSH, 0, 0, 0)),
+        *((Kind.TRIM, 512, 512, 0), (Kind.WRITE_ZEROES, 512, 512, 2), (Kind.CACHE, 512, 512, 0)),
+    ]
+    status = bench.relay.status()
+    assert (status["read_bytes"], status["write_ops"], status["flushes"]) == (8192, 3, 1)
+    assert status["round_trip"]["count"] == 6
+    assert 0 < status["round_trip"]["mean_ms"] <= status["round_trip"]["max_ms"]
+
+
+async def test_an_error_of_the_volume_is_the_clients(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.errors = {Kind.WRITE: 28, Kind.READ: EIO}
+    assert await client.write(0, b"\1" * 512) == 28
+    cookie = client.send(Kind.READ, 0, 512)
+    assert await client.answer() == (EIO, cookie, b"")
+    assert bench.relay.status()["errors"] == 2
+
+
+async def test_a_write_is_acknowledged_only_when_the_volume_has_it(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.answering.clear()
+    cookie = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await bench.volume.until_asked(1)
+    assert await client.is_silent()
+    assert bench.relay.status()["outstanding"] == 1
+    bench.volume.answering.set()
+    assert await client.answer() == (0, cookie, b"")
+
+
+async def test_flags_that_a_relay_cannot_keep_are_not_announced(bench: Bench) -> None:
+    bench.volume.flags = 0xFFFF
+    await bench.start()
+    client = await bench.client()
+    assert client.export.flags == 0b1100_0111_1111, "not structured replies (7), several connections (8), resize (9)"
+
+
+# ---------------------------------------------------------------------- writes wait
+
+
+async def test_writes_wait_and_reads_pass_until_it_is_opened(bench: Bench) -> None:
+    await bench.start(writes_open=False)
+    client = await bench.client()
+    first = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    second = client.send(Kind.TRIM, 4096, 512)
+    assert await client.read(0, 512) == bytes(512)
+    assert await client.is_silent()
+    assert [each.kind for each in bench.volume.asked] == [Kind.READ]
+    assert bench.relay.status()["waiting"] == 2
+
+    await bench.relay.open()
+    assert await client.answer() == (0, first, b"")
+    assert await client.answer() == (0, second, b"")
+    assert await client.read(0, 512) == b"\1" * 512
+    assert await client.write(512, b"\2" * 512) == 0, "and it stays open"
+
+
+async def test_a_flush_passes_unless_a_write_waits_before_it(bench: Bench) -> None:
+    await bench.start(writes_open=False)
+    client = await bench.client()
+    early = client.send(Kind.FLUSH)
+    assert await client.answer() == (0, early, b"")
+    write = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    late = client.send(Kind.FLUSH)
+    assert await client.is_silent()
+    await bench.relay.open()
+    assert [(await client.answer())[1] for _ in range(2)] == [write, late]
+
+
+async def test_what_waits_of_a_client_that_is_gone_is_never_done(bench: Bench) -> None:
+    await bench.start(writes_open=False)
+    gone, stays = await bench.client(), await bench.client()
+    gone.send(Kind.WRITE, 0, data=b"\1" * 512)
+    cookie = stays.send(Kind.WRITE, 512, data=b"\2" * 512)
+    await until(bench.relay, waiting=2)
+    gone.close()
+    await until(bench.relay, waiting=1, clients=1)
+    await bench.relay.open()
+    assert await stays.answer() == (0, cookie, b"")
+    assert bench.volume.content[:1024] == bytes(512) + b"\2" * 512
+
+
+async def test_neither_if_so_much_of_it_waits_that_nobody_reads_it_any_more(bench: Bench) -> None:
+    await bench.start(writes_open=False)
+    client = await bench.client()
+    for number in range(MOST_REQUESTS + 5):
+        client.send(Kind.WRITE, 512 * number, data=b"\1" * 512)
+    await until(bench.relay, waiting=MOST_REQUESTS)
+    client.close()
+    with pytest.raises((OSError, EOFError)):
+        await client.answer()
+    await bench.relay.open()
+    await until(bench.relay, clients=0)
+    assert not bench.volume.asked
+
+
+async def test_that_it_is_open_outlives_a_kill(bench: Bench) -> None:
+    await bench.start(writes_open=False)
+    await bench.client()
+    await bench.relay.open()
+    await bench.kill()
+    await bench.start()
+    assert await (await bench.client()).write(0, b"\1" * 512) == 0
+
+
+# ---------------------------------------------------------------------- a lost volume
+
+
+async def test_what_was_outstanding_when_the_volume_was_lost_is_sent_again_in_order(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.answering.clear()
+    cookies = [client.send(Kind.WRITE, 512 * number, data=bytes([number + 1]) * 512) for number in range(4)]
+    await bench.volume.until_asked(1)
+    bench.volume.reachable = False
+    bench.volume.lose()
+    bench.volume.answering.set()
+    late = client.send(Kind.READ, 0, 2048)
+    assert await client.is_silent(0.5), "no error, whatever happens"
+    assert bench.relay.status()["problem"]
+    bench.volume.asked.clear()
+    bench.volume.reachable = True
+    assert [(await client.answer())[1] for _ in range(4)] == cookies
+    assert await client.answer(2048) == (0, late, b"".join(bytes([n + 1]) * 512 for n in range(4)))
+    assert [each.offset for each in bench.volume.asked[:4]] == [0, 512, 1024, 1536]
+    assert (bench.relay.status()["reconnects"], bench.relay.status()["problem"]) == (1, None)
+
+
+async def test_a_volume_that_shuts_down_is_a_lost_one(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.errors = {Kind.WRITE: 108}
+    cookie = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await bench.volume.until_asked(2)
+    bench.volume.errors = {}
+    assert await client.answer() == (0, cookie, b"")
+
+
+async def test_nobody_writes_before_the_writes_of_a_client_that_is_gone_are_over(bench: Bench) -> None:
+    await bench.start()
+    gone, stays = await bench.client(), await bench.client()
+    bench.volume.answering.clear()
+    gone.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await bench.volume.until_asked(1)
+    gone.close()
+    await until(bench.relay, clients=1)
+    cookie = stays.send(Kind.WRITE, 0, data=b"\2" * 512)
+    await until(bench.relay, waiting=1)
+    assert len(bench.volume.asked) == 1
+    bench.volume.answering.set()
+    assert await stays.answer() == (0, cookie, b"")
+    assert bench.volume.content[:512] == b"\2" * 512
+
+
+async def test_between_nodes_the_newest_client_that_writes_is_the_only_one(bench: Bench) -> None:
+    """An older one is a connection that is dead for its other end, whatever the network thinks of it."""
+    await bench.start(listen=TlsListen("127.0.0.1", 0, "agent-n2", "v"), writes_open=False)
+    old, reader, new = [await bench.client() for _ in range(3)]
+    assert await reader.read(0, 512) == bytes(512)
+    old.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await until(bench.relay, waiting=1, clients=3)
+    cookie = new.send(Kind.WRITE, 0, data=b"\2" * 512)
+    await until(bench.relay, waiting=1, clients=2)
+    await bench.relay.open()
+    assert await new.answer() == (0, cookie, b"")
+    assert len(bench.volume.of_kind(Kind.WRITE)) == 1
+    assert await reader.read(0, 512) == b"\2" * 512
+    with pytest.raises((OSError, EOFError)):
+        await old.answer()
+
+
+# ---------------------------------------------------------------------- hold, resume, switch
+
+
+async def test_a_hold_waits_for_what_is_outstanding_and_flushes(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.answering.clear()
+    cookie = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await bench.volume.until_asked(1)
+    holding = asyncio.create_task(bench.relay.hold(5))
+    await until(bench.relay, state="holding")
+    late = client.send(Kind.READ, 0, 512)
+    await until(bench.relay, waiting=1)
+    bench.volume.answering.set()
+    await holding
+    assert await client.answer() == (0, cookie, b"")
+    assert await client.is_silent()
+    assert [each.kind for each in bench.volume.asked] == [Kind.WRITE, Kind.FLUSH]
+    status = bench.relay.status()
+    assert (status["state"], status["outstanding"], status["waiting"], status["is_flushed"]) == ("held", 0, 1, True)
+    assert abs(status["held_since_s"] - time.time()) < 10
+    assert not bench.volume.is_open, "it can be detached"
+
+    connections = bench.volume.connections
+    await bench.relay.hold(5)
+    assert bench.volume.connections == connections, "the same order again asks nobody"
+    await bench.relay.resume()
+    assert await client.answer(512) == (0, late, b"\1" * 512)
+    assert bench.relay.status()["held_since_s"] is None
+
+
+async def test_a_hold_without_clients_flushes_too(bench: Bench) -> None:
+    relay = await bench.start()
+    await until(relay, state="running")
+    await relay.hold(5)
+    assert [each.kind for each in bench.volume.asked] == [Kind.FLUSH]
+
+
+async def test_a_volume_that_takes_no_flush_gets_none(bench: Bench) -> None:
+    bench.volume.flags &= ~Flag.FLUSH
+    await bench.start()
+    await bench.client()
+    await bench.relay.hold(5)
+    assert not bench.volume.asked
+    assert bench.relay.status()["is_flushed"]
+
+
+async def test_a_flush_that_fails_is_told(bench: Bench) -> None:
+    await bench.start()
+    await bench.client()
+    bench.volume.errors = {Kind.FLUSH: EIO}
+    with pytest.raises(HostError, match="refuses to flush, error 5"):
+        await bench.relay.hold(5)
+    assert (bench.relay.status()["state"], bench.relay.status()["is_flushed"]) == ("held", False)
+    bench.volume.errors = {}
+    await bench.relay.hold(5)
+    assert bench.relay.status()["is_flushed"], "the order can be given again"
+
+
+@pytest.mark.parametrize("how", ["mute", "dead"])
+async def test_a_hold_of_a_volume_that_does_not_answer_keeps_what_is_outstanding(bench: Bench, how: str) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.answering.clear()
+    cookie = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await bench.volume.until_asked(1)
+    if how == "dead":
+        bench.volume.reachable = False
+        bench.volume.lose()
+    with pytest.raises(Unreachable, match=r"1 requests are unanswered after 0\.4 s"):
+        await bench.relay.hold(0.4)
+    status = bench.relay.status()
+    assert (status["state"], status["outstanding"], status["is_flushed"]) == ("held", 1, False)
+    asked = len(bench.volume.asked)
+    bench.volume.answering.set()
+    bench.volume.reachable = True
+    assert await client.is_silent(0.5), "held is held"
+    assert len(bench.volume.asked) == asked
+
+    await bench.relay.hold(5)
+    assert await client.answer() == (0, cookie, b""), "once more: it is sent again"
+    assert bench.relay.status()["is_flushed"]
+
+
+async def test_a_switch_sends_there_what_waits_and_what_was_never_answered(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.answering.clear()
+    first = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await bench.volume.until_asked(1)
+    with pytest.raises(Unreachable):
+        await bench.relay.hold(0.2)
+    second = client.send(Kind.WRITE, 512, data=b"\2" * 512)
+    await until(bench.relay, waiting=1)
+    await bench.relay.switch(THERE)
+    assert [(await client.answer())[1] for _ in range(2)] == [first, second]
+    assert bench.there.content[:1024] == b"\1" * 512 + b"\2" * 512
+    bench.volume.answering.set()
+    await bench.relay.switch(THERE)
+    assert (bench.volume.is_open, bench.there.is_open) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size_bytes": 1 << 19}, "has 524288 bytes, not 1048576"),
+        ({"flags": ALL_FLAGS & ~Flag.FUA}, "fua"),
+        ({"flags": ALL_FLAGS & ~(Flag.TRIM | Flag.FLUSH)}, "flush, trim"),
+        ({"flags": ALL_FLAGS | Flag.READ_ONLY}, "read only"),
+    ],
+)
+async def test_what_is_not_the_volume_is_refused(bench: Bench, changes: dict[str, int], words: str) -> None:
+    await bench.start()
+    client = await bench.client()
+    await bench.relay.hold(5)
+    cookie = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    for name, value in changes.items():
+        setattr(bench.there, name, value)
+    with pytest.raises(Refused, match=words):
+        await bench.relay.switch(THERE)
+    assert await client.is_silent()
+    assert (bench.relay.status()["state"], bench.there.is_open) == ("held", False)
+    assert not bench.there.asked
+    await bench.relay.resume()
+    assert await client.answer() == (0, cookie, b"")
+
+
+async def test_a_volume_that_does_more_than_was_announced_is_the_volume(bench: Bench) -> None:
+    bench.volume.flags = int(Flag.HAS_FLAGS | Flag.FLUSH)
+    await bench.start()
+    client = await bench.client()
+    await bench.relay.hold(5)
+    await bench.relay.switch(THERE)
+    assert await client.write(0, b"\1" * 512) == 0
+
+
+async def test_a_switch_that_cannot_be(bench: Bench) -> None:
+    relay = await bench.start()
+    await bench.client()
+    with pytest.raises(Conflict, match="not held"):
+        await relay.switch(THERE)
+    await relay.switch(HERE)
+    await relay.hold(5)
+    bench.there.reachable = False
+    with pytest.raises(Unreachable, match="it is not there"):
+        await relay.switch(THERE)
+    assert relay.status()["state"] == "held"
+
+
+async def test_a_relay_that_was_killed_goes_on_where_it_was(bench: Bench) -> None:
+    await bench.start()
+    await bench.client()
+    await bench.relay.hold(5)
+    asked = len(bench.volume.asked)
+    await bench.kill()
+
+    await bench.start()
+    client = await bench.client()
+    cookie = client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    assert await client.is_silent(), "held, and what was announced is known"
+    await bench.relay.hold(5)
+    assert len(bench.volume.asked) == asked, "and flushed before"
+    await bench.relay.switch(THERE)
+    assert await client.answer() == (0, cookie, b"")
+    await bench.kill()
+
+    await bench.start()
+    assert await (await bench.client()).read(0, 512) == b"\1" * 512
+    assert bench.there.content[:512] == b"\1" * 512
+
+
+# ---------------------------------------------------------------------- the handshake, and who does not keep to it
+
+
+async def test_a_client_that_comes_early_waits_in_the_handshake(bench: Bench) -> None:
+    bench.volume.reachable = False
+    relay = await bench.start()
+    with pytest.raises(Unreachable, match="it is not there"):
+        await relay.reach(0.1)
+    coming = asyncio.create_task(bench.client())
+    impatient = asyncio.create_task(bench.client())
+    await asyncio.wait({coming}, timeout=0.3)
+    assert not coming.done()
+    impatient.cancel()
+    assert relay.status()["state"] == "connecting"
+    bench.volume.reachable = True
+    assert (await coming).export.size_bytes == bench.volume.size_bytes
+    await relay.reach(1)
+
+
+async def test_a_volume_of_another_size_is_never_shown(bench: Bench) -> None:
+    relay = await bench.start(size_bytes=4096)
+    with pytest.raises(Refused, match="has 1048576 bytes, not 4096"):
+        await relay.reach(1)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"GET / HTTP/1.1\r\n\r\n" * 10, b"\xff" * 64, bytes(4) + bytes(64)),
+        b"\0\0\0\3" + b"IHAVEOPT" + b"\0\0\0\7" + b"\xff\xff\xff\xff",
+        b"\0\0\0\3" + b"IHAVEOPT\0\0\0\1\0\0\0\5other",
+        b"\0\0\0\3" + b"IHAVEOPT\0\0\0\x63\0\0\0\0" * 100,
+    ],
+)
+async def test_garbage_and_half_open_connections_harm_nobody(bench: Bench, garbage: bytes) -> None:
+    await bench.start()
+    client = await bench.client()
+    reader, writer = await asyncio.open_unix_connection(bench.socket)
+    silent = [await asyncio.open_unix_connection(bench.socket) for _ in range(20)]
+    writer.write(garbage)
+    async with asyncio.timeout(5):
+        with contextlib.suppress(ConnectionError):  # as good as an end
+            await reader.read()
+    assert await client.write(0, b"\1" * 512) == 0
+    for _, each in [*silent, (reader, writer)]:
+        each.close()
+
+
+async def say(bench: Bench, option: int, data: bytes = b"") -> list[tuple[int, bytes]]:
+    """Return the answers to an option of a client that speaks by hand."""
+    reader, writer = await asyncio.open_unix_connection(bench.socket)
+    writer.write(b"\0\0\0\3IHAVEOPT" + option.to_bytes(4, "big") + len(data).to_bytes(4, "big") + data)
+    assert await reader.readexactly(18) == b"NBDMAGICIHAVEOPT\0\3"
+    answers: list[tuple[int, bytes]] = []
+    async with asyncio.timeout(5):
+        while not answers or answers[-1][0] in (2, 3):
+            head = await reader.readexactly(20)
+            answers.append((int.from_bytes(head[12:16], "big"), await reader.readexactly(head[19])))
+    writer.close()
+    return answers
+
+
+async def test_options_are_answered_as_the_protocol_says(bench: Bench) -> None:
+    await bench.start()
+    error = 1 << 31
+    info = b"\0\0" + bench.volume.size_bytes.to_bytes(8, "big") + ALL_FLAGS.to_bytes(2, "big")
+    default = bytes(6)
+    assert await say(bench, 2) == [(1, b"")], "abort"
+    assert await say(bench, 3) == [(2, bytes(4)), (1, b"")], "list"
+    assert await say(bench, 3, b"x") == [(error + 3, b"")]
+    assert await say(bench, 5) == [(error + 1, b"")], "STARTTLS on a unix socket"
+    assert await say(bench, 6, default) == [(3, info), (1, b"")], "info"
+    assert await say(bench, 7, default) == [(3, info), (1, b"")], "go"
+    assert await say(bench, 7, b"\0\0\0\1x\0\0") == [(error + 6, b"")], "no such export"
+    assert await say(bench, 7, b"\0\0\0\x09x\0\0") == [(error + 3, b"")]
+    assert await say(bench, 7, b"\0\0\0\0\0\1") == [(error + 3, b"")]
+    for option in (8, 10, 11, 77):
+        assert await say(bench, option) == [(error + 1, b"")], "structured replies, and what comes with them"
+
+
+@pytest.mark.parametrize("zeroes", [0, 124])
+async def test_the_old_way_into_the_export_works_too(bench: Bench, zeroes: int) -> None:
+    await bench.start()
+    reader, writer = await asyncio.open_unix_connection(bench.socket)
+    writer.write((1 if zeroes else 3).to_bytes(4, "big") + b"IHAVEOPT\0\0\0\1\0\0\0\0" + raw_request())
+    async with asyncio.timeout(5):
+        said = await reader.readexactly(18 + 10 + zeroes + 16 + 512)
+    assert said[18:28] == bench.volume.size_bytes.to_bytes(8, "big") + ALL_FLAGS.to_bytes(2, "big")
+    assert said[28 + zeroes :][:4] == REPLY_MAGIC.to_bytes(4, "big")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": 7}, {"kind": 99}, {"flags": 4}, {"flags": 0x8000}, {"length": (32 << 20) + 1}]
+)
+async def test_requests_that_were_not_agreed_on_are_invalid(bench: Bench, wrong: dict[str, int]) -> None:
+    await bench.start()
+    client = await bench.client()
+    client.export.stream.send(raw_request(**wrong))
+    assert await client.answer() == (22, 7, b"")
+    assert not bench.volume.asked
+    assert await client.write(0, b"\1" * 512) == 0
+
+
+@pytest.mark.parametrize("wrong", [{"magic": 1}, {"kind": 1, "length": (32 << 20) + 1}])
+async def test_a_client_that_does_not_keep_to_the_protocol_is_sent_away(bench: Bench, wrong: dict[str, int]) -> None:
+    await bench.start()
+    client, other = await bench.client(), await bench.client()
+    client.export.stream.send(raw_request(**wrong))
+    with pytest.raises((OSError, EOFError)):
+        await client.answer()
+    assert await other.write(0, b"\1" * 512) == 0
+
+
+async def test_a_client_is_not_read_while_too_much_of_it_is_kept(bench: Bench) -> None:
+    await bench.start(size_bytes=bench.volume.size_bytes)
+    client = await bench.client()
+    await bench.relay.hold(5)
+    data = b"\1" * (1 << 20)
+    for _ in range(40):
+        client.send(Kind.WRITE, 0, data=data)
+    await until(bench.relay, waiting=32)
+    assert await client.is_silent()
+    assert bench.relay.status()["waiting"] == 32, "32 MiB"
+    await bench.relay.resume()
+    for _ in range(40):
+        assert (await client.answer())[0] == 0
+
+
+async def test_cookies_that_a_client_uses_twice_are_its_own_affair(bench: Bench) -> None:
+    await bench.start()
+    client = await bench.client()
+    bench.volume.answering.clear()
+    client.export.stream.send(raw_request(length=512) + raw_request(length=1024))
+    await until(bench.relay, outstanding=2)
+    bench.volume.answering.set()
+    assert [len((await client.answer(length))[2]) for length in (512, 1024)] == [512, 1024]
+
+
+# ---------------------------------------------------------------------- its configuration
+
+
+def test_a_configuration_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with pytest.raises(NotFound):
+        load(path)
+    good = RelayConfig(UnixListen("/s"), 512, None, "/t", "/c", "/p", writes_open=True)
+    good.save(path)
+    assert load(path) == good
+    assert path.stat().st_mode & 0o777 == 0o600
+    text = json.loads(path.read_text())
+    for bad in (b"{", b"[]", json.dumps(text | {"more": 1}).encode(), json.dumps(text | {"listen": {}}).encode()):
+        path.write_bytes(bad)
+        with pytest.raises(BadInput, match="no configuration of a relay"):
+            load(path)
+
+
+async def test_a_relay_that_cannot_write_down_what_it_was_told_does_not_do_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.start(writes_open=False)
+    client = await bench.client()
+    client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await until(bench.relay, waiting=1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RelayConfig, "save", full)
+    for order in (bench.relay.open(), bench.relay.hold(1)):
+        with pytest.raises(EmpError, match="No space left"):
+            await order
+    assert bench.relay.status()["state"] == "running"
+    assert not bench.volume.asked
