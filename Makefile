@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort lock clean
+.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -56,6 +56,10 @@ bench-controller-loss: setup ## Measure blackouts in which the controller dies, 
 bench-abort: setup ## Measure aborts in each stage before the commit, write build/bench/abort.json
 	@mkdir -p build/bench
 	@$(AS_ROOT) $(PY) bench/abort.py
+
+bench-disk-models: setup ## Measure what volumes cost in the blackout by kind of disk, write build/bench/disk-models.json
+	@mkdir -p build/bench
+	@$(AS_ROOT) unshare --net --mount sh -c 'ip link set lo up && exec $(PY) bench/disk_models.py'
 
 lock: ## Pin the requirements anew (needs uv)
 	@uv --version >/dev/null || { echo "make lock needs uv: install it first" >&2; exit 1; }

@@ -87,7 +87,7 @@ async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: EbsVolu
     made = await driver.create(type=kind, size_bytes=SIZE_BYTES)
     assert (made.type, made.size_bytes, made.attachments) == (kind, SIZE_BYTES, ())
     assert made.serial == made.id.replace("-", "")
-    assert len(made.serial) <= 20, "virtio-blk has room for no more"
+    assert len(made.serial) <= 20, "a disk has room for no more"
     assert await driver.describe(made.id) == made
     assert made in await driver.list()
 

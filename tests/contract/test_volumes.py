@@ -88,7 +88,7 @@ async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: VolumeD
     assert (made.type, made.size_bytes, made.attachments) == (VolumeType.IO2, SIZE_BYTES, ())
     assert made.id != other.id
     assert made.serial != other.serial
-    assert len(made.serial) <= 20, "virtio-blk has room for no more"
+    assert len(made.serial) <= 20, "a disk has room for no more"
     assert await driver.describe(made.id) == made
     assert set(await driver.list()) == {made, other}
 

@@ -20,7 +20,7 @@ from emp.hypervisor.base import (
     StreamLimits,
     StreamStatus,
 )
-from emp.hypervisor.qemu.command_line import NBD_RECONNECT_DELAY_S
+from emp.hypervisor.qemu.disks import NBD_RECONNECT_DELAY_S
 from emp.model.errors import HypervisorError
 from tests.fakes.fabric import LOOK_S, Fabric
 

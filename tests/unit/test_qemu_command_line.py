@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emp.hypervisor.base import BlockDevice, LaunchPlan
+from emp.hypervisor.base import BlockDevice, LaunchPlan, RelaySocket
 from emp.hypervisor.qemu.command_line import Descriptors, command_line
 from emp.hypervisor.qemu.guest_config import guest_config
 from emp.model.errors import BadInput
 from emp.model.evm import EvmSpec, Nic, Pod
-from emp.model.volume import NbdEndpoint
+from emp.model.volume import HostDevice, NbdEndpoint
 
 SPEC = EvmSpec(
     name="web",
@@ -90,12 +90,13 @@ GOLDEN = """\
 -netdev {"type":"tap","id":"net1","fd":"21","vhost":false}
 -device {"driver":"virtio-net-pci","id":"nic1","bus":"pci.0","addr":"0x5","disable-legacy":"on","netdev":"net1","mac":"52:54:00:00:00:02","romfile":"","guest_ufo":false,"host_ufo":false,"guest_uso4":false,"guest_uso6":false,"host_uso":false}
 -object {"qom-type":"tls-creds-x509","id":"volumes","endpoint":"client","dir":"/proc/self/fd/10/tls","verify-peer":true}
--blockdev {"driver":"nbd","node-name":"export0","server":{"type":"inet","host":"10.0.0.9","port":"10809"},"export":"vol-a@7","tls-creds":"volumes","tls-hostname":"volumes","reconnect-delay":8,"cache":{"direct":true,"no-flush":false}}
--blockdev {"driver":"raw","node-name":"volume0","size":1073741824,"file":"export0","cache":{"direct":true,"no-flush":false}}
--device {"driver":"virtio-blk-pci","id":"disk0","bus":"pci.0","addr":"0x8","disable-legacy":"on","drive":"volume0","serial":"vol-a-serial","num-queues":2,"write-cache":"on","werror":"stop","rerror":"stop"}
--blockdev {"driver":"nbd","node-name":"export1","server":{"type":"inet","host":"10.0.0.9","port":"10809"},"export":"vol-b@7","tls-creds":"volumes","tls-hostname":"volumes","reconnect-delay":8,"cache":{"direct":true,"no-flush":false}}
--blockdev {"driver":"raw","node-name":"volume1","size":1073741824,"file":"export1","cache":{"direct":true,"no-flush":false}}
--device {"driver":"virtio-blk-pci","id":"disk1","bus":"pci.0","addr":"0x9","disable-legacy":"on","drive":"volume1","serial":"vol-b-serial","num-queues":2,"write-cache":"on","werror":"stop","rerror":"stop"}
+-device {"driver":"virtio-scsi-pci","id":"scsi0","bus":"pci.0","addr":"0x8","disable-legacy":"on","num_queues":2}
+-blockdev {"node-name":"source0-0cb5eb134bb9","cache":{"direct":true,"no-flush":false},"driver":"nbd","server":{"type":"inet","host":"10.0.0.9","port":"10809"},"export":"vol-a@7","tls-creds":"volumes","tls-hostname":"volumes","reconnect-delay":8}
+-blockdev {"driver":"raw","node-name":"volume0","size":1073741824,"file":"source0-0cb5eb134bb9","cache":{"direct":true,"no-flush":false}}
+-device {"driver":"scsi-hd","id":"disk0","bus":"scsi0.0","channel":0,"scsi-id":0,"lun":0,"drive":"volume0","serial":"vol-a-serial","device_id":"vol-a-serial","logical_block_size":512,"physical_block_size":512,"cyls":16383,"heads":255,"secs":63,"write-cache":"on","werror":"stop","rerror":"stop"}
+-blockdev {"node-name":"source1-7c0111d7e157","cache":{"direct":true,"no-flush":false},"driver":"nbd","server":{"type":"inet","host":"10.0.0.9","port":"10809"},"export":"vol-b@7","tls-creds":"volumes","tls-hostname":"volumes","reconnect-delay":8}
+-blockdev {"driver":"raw","node-name":"volume1","size":1073741824,"file":"source1-7c0111d7e157","cache":{"direct":true,"no-flush":false}}
+-device {"driver":"scsi-hd","id":"disk1","bus":"scsi0.0","channel":0,"scsi-id":0,"lun":1,"drive":"volume1","serial":"vol-b-serial","device_id":"vol-b-serial","logical_block_size":512,"physical_block_size":512,"cyls":16383,"heads":255,"secs":63,"write-cache":"on","werror":"stop","rerror":"stop"}
 """  # noqa: E501 - one option a line
 
 
@@ -143,8 +144,37 @@ def test_no_two_devices_share_a_slot() -> None:
     words = argv(full, fds=replace(FDS, taps=(1, 2, 3, 4)))
     devices = [json.loads(words[i + 1]) for i, word in enumerate(words) if word == "-device"]
     slots = [int(one["addr"], 16) for one in devices if "addr" in one]
-    assert len(slots) == len(set(slots)) == 28
+    assert len(slots) == len(set(slots)) == 5
     assert max(slots) <= 31
+    assert [one["lun"] for one in devices if "lun" in one] == list(range(24))
+
+
+def test_a_volume_is_at_the_address_that_the_record_says() -> None:
+    apart = replace(PLAN, spec=SPEC.model_copy(update={"volume_slots": (7, 2)}))
+    words = argv(apart)
+    disks = [json.loads(words[i + 1]) for i, word in enumerate(words) if word == "-device" and '"lun"' in words[i + 1]]
+    seen = [(one["lun"], one["serial"], one["drive"]) for one in disks]
+    assert seen == [(7, "vol-a-serial", "volume7"), (2, "vol-b-serial", "volume2")]
+
+
+def test_what_the_guest_sees_of_a_disk_does_not_depend_on_what_it_is_opened_from() -> None:
+    plain = argv(PLAN)
+    device, relay = HostDevice(path="/dev/nvme1n1", serial="x", size_bytes=1 << 30), RelaySocket(Path("/run/r/vol-b"))
+    volumes = (replace(PLAN.volumes[0], source=device), replace(PLAN.volumes[1], source=relay))
+    words = argv(replace(PLAN, volumes=volumes), fds=replace(FDS, devices={0: 40}, relays={1: 41}))
+    for guest_facing in ("-device", "-machine"):
+        values = [[each[i + 1] for i, word in enumerate(each) if word == guest_facing] for each in (plain, words)]
+        assert values[0] == values[1]
+    nodes = [json.loads(words[i + 1]) for i, word in enumerate(words) if word == "-blockdev"]
+    assert [(node["driver"], node.get("filename")) for node in nodes[:2]] == [
+        ("host_device", "/dev/fdset/0"),
+        ("raw", None),
+    ]
+    assert words[words.index("-add-fd") + 1] == "fd=40,set=0"
+    assert nodes[2]["server"] == {"type": "unix", "path": "/proc/self/fd/41/vol-b"}
+    assert {node["node-name"] for node in nodes if node["driver"] == "raw"} == {"volume0", "volume1"}
+    assert all(node["size"] == 1 << 30 for node in nodes if node["driver"] == "raw")
+    assert not any("/run/r" in word or "/dev/nvme" in word for word in words)
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
@@ -161,7 +191,7 @@ def test_what_a_volume_is_called_elsewhere_stays_inside_its_json(text: str) -> N
     volume = replace(PLAN.volumes[0], source=endpoint.model_copy(update={"export": text}))
     words = argv(replace(PLAN, volumes=(volume, PLAN.volumes[1])))
     assert len(words) == len(argv(PLAN))
-    nbd = next(json.loads(word) for word in words if '"export0"' in word)
+    nbd = next(json.loads(word) for word in words if '"driver":"nbd"' in word)
     assert nbd["export"] == text
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 from uuid import UUID
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from emp.model.base import Model
 from emp.model.names import Ip, Mac, Name, SizeBytes
+
+MAX_VOLUMES = 24
+"""of one EVM; each has a slot, 0 to 23"""
 
 
 class RestartPolicy(StrEnum):
@@ -53,7 +57,38 @@ class EvmSpec(Model):
     nics: tuple[Nic, ...] = Field(min_length=1)
     pods: tuple[Pod, ...] = ()
     volumes: tuple[str, ...] = ()
+    volume_slots: tuple[int, ...] = ()
+    """where in the guest each of ``volumes`` is (a disk's LUN); empty: in their order, from 0"""
     restart: RestartPolicy = RestartPolicy.ON_FAILURE
+
+    @model_validator(mode="after")
+    def _a_slot_each(self) -> Self:
+        slots = self.volume_slots
+        if slots and (len(slots) != len(self.volumes) or len(set(slots)) != len(slots)):
+            raise ValueError("each volume has one slot, and no two have the same")
+        if not all(0 <= slot < MAX_VOLUMES for slot in slots):
+            raise ValueError(f"slots are 0 to {MAX_VOLUMES - 1}")
+        return self
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The slot of each of ``volumes``, in their order."""
+        return self.volume_slots or tuple(range(len(self.volumes)))
+
+    def with_volume(self, volume: str, slot: int) -> EvmSpec:
+        """Return the record with one more volume."""
+        return self.model_copy(update={"volumes": (*self.volumes, volume), "volume_slots": (*self.slots, slot)})
+
+    def without_volume(self, volume: str) -> EvmSpec:
+        """Return the record without it; the others stay where they are."""
+        kept = [(each, slot) for each, slot in zip(self.volumes, self.slots, strict=True) if each != volume]
+        return self.model_copy(
+            update={"volumes": tuple(each for each, _ in kept), "volume_slots": tuple(slot for _, slot in kept)}
+        )
+
+    def free_slot(self) -> int | None:
+        """Return the lowest slot that no volume has; None: all are taken."""
+        return next((slot for slot in range(MAX_VOLUMES) if slot not in self.slots), None)
 
     @property
     def addresses(self) -> tuple[tuple[str, str], ...]:

@@ -69,7 +69,7 @@ class Attachment(Model):
 
 
 class Volume(Model):
-    """A volume's record. ``serial`` is what the guest sees at its virtio-blk disk and what is checked before use."""
+    """A volume's record. ``serial`` is what the guest sees at its disk and what is checked before use."""
 
     id: str
     type: VolumeType

@@ -88,7 +88,7 @@ class EbsView:
 
 
 def serial_of(volume: str) -> str:
-    """Return the serial that a node sees; 20 characters, which is what virtio-blk has room for."""
+    """Return the serial that a node sees; 20 characters, as many as a disk of a guest is given room for."""
     return volume.replace("-", "")
 
 

@@ -19,24 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from emp.hypervisor.base import BlockDevice, LaunchPlan
+from emp.hypervisor.qemu import disks
 from emp.hypervisor.qemu.guest_config import FW_CFG_NAME
 from emp.model.errors import BadInput
+from emp.model.evm import MAX_VOLUMES
 from emp.model.names import check_name
 from emp.model.volume import NbdEndpoint
 
 FIRST_NIC_SLOT, MAX_NICS = 4, 4
-FIRST_VOLUME_SLOT, MAX_VOLUMES = 8, 24
+CONTROLLER_SLOT = 8
 MAX_QUEUES = 4
 MEBIBYTE = 1 << 20
 MINIMUM_MEMORY_BYTES = 64 * MEBIBYTE
-NBD_RECONNECT_DELAY_S = 8
-"""How long I/O waits for a volume server that went away before it fails and, by ``werror=stop``, pauses the guest.
-
-QEMU tries again 1, 3, 7, 15 and 31 s after the break. It also bounds how long QEMU may be deaf: when the guest is
-stopped for the switchover with I/O on its way, QEMU first waits for that I/O, and no monitor answers until then."""
 _MACHINE = re.compile(r"pc-i440fx-\d+\.\d+")
 _CPU_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_SERIAL = re.compile(r"[A-Za-z0-9_-]{1,20}")
 _TAP_FEATURES_OF_THE_HOST = ("guest_ufo", "host_ufo", "guest_uso4", "guest_uso6", "host_uso")
 """virtio-net features that QEMU offers only where the host's kernel has them: off, or nodes would differ."""
 
@@ -52,9 +48,14 @@ class Descriptors:
     sockets: Mapping[str, int]
     """listening: control, cancel, guard, console"""
     taps: tuple[int, ...] = field(default=())
+    devices: Mapping[int, int] = field(default_factory=dict)
+    """slot of a volume that is a device of this node -> the open device"""
+    relays: Mapping[int, int] = field(default_factory=dict)
+    """slot of a volume that is relayed -> the directory of the relay's socket"""
 
     def all(self) -> tuple[int, ...]:
-        return (self.directory, self.kernel, self.initrd, *self.sockets.values(), *self.taps)
+        volumes = (*self.devices.values(), *self.relays.values())
+        return (self.directory, self.kernel, self.initrd, *self.sockets.values(), *self.taps, *volumes)
 
 
 def tls_directory(directory_fd: int) -> str:
@@ -84,11 +85,9 @@ def check_plan(plan: LaunchPlan) -> None:
         raise BadInput("the opened volumes are not the EVM's", field="volumes", hint="all of them, in the EVM's order")
     if len(plan.volumes) > MAX_VOLUMES:
         raise BadInput(f"{len(plan.volumes)} volumes", field="volumes", hint=f"at most {MAX_VOLUMES}")
-    for device in plan.volumes:
-        if not _SERIAL.fullmatch(device.serial):
-            raise BadInput(
-                f"{device.serial!r} cannot be a disk's serial", field="serial", hint="1 to 20 letters, digits, - or _"
-            )
+    for slot, device in zip(spec.slots, plan.volumes, strict=True):
+        disks.check_slot(slot)
+        disks.check_device(device)
 
 
 def command_line(plan: LaunchPlan, *, binary: Path, accelerator: str, fds: Descriptors) -> list[str]:
@@ -128,10 +127,11 @@ def command_line(plan: LaunchPlan, *, binary: Path, accelerator: str, fds: Descr
         slot = FIRST_NIC_SLOT + index
         # no option ROM: nothing boots from the network, and a ROM is memory to migrate
         argv += _pci("virtio-net-pci", f"nic{index}", slot, netdev=f"net{index}", mac=nic.mac, romfile="", **off)
-    if plan.volumes:
-        argv += ["-object", _json(tls_credentials("volumes", "client", fds.directory))]
-    for index, device in enumerate(plan.volumes):
-        argv += _volume(index, device, queues=min(spec.vcpus, MAX_QUEUES))
+    if any(isinstance(device.source, NbdEndpoint) for device in plan.volumes):
+        argv += ["-object", _json(tls_credentials(disks.CREDENTIALS, "client", fds.directory))]
+    argv += _at(CONTROLLER_SLOT, disks.controller(min(spec.vcpus, MAX_QUEUES)))
+    for slot, device in zip(spec.slots, plan.volumes, strict=True):
+        argv += _volume(slot, device, fds)
     if plan.incoming:
         argv += ["-S", "-incoming", "defer"]
     return argv
@@ -160,38 +160,22 @@ def _memory(size_bytes: int) -> dict[str, Any]:
     }
 
 
-def _volume(index: int, device: BlockDevice, *, queues: int) -> list[str]:
-    """A volume. NBD has no image locks: that only the owner writes is for the volume service to enforce, by epoch."""
-    endpoint = device.source
-    if not isinstance(endpoint, NbdEndpoint):
-        raise BadInput(f"{device.volume} is no export", field="volumes", hint="an NBD export")
-    server = {"type": "inet", "host": endpoint.host, "port": str(endpoint.port)}
-    nbd = {
-        "driver": "nbd",
-        "node-name": f"export{index}",
-        "server": server,
-        "export": endpoint.export,
-        "tls-creds": "volumes",
-        "tls-hostname": endpoint.tls_hostname,
-        "reconnect-delay": NBD_RECONNECT_DELAY_S,
-        "cache": {"direct": True, "no-flush": False},
-    }
-    raw = {
-        "driver": "raw",
-        "node-name": f"volume{index}",
-        "size": device.size_bytes,
-        "file": f"export{index}",
-        "cache": {"direct": True, "no-flush": False},
-    }
-    options = {"drive": f"volume{index}", "serial": device.serial, "num-queues": queues, "write-cache": "on"}
-    on_error = {"werror": "stop", "rerror": "stop"}
-    slot = FIRST_VOLUME_SLOT + index
-    disk = _pci("virtio-blk-pci", f"disk{index}", slot, **options, **on_error)
-    return ["-blockdev", _json(nbd), "-blockdev", _json(raw), *disk]
+def _volume(slot: int, device: BlockDevice, fds: Descriptors) -> list[str]:
+    handles = disks.Handles(directory=fds.relays.get(slot, 0), fdset=slot)
+    words = ["-add-fd", f"fd={fds.devices[slot]},set={slot}"] if slot in fds.devices else []
+    words += ["-blockdev", _json(disks.source_node(slot, device, handles))]
+    words += ["-blockdev", _json(disks.raw_node(slot, device))]
+    return [*words, "-device", _json(disks.disk(slot, device))]
 
 
 def _pci(driver: str, name: str, slot: int, **options: Any) -> list[str]:
-    return _device(driver, name, bus="pci.0", addr=hex(slot), **{"disable-legacy": "on"}, **options)
+    return _at(slot, {"driver": driver, "id": name, **options})
+
+
+def _at(slot: int, device: Mapping[str, Any]) -> list[str]:
+    """Return a PCI device at its place on the bus."""
+    place = {"bus": "pci.0", "addr": hex(slot), "disable-legacy": "on"}
+    return ["-device", _json({"driver": device["driver"], "id": device["id"], **place, **device})]
 
 
 def _device(driver: str, name: str, **options: Any) -> list[str]:

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emp.host.processes import Process, spawn
-from emp.hypervisor.base import HypervisorFacts, LaunchPlan, ProcessId
+from emp.hypervisor.base import HypervisorFacts, LaunchPlan, ProcessId, RelaySocket
 from emp.hypervisor.qemu import binary as qemu_binary
 from emp.hypervisor.qemu import guarding
 from emp.hypervisor.qemu.command_line import Descriptors, check_plan, command_line
 from emp.hypervisor.qemu.guest_config import guest_config
 from emp.hypervisor.qemu.machine import QemuMachine, end_process
+from emp.hypervisor.qemu.opening import open_device, open_relays
 from emp.hypervisor.qemu.run_directory import LAUNCH_VARIABLE, MACHINES, Record, RunDirectory, free_uid
 from emp.model.errors import BadInput, Conflict, HypervisorError, MissingDependency
 from emp.model.evm import EvmSpec
+from emp.model.volume import HostDevice
 
 START_TIMEOUT_S = 30.0
 """for a new QEMU to answer: it connects its volumes first"""
@@ -28,6 +30,7 @@ _KEPT_ENVIRONMENT = ("PATH", "LANG", "EMP_TEST_ID")
 """All that QEMU sees of the agent's environment; by the last one a test knows what it has started."""
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class QemuHypervisor:
@@ -118,6 +121,8 @@ class QemuHypervisor:
                 initrd=_closing(opened, _open_image(plan.initrd)),
                 sockets={name: one.fileno() for name, one in sockets.items()},
                 taps=plan.tap_fds,
+                devices={slot: _closing(opened, open_device(one)) for slot, one in _sources(plan, HostDevice)},
+                relays={slot: _closing(opened, open_relays(one)) for slot, one in _sources(plan, RelaySocket)},
             )
             qemu = command_line(
                 plan,
@@ -223,6 +228,12 @@ def _check_supported(spec: EvmSpec, facts: HypervisorFacts) -> None:
             field="cpu_model",
             hint=f"for example {facts.default_cpu_model}",
         )
+
+
+def _sources(plan: LaunchPlan, kind: type[S]) -> list[tuple[int, S]]:
+    """Return (slot, source) of the volumes that are opened from that kind of source."""
+    of = zip(plan.spec.slots, (device.source for device in plan.volumes), strict=True)
+    return [(slot, source) for slot, source in of if isinstance(source, kind)]
 
 
 def _closing(stack: contextlib.ExitStack, descriptor: int) -> int:

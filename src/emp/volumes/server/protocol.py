@@ -44,7 +44,7 @@ def check_volume_id(volume: str) -> str:
 
 
 def serial_of(volume: str) -> str:
-    """Return what the guest sees as the disk's serial number: 20 characters, all that virtio-blk has room for."""
+    """Return what the guest sees as the disk's serial number: 20 characters, as many as the disk has room for."""
     return volume.replace("-", "")
 
 
