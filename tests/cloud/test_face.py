@@ -159,6 +159,8 @@ class Notebook:
     async def on_deleted(self, volume: PlaneVolume) -> None:
         self._note("delete", "", 0)
 
+    def on_tagged(self, volume: PlaneVolume) -> None: ...
+
     def _note(self, verb: str, instance: str, epoch: int) -> None:
         if self.failing:
             self.failing -= 1

@@ -28,12 +28,14 @@ def route_class(daemon: str) -> type[PointRoute]:
 
     class Route(PointRoute):
         def get_route_handler(self) -> Handler:
-            return _with_points(f"{daemon}.{self.name}", super().get_route_handler())
+            return with_points(f"{daemon}.{self.name}", super().get_route_handler())
 
     return Route
 
 
-def _with_points(name: str, handle: Handler) -> Handler:
+def with_points(name: str, handle: Handler) -> Handler:
+    """Return ``handle`` between the points ``NAME.received`` and ``NAME.answered``."""
+
     async def handler(request: Request) -> Response:
         board = faults.board
         if board is None:

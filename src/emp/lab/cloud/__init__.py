@@ -1,10 +1,11 @@
-"""The control plane of a simulated cloud: what EMP uses of the EC2 query API, as strict as AWS.
+"""A simulated cloud: what EMP uses of the EC2 query API, as strict as AWS, and volumes that can be read and written.
 
 ``errors`` the API's own · ``knobs`` latency, limits and faults, to be set from outside · ``records`` volumes,
 attachments and instances · ``creating`` what a new volume must be · ``attaching`` who may have a volume ·
 ``describing`` answers and filters · ``cloud`` all of it as one state machine, without a socket and with its clock
 handed in · ``query`` the wire format, from botocore's own model of the service · ``plane`` what really opens a volume
-to a node · ``face`` HTTP.
+to a node · ``face`` HTTP · ``memory`` what outlives the process · ``dataplane`` one qemu-nbd per attachment ·
+``config``, ``daemon`` and ``python -m emp.lab.cloud --config FILE``: all of it as a daemon of a lab.
 
 ``docs/cloud.md`` lists every rule with its source, and what is assumed because no source says it.
 """

@@ -19,6 +19,7 @@ from emp.lab.cloud.attaching import check_attach, check_detach
 from emp.lab.cloud.creating import check_new, check_tags
 from emp.lab.cloud.errors import DRY_RUN, CloudError
 from emp.lab.cloud.knobs import Knobs
+from emp.lab.cloud.memory import Memory
 from emp.lab.cloud.plane import PlaneVolume
 from emp.lab.cloud.records import Attachment, AttachmentState, Instance, Volume, check_id
 
@@ -85,6 +86,10 @@ class Cloud:
     def actions(self) -> frozenset[str]:
         return frozenset(self._actions)
 
+    @property
+    def volumes(self) -> Mapping[str, Volume]:
+        return self._volumes
+
     def perform(self, action: str, request: Request) -> Answer:
         """Carry out one action that has been checked against the service's model. Raises ``CloudError``."""
         if request.get("DryRun"):
@@ -123,7 +128,9 @@ class Cloud:
         volume = self._volumes[change.volume.id]
         match change.deed:
             case Deed.OPEN:
-                volume.attachments[change.instance].state = AttachmentState.ATTACHED
+                attachment = volume.attachments[change.instance]
+                attachment.state = AttachmentState.ATTACHED
+                attachment.shows_s = self.clock() + self.knobs.device_lag_s
             case Deed.CLOSE:
                 del volume.attachments[change.instance]
             case Deed.DELETE:
@@ -144,6 +151,50 @@ class Cloud:
             for attachment in volume.attachments.values():
                 if attachment.is_stuck and volume.id not in knobs.stuck | knobs.busy:
                     self._let_go(attachment)
+
+    # ------------------------------------------------------------------ what outlives the process
+
+    def memory(self) -> Memory:
+        """Return all that ``recall`` needs. The faults that are left are not part of it."""
+        return Memory(
+            began=self._began,
+            began_s=self._began_s,
+            at_s=self.clock(),
+            knobs=self.knobs.model_copy(update={"faults": ()}),
+            volumes=tuple(self._volumes.values()),
+            tokens=self._tokens,
+        )
+
+    def recall(self, memory: Memory) -> None:
+        """Go on from what an earlier process remembered; what it had asked of the data plane is asked again."""
+        back_s = min(0.0, self.clock() - memory.at_s)  # the machine was booted since, and its clock began anew
+        self._began, self._began_s, self.knobs = memory.began, memory.began_s + back_s, memory.knobs
+        self._tokens = dict(memory.tokens)
+        self._volumes = {volume.id: volume for volume in memory.volumes}
+        now_s = self.clock()
+        for volume in self._volumes.values():
+            volume.visible_s += back_s
+            volume.available_s += back_s
+            volume.is_emptied = False
+            if volume.deleted_s is not None:
+                volume.deleted_s += back_s
+            for attachment in volume.attachments.values():
+                if attachment.shows_s is not None:
+                    attachment.shows_s += back_s
+                if attachment.due_s is not None:
+                    attachment.due_s += back_s
+                elif attachment.state is not AttachmentState.ATTACHED and not attachment.is_stuck:
+                    attachment.due_s = now_s
+
+    def shown(self, volume: str) -> PlaneVolume | None:
+        """Return a volume as the data plane sees it; None where there is none of that id."""
+        return _plane(self._volumes[volume]) if volume in self._volumes else None
+
+    def devices_of(self, instance: str) -> list[str]:
+        """Return the volumes that show at ``instance``: attached, and not yet gone."""
+        now_s = self.clock()
+        found = ((volume.id, volume.attachments.get(instance)) for volume in self._volumes.values())
+        return [volume for volume, held in found if held and held.shows_s is not None and held.shows_s <= now_s]
 
     def _let_go(self, attachment: Attachment) -> None:
         attachment.is_stuck = False

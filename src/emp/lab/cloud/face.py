@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -26,36 +27,56 @@ from emp.lab.cloud.query import Ec2Model, render_error
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
 from emp.wire.identity import Role
+from emp.wire.points import with_points
 
 log = logging.getLogger(__name__)
 
 _CREDENTIAL = re.compile(r"AWS4-HMAC-SHA256 Credential=([^/,\s]+)/\d{8}/[^/]+/ec2/aws4_request,")
 LAST_CALLS = 10_000
+POINTS = {
+    "CreateVolume": "volumes.create", "DeleteVolume": "volumes.delete", "DescribeVolumes": "volumes.describe",
+    "AttachVolume": "volumes.attach", "DetachVolume": "volumes.detach", "DescribeInstances": "volumes.instances",
+    "CreateTags": "volumes.tag", "DeleteTags": "volumes.untag",
+}  # fmt: skip
+"""action -> the point that a test may let it go wrong at (``emp.faults``): a pool's own volume server has the same"""
 TICK_S = 0.5
 """how long a change that is due may wait where the clock is not the machine's"""
 
 
 class Face:
-    """Serves ``cloud`` to whoever has one of ``access_keys``; ``async with`` runs what becomes due by itself."""
+    """Serves ``cloud`` to whoever has one of ``access_keys``; ``async with`` runs what becomes due by itself.
+
+    ``keep`` puts the cloud's memory on disk, before anything is answered that rests on it; ``OSError`` if it cannot.
+    """
 
     def __init__(
-        self, cloud: Cloud, plane: DataPlane, *, access_keys: Collection[str], model: Ec2Model | None = None
+        self,
+        cloud: Cloud,
+        plane: DataPlane,
+        *,
+        access_keys: Collection[str],
+        model: Ec2Model | None = None,
+        keep: Callable[[], None] = lambda: None,
     ) -> None:
         self.cloud = cloud
         self._plane = plane
         self._access_keys = frozenset(access_keys)
         self._model = model or Ec2Model()
+        self._keep = keep
         self._faults = Faults(cloud.knobs.faults)
         self._buckets: dict[str, Bucket] = {}
         self._changes: set[asyncio.Task[None]] = set()
         self._asked = asyncio.Event()
         self.calls: deque[tuple[str, dict[str, str]]] = deque(maxlen=LAST_CALLS)
         """the last requests that came in: action and parameters"""
+        self.requests: Counter[str] = Counter()
+        """how many there were of each action that is known"""
 
     def turn(self, knobs: Knobs) -> None:
         """Put ``knobs`` in force, with full buckets and all their faults."""
         self._faults, self._buckets = Faults(knobs.faults), {}
         self.cloud.turn(knobs)
+        self._keep()
         self._asked.set()
 
     @asynccontextmanager
@@ -72,12 +93,17 @@ class Face:
         """Answer one request of the query API."""
         parameters = dict(parse_qsl((await request.body()).decode(errors="replace"), keep_blank_values=True))
         action = parameters.get("Action", "")
-        self.calls.append((action, parameters))
-        try:
-            return await self._answer(action, parameters, request.headers.get("authorization", ""))
-        except CloudError as error:
-            log.info("%s: %s", action, error)
-            return Response(render_error(error), error.status, media_type="text/xml")
+
+        async def once(request: Request) -> Response:
+            self.calls.append((action, parameters))
+            self.requests[action if action in self.cloud.actions else "unknown"] += 1
+            try:
+                return await self._answer(action, parameters, request.headers.get("authorization", ""))
+            except CloudError as error:
+                log.info("%s: %s", action, error)
+                return Response(render_error(error), error.status, media_type="text/xml")
+
+        return await with_points(POINTS.get(action, "volumes.unknown"), once)(request)
 
     async def _answer(self, action: str, parameters: Mapping[str, str], authorization: str) -> Response:
         self._check_caller(authorization)
@@ -96,6 +122,8 @@ class Face:
             await asyncio.sleep(fault.delay_s)
         await self._pump()
         answer = self._model.render(action, self.cloud.perform(action, request))
+        if not action.startswith("Describe"):
+            self._remember(action, request)
         self._asked.set()
         match fault:
             case Fault(harm=Harm.LOST_REPLY):
@@ -103,6 +131,16 @@ class Face:
             case Fault(harm=Harm.SILENT):
                 return _Silent()
         return Response(answer, media_type="text/xml")
+
+    def _remember(self, action: str, request: Mapping[str, Any]) -> None:
+        try:
+            self._keep()
+        except OSError as error:
+            log.error("the cloud's memory is not on disk: %s", error)
+            raise CloudError("InternalError", "An internal error has occurred", status=BROKEN) from error
+        if action in ("CreateTags", "DeleteTags"):
+            for volume in filter(None, map(self.cloud.shown, request["Resources"])):
+                self._plane.on_tagged(volume)
 
     def _check_caller(self, authorization: str) -> None:
         match = _CREDENTIAL.match(authorization)
@@ -158,6 +196,10 @@ class Face:
             self.cloud.failed(change)
         else:
             self.cloud.done(change)
+            try:
+                self._keep()
+            except OSError as error:  # a later process asks the data plane again, which has it done already
+                log.error("the cloud's memory is not on disk: %s", error)
         self._asked.set()
 
     async def _tick(self) -> None:
@@ -171,8 +213,8 @@ class Face:
                     await self._asked.wait()
 
 
-def make_app(face: Face) -> FastAPI:
-    """Return the app; its lifespan runs ``face``. The knobs obey the controller's certificate alone."""
+def make_app(face: Face, routers: Iterable[APIRouter] = ()) -> FastAPI:
+    """Return the app with more ``routers``; its lifespan runs ``face``. The knobs obey the controller's certificate."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -193,7 +235,8 @@ def make_app(face: Face) -> FastAPI:
         face.turn(wanted)
         return face.cloud.knobs
 
-    app.include_router(knobs)
+    for router in (knobs, *routers):
+        app.include_router(router)
     return app
 
 

@@ -72,6 +72,13 @@ class Fault(Model):
     delay_s: float = Field(default=1.0, ge=0)
 
 
+class Shown(Model):
+    """Another device than the volume: what its node is told instead. None: the truth."""
+
+    serial: str | None = None
+    size_bytes: int | None = Field(default=None, ge=0)
+
+
 class Knobs(Model):
     """Everything at once: setting them replaces the faults that were left."""
 
@@ -84,6 +91,10 @@ class Knobs(Model):
     """volumes whose detaching does not end unless it is forced"""
     busy: frozenset[str] = frozenset()
     """volumes that a node has mounted: detaching stays ``busy`` unless it is forced"""
+    device_lag_s: float = Field(default=0.0, ge=0)
+    """for so long a volume that has been attached does not show at its node"""
+    shown: dict[str, Shown] = Field(default_factory=dict)
+    """volume -> what its nodes see in its place"""
     faults: tuple[Fault, ...] = ()
 
 

@@ -41,6 +41,10 @@ class DataPlane(Protocol):
         """Remove its data. Nothing is attached."""
         ...
 
+    def on_tagged(self, volume: PlaneVolume) -> None:
+        """Its tags have been set anew, and are on disk."""
+        ...
+
 
 class NoDataPlane:
     """Volumes without data, for tests of the control plane alone."""
@@ -53,3 +57,6 @@ class NoDataPlane:
 
     async def on_deleted(self, volume: PlaneVolume) -> None:
         """There is no data."""
+
+    def on_tagged(self, volume: PlaneVolume) -> None:
+        """Nobody reads them."""

@@ -45,6 +45,8 @@ class Attachment:
     """when the data plane is to be asked; None: nothing is due, or it has been asked"""
     is_stuck: bool = False
     """detaching does not end by itself"""
+    shows_s: float | None = None
+    """from when on its node sees the device; None: it has not been opened yet"""
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -33,7 +34,7 @@ class Config(Model):
         return self
 
     @classmethod
-    def load(cls, path: Path) -> Config:
+    def load(cls, path: Path) -> Self:
         """Read the file; raise ``BadInput`` with the field and the reason."""
         try:
             return cls.model_validate_json(path.read_bytes())

@@ -16,6 +16,8 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+EPOCH_LOG = "epochs.log"
+"""in the directory of the service's state"""
 LONGEST_BYTES = 4 << 20
 """then it becomes ``epochs.log.1``, in the place of the one before"""
 

@@ -28,7 +28,7 @@ from emp.model.errors import (
 )
 from emp.model.volume import Attachment, ClaimPoint, NbdEndpoint, Volume
 from emp.volumes.server.config import Config
-from emp.volumes.server.epochs import EpochLog
+from emp.volumes.server.epochs import EPOCH_LOG, EpochLog
 from emp.volumes.server.export import Export, ExportSpec, end_strays
 from emp.volumes.server.protocol import CreateVolume, check_volume_id, serial_of
 from emp.volumes.server.state import AttachmentRecord, State, VolumeRecord
@@ -54,14 +54,14 @@ class Counts:
 class VolumeService:
     """The volumes in one directory. ``start`` serves what was attached; ``stop`` ends every export, forgets nothing."""
 
-    def __init__(self, config: Config, credentials: Credentials) -> None:
+    def __init__(self, config: Config, credentials: Credentials, *, epochs: EpochLog | None = None) -> None:
         self._config = config
         self._credentials = credentials
         self._images = config.state_dir / "images"
         self._run = config.state_dir / "run"
         self._tls = config.state_dir / "tls"
         self._state = State(config.state_dir / "state.json")
-        self._epochs = EpochLog(config.state_dir / "epochs.log")
+        self._epochs = epochs or EpochLog(config.state_dir / EPOCH_LOG)
         self._exports: dict[str, Export] = {}
         self._restarts_of_closed = 0
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)

@@ -1,0 +1,122 @@
+"""The simulated cloud as a daemon: the EC2 API, its data plane, and what a node's agent may ask.
+
+=====================  ====================  ==========================================================
+``POST /``             the access key        the EC2 query API
+``GET /devices``       an agent              [``Device``]: what is attached to that agent's node
+``GET|PUT /knobs``     the controller        ``emp.lab.cloud.knobs.Knobs``
+``GET /healthz``       any daemon            ``{"status": "ok"}``
+``GET /metrics``       any daemon            volumes, exports, requests
+=====================  ====================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from emp.lab.cloud.cloud import Cloud
+from emp.lab.cloud.config import CloudConfig
+from emp.lab.cloud.dataplane import ExportPlane, OwnersLog
+from emp.lab.cloud.face import Face, make_app
+from emp.lab.cloud.knobs import Shown
+from emp.lab.cloud.memory import MemoryFile
+from emp.lab.cloud.records import Instance
+from emp.model.errors import BadInput, NotFound
+from emp.volumes.devices import PATH, Device
+from emp.volumes.server.service import VolumeService
+from emp.wire.guard import require_role
+from emp.wire.identity import Identity, Role
+from emp.wire.pki import Credentials
+from emp.wire.serve import Listener, Server
+from emp.wire.sockets import listen
+from emp.wire.tls import public_server
+
+MEMORY = "cloud.json"
+
+
+@asynccontextmanager
+async def serving(config: CloudConfig) -> AsyncIterator[Face]:
+    """Serve for the length of the block: what was attached is served again, what was under way goes on."""
+    credentials = Credentials.load(config.credentials)
+    if credentials.pool != config.pool:
+        raise BadInput(f"the credentials are of the pool {credentials.pool}, not {config.pool}", field="credentials")
+    cloud = Cloud(
+        (Instance(node.instance, node.zone, max_volumes=node.max_volumes) for node in config.nodes.values()),
+        clock=time.monotonic,
+        began=datetime.now(UTC),
+        knobs=config.knobs,
+    )
+    instances = {name: node.instance for name, node in config.nodes.items()}
+    log = OwnersLog(config.state_dir, instances, cloud.shown)
+    service = VolumeService(config, credentials, epochs=log)
+    plane = ExportPlane(service, instances, log)
+    memory = MemoryFile(config.state_dir / MEMORY)
+    face = Face(cloud, plane, access_keys={config.access_key}, keep=lambda: memory.write(cloud.memory()))
+    try:
+        await service.start()
+        if before := memory.read():
+            cloud.recall(before)
+        app = make_app(face, [_devices(cloud, plane, instances), _health(face, service)])
+        with listen(config.address, config.port, field="port") as socket:
+            async with Server(app, [Listener(socket, public_server(config.credentials))], pool=config.pool):
+                yield face
+    finally:
+        await service.stop()
+
+
+def _devices(cloud: Cloud, plane: ExportPlane, instances: dict[str, str]) -> APIRouter:
+    router = APIRouter()
+
+    @router.get(PATH)
+    async def devices(caller: Annotated[Identity, Depends(require_role(Role.AGENT))]) -> list[Device]:
+        return list(seen_by(caller.name))
+
+    def seen_by(node: str) -> Iterator[Device]:
+        if node not in instances:
+            raise NotFound(f"{node} is no instance of this cloud", field="node")
+        for volume in cloud.devices_of(instances[node]):
+            with contextlib.suppress(NotFound):  # its export has just been closed
+                yield plane.device(volume, node, cloud.knobs.shown.get(volume, Shown()))
+
+    return router
+
+
+def _health(face: Face, service: VolumeService) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(require_role(*Role))])
+    registry = CollectorRegistry()
+    registry.register(_Figures(face, service))
+
+    @router.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    return router
+
+
+class _Figures(Collector):
+    def __init__(self, face: Face, service: VolumeService) -> None:
+        self._face = face
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        counts = self._service.counts()
+        yield GaugeMetricFamily("emp_cloud_volumes", "Volumes that exist", len(self._face.cloud.volumes))
+        yield GaugeMetricFamily("emp_cloud_exports", "Attachments that are served", counts.attachments)
+        yield CounterMetricFamily("emp_cloud_export_restarts", "Exports restarted after a crash", counts.restarts)
+        requests = CounterMetricFamily("emp_cloud_requests", "Requests of the EC2 API", labels=["action"])
+        for action, number in sorted(self._face.requests.items()):
+            requests.add_metric([action], number)
+        yield requests
