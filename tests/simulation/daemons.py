@@ -12,6 +12,7 @@ from emp.agent.api import make_app
 from emp.agent.assembly import Assembler
 from emp.agent.claims import Claims
 from emp.agent.config import AgentConfig
+from emp.agent.devices import Devices
 from emp.agent.gate import Gate
 from emp.agent.heartbeat import Heartbeat
 from emp.agent.journal import Standing
@@ -122,9 +123,9 @@ class AgentDaemon(Daemon):
         facts = await self.hypervisor.facts()
         journal, untrusted = agent_daemon._open_journal(config)
         images: Any = SimImages()
-        assembler = Assembler(self.hypervisor, self.network, images)
+        volumes: Any = SimWire(net, me, self.host, "vol")  # whose attachments all name an endpoint
+        assembler = Assembler(self.hypervisor, self.network, images, Devices(volumes))
         residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
-        volumes: Any = SimWire(net, me, self.host, "vol")
         claims, gate = Claims(NbdVolumeClaims(volumes)), Gate()
         gate.distrust = untrusted
 

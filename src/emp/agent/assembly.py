@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emp.agent.console import Console
+from emp.agent.devices import Devices
 from emp.agent.images import Images
 from emp.agent.shelf import Entry
-from emp.hypervisor.base import BlockDevice, Hypervisor, LaunchPlan, Machine, ProcessId
-from emp.model.errors import HostError, MissingDependency
+from emp.hypervisor.base import Hypervisor, LaunchPlan, Machine, ProcessId
+from emp.model.errors import HostError
 from emp.model.evm import EvmSpec
-from emp.model.orders import VolumeGrant
 from emp.network.base import NetworkDriver, Port
 
 log = logging.getLogger(__name__)
@@ -60,13 +60,17 @@ class Assembly:
 
 
 class Assembler:
-    def __init__(self, hypervisor: Hypervisor, network: NetworkDriver, images: Images) -> None:
+    def __init__(self, hypervisor: Hypervisor, network: NetworkDriver, images: Images, devices: Devices) -> None:
         self.hypervisor = hypervisor
         self.network = network
         self.images = images
+        self.devices = devices
 
     async def assemble(self, entry: Entry, *, incoming: bool) -> Assembly:
-        """Blocked ports, then a machine that boots or waits for a stream; nothing is left behind if that fails."""
+        """Volumes that are there, blocked ports, then a machine that boots or waits for a stream.
+
+        Nothing is left behind if that fails.
+        """
         spec = entry.spec
         image, kernel, initrd = self.images.get(spec.image)
         if image.digest != spec.image_digest:
@@ -75,6 +79,7 @@ class Assembler:
                 field="image",
                 hint="install the same image on every node",
             )
+        volumes = await self.devices.open_all(entry.volumes)
         ports = await self.network.plug(spec)
         try:
             plan = LaunchPlan(
@@ -83,7 +88,7 @@ class Assembler:
                 initrd=Path(initrd),
                 kernel_command_line=image.kernel_command_line,
                 tap_fds=tuple(port.tap_fd for port in ports),
-                volumes=tuple(map(_block_device, entry.volumes)),
+                volumes=volumes,
                 incoming=incoming,
             )
             machine = await self.hypervisor.launch(plan)
@@ -115,14 +120,3 @@ class Assembler:
             async with asyncio.timeout(2):
                 await console.start()
         return Assembly(spec, machine, ports, console)
-
-
-def _block_device(grant: VolumeGrant) -> BlockDevice:
-    volume, endpoint = grant.volume, grant.endpoint
-    if endpoint is None:
-        raise MissingDependency(
-            f"{volume.id} is a device of this node, and this agent opens endpoints only",
-            field="volumes",
-            hint="use a volume service whose attachments name an endpoint",
-        )
-    return BlockDevice(volume.id, volume.serial, volume.size_bytes, endpoint)

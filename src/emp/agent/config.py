@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
@@ -15,6 +16,21 @@ class NetworkConfig(Model):
     driver: str = "l2"
     bridge: str = "br0"
     uplink: str = "eth0"
+
+
+class NvmeDevices(Model):
+    """Volumes are NVMe devices of this machine, as on an AWS instance of bare metal."""
+
+    driver: Literal["nvme"] = "nvme"
+
+
+class ServiceDevices(Model):
+    """The volume service says what it has attached to this node (``emp.volumes.devices``)."""
+
+    driver: Literal["service"]
+    url: str
+    server_name: str = "volumes-main"
+    """the common name of its certificate"""
 
 
 class AgentConfig(Model):
@@ -37,6 +53,8 @@ class AgentConfig(Model):
     """what this node offers to EVMs"""
     vcpus: int = Field(ge=1)
     network: NetworkConfig = NetworkConfig()
+    devices: NvmeDevices | ServiceDevices = Field(default=NvmeDevices(), discriminator="driver")
+    """how an attached volume is found that names no endpoint"""
     qemu: Path | None = None
     """another QEMU than the one on PATH"""
 

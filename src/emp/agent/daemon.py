@@ -47,12 +47,13 @@ async def run(config: AgentConfig) -> None:
     await network.start()
     journal, untrusted = _open_journal(config)
     images = Images(config.images_dir)
-    assembler = Assembler(hypervisor, network, images)
+    devices = wiring.devices(config)
+    assembler = Assembler(hypervisor, network, images, devices)
     residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
     claims, gate = Claims(wiring.claims(config)), Gate()
     gate.distrust = untrusted
     dial = _dial(config, journal)
-    probe = wiring.probe(config)
+    probe = wiring.probe(config, devices)
     migrations = Migrations(journal, residents, dial, claims, gate, stream_host=config.address, probe=probe)
     try:
         await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate), stop)
@@ -61,6 +62,7 @@ async def run(config: AgentConfig) -> None:
         await migrations.close()
         await claims.close()
         await residents.close()
+        await devices.aclose()
         await network.close()
         journal.close()
 

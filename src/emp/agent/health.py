@@ -16,11 +16,9 @@ from typing import Any
 
 from emp.agent.assembly import Assembly
 from emp.model.errors import EmpError
-from emp.model.volume import NbdEndpoint
 from emp.network.base import NetworkDriver
 from emp.volumes.base import VolumeProbe
 
-MakeProbe = Callable[[NbdEndpoint], VolumeProbe]
 LAST_LOOK_S = 1.0
 """for the volumes to answer in the blackout: the guest stands paused meanwhile"""
 AGAIN_S = 0.05

@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from emp.agent.assembly import Assembly
 from emp.agent.claims import Claims
+from emp.agent.devices import MakeProbe
 from emp.agent.gate import Gate
-from emp.agent.health import MakeProbe
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import answer_from_journal, hello, standing_in
 from emp.agent.residents import Residents

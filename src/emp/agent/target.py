@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembler, Assembly
-from emp.agent.health import Health, MakeProbe
+from emp.agent.devices import MakeProbe
+from emp.agent.health import Health
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink
 from emp.agent.role import REPEAT_S, Role
@@ -117,8 +118,7 @@ class TargetRole(Role[Target]):
 
     def _health_of(self, assembly: Assembly) -> Health:
         if self._health is None:
-            points = ((grant.volume.id, grant.endpoint) for grant in self.entry.volumes)
-            probes = {volume: self._probe(point) for volume, point in points if self._probe and point}
+            probes = {grant.volume.id: self._probe(grant) for grant in self.entry.volumes if self._probe}
             self._health = Health(assembly, self._assembler.network, probes)
         return self._health
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from emp.agent.config import AgentConfig
-from emp.agent.health import MakeProbe
+from emp.agent.config import AgentConfig, ServiceDevices
+from emp.agent.devices import Devices, GrantProbe, MakeProbe, Source
 from emp.hypervisor.base import Hypervisor
 from emp.hypervisor.qemu.hypervisor import QemuHypervisor
 from emp.model.errors import BadInput
+from emp.model.volume import HostDevice
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
-from emp.volumes.base import VolumeClaims
+from emp.volumes.base import VolumeClaims, VolumeProbe
+from emp.volumes.device_probe import DeviceProbe
+from emp.volumes.devices import ServiceResolver
 from emp.volumes.nbd import NbdVolumeClaims
 from emp.volumes.nbd_probe import NbdProbe
+from emp.volumes.nvme import NvmeResolver
 from emp.wire import tls
+from emp.wire.http import WireClient
+from emp.wire.identity import Identity
 
 
 def hypervisor(config: AgentConfig) -> Hypervisor:
@@ -29,6 +35,19 @@ def claims(config: AgentConfig) -> VolumeClaims:
     return NbdVolumeClaims(tls.mutual_client(config.credentials))
 
 
-def probe(config: AgentConfig) -> MakeProbe:
+def devices(config: AgentConfig) -> Devices:
+    match config.devices:
+        case ServiceDevices(url=url, server_name=name):
+            client = WireClient(url, tls=tls.mutual_client(config.credentials), server=Identity.parse(name))
+            return Devices(ServiceResolver(client))
+        case _:
+            return Devices(NvmeResolver())
+
+
+def probe(config: AgentConfig, devices: Devices) -> MakeProbe:
     context = tls.mutual_client(config.credentials)
-    return lambda endpoint: NbdProbe(endpoint, context)
+
+    def make(source: Source) -> VolumeProbe:
+        return DeviceProbe(source) if isinstance(source, HostDevice) else NbdProbe(source, context)
+
+    return lambda grant: GrantProbe(devices, grant, make)

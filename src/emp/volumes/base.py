@@ -37,6 +37,8 @@ class DeviceResolver(Protocol):
         """
         ...
 
+    async def aclose(self) -> None: ...
+
 
 class VolumeDriver(Protocol):
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002, the field's name

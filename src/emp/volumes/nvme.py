@@ -64,6 +64,9 @@ class NvmeResolver:
     async def resolve(self, volume: Volume) -> HostDevice:
         return await asyncio.to_thread(find_device, volume, sysfs=self._sysfs, dev=self._dev)
 
+    async def aclose(self) -> None:
+        """Nothing is kept open."""
+
 
 def _read(path: Path) -> str:
     """Return a file's text without the blanks that NVMe pads its fields with; empty where it is gone."""
