@@ -21,7 +21,15 @@ from typing import Protocol
 from uuid import uuid4
 
 from emp.host.tap import open_tap, tap_interface
-from emp.hypervisor.base import LaunchPlan, Machine, MachineEvent, MachineEventKind, StreamLimits, StreamStatus
+from emp.hypervisor.base import (
+    BlockDevice,
+    LaunchPlan,
+    Machine,
+    MachineEvent,
+    MachineEventKind,
+    StreamLimits,
+    StreamStatus,
+)
 from emp.hypervisor.qemu import QemuHypervisor, QemuMachine
 from emp.hypervisor.qemu.qmp import QmpSession
 from emp.model.evm import EvmSpec, Nic
@@ -220,21 +228,21 @@ class Bench:
     def right(self) -> Node:
         return self.node("right")
 
-    def plan(self, spec: EvmSpec, *, incoming: bool = False) -> LaunchPlan:
+    def plan(self, spec: EvmSpec, *, incoming: bool = False, volumes: tuple[BlockDevice, ...] = ()) -> LaunchPlan:
         """Return a plan with a fresh tap for each NIC; the bench closes its own copies."""
         names = [f"t{secrets.token_hex(5)}" for _ in spec.nics]
         self.tap_names += names
         taps = tuple(map(open_tap, names))
         self._taps += taps
-        return LaunchPlan(spec, self.kernel, self.initrd, "", taps, (), incoming)
+        return LaunchPlan(spec, self.kernel, self.initrd, "", taps, volumes, incoming)
 
-    async def booted(self, name: str = "one") -> QemuMachine:
+    async def booted(self, name: str = "one", volumes: tuple[BlockDevice, ...] = ()) -> QemuMachine:
         """Return a machine on the left whose guest has answered."""
-        spec = await self.spec(name)
+        spec = await self.spec(name, volumes=tuple(device.volume for device in volumes))
         async with asyncio.TaskGroup() as both:
             # Connected while QEMU starts: the guest says R once, and what it says to nobody is gone.
             answered = both.create_task(self._first_words(self.left.run_dir / name / "console"))
-            machine = await self.left.hypervisor.launch(self.plan(spec))
+            machine = await self.left.hypervisor.launch(self.plan(spec, volumes=volumes))
         assert answered.result() == "R"
         return machine
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from uuid import uuid4
 
-from emp.hypervisor.base import LaunchPlan, Machine
+from emp.hypervisor.base import BlockDevice, LaunchPlan, Machine
 from emp.model.evm import EvmSpec, Nic
 from tests.fakes.fabric import Fabric
 from tests.fakes.hypervisor import FakeHypervisor, FakeMachine
@@ -109,13 +109,14 @@ class FakeBench:
         self.specs[name] = spec.model_copy(update=changes)
         return self.specs[name]
 
-    def plan(self, spec: EvmSpec, *, incoming: bool = False) -> LaunchPlan:
-        return LaunchPlan(spec, Path("kernel"), Path("initrd"), "", (next(self._taps),), (), incoming)
+    def plan(self, spec: EvmSpec, *, incoming: bool = False, volumes: tuple[BlockDevice, ...] = ()) -> LaunchPlan:
+        return LaunchPlan(spec, Path("kernel"), Path("initrd"), "", (next(self._taps),), volumes, incoming)
 
-    async def booted(self, name: str = "one") -> FakeMachine:
-        machine = await self.left.hypervisor.launch(self.plan(await self.spec(name)))
+    async def booted(self, name: str = "one", volumes: tuple[BlockDevice, ...] = ()) -> FakeMachine:
+        spec = await self.spec(name, volumes=tuple(device.volume for device in volumes))
+        machine = await self.left.hypervisor.launch(self.plan(spec, volumes=volumes))
         assert machine.qemu.guest is not None
-        machine.qemu.guest = replace(machine.qemu.guest, dirty_bytes_per_s=0.0)  # it is idle
+        machine.qemu.guest = replace(machine.qemu.guest, dirty_bytes_per_s=0.0, uses_volumes=False)  # it is idle
         return machine
 
     async def pair(self) -> tuple[FakeMachine, FakeMachine]:

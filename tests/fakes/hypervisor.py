@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from emp.hypervisor.base import (
+    UNPLUG_TIMEOUT_S,
+    BlockDevice,
     HypervisorFacts,
     LaunchPlan,
     MachineEvent,
@@ -22,6 +24,7 @@ from emp.hypervisor.base import (
     StreamLimits,
     StreamStatus,
 )
+from emp.hypervisor.qemu.disks import check_device, check_slot
 from emp.hypervisor.qemu.stream import rate_parameters
 from emp.model.errors import BadInput, Conflict, HypervisorError, OutcomeUnknown
 from emp.model.evm import EvmSpec
@@ -31,6 +34,11 @@ from tests.fakes.qemu import FakeQemu
 T = TypeVar("T")
 
 LAUNCH_S = (0.05, 0.3)
+
+
+def _check_serial(slot: int, there: BlockDevice, serial: str) -> None:
+    if there.serial != serial:
+        raise Conflict(f"the disk {there.serial} is at slot {slot}, not {serial}", field="slot")
 
 
 class Subscription(AsyncIterator[MachineEvent]):
@@ -138,6 +146,50 @@ class FakeMachine:
 
     async def cancel_stream(self) -> None:
         await self._ask("yank", self.qemu.yank_and_cancel, oob=True)
+
+    async def move_volume(self, device: BlockDevice) -> None:
+        await self._ask("query-migrate", self.qemu.check_no_migration)
+        slot = await self._ask("qom-list", lambda: self.qemu.slot_of(device.serial))
+        if self.qemu.disks[slot] != device:
+            await self._ask("blockdev-add", lambda: self.qemu.check_source(device))
+            await self._drain()
+            await self._ask("blockdev-reopen", lambda: self.qemu.change({**self.qemu.disks, slot: device}))
+
+    async def plug_volume(self, device: BlockDevice, slot: int) -> None:
+        check_slot(slot)
+        check_device(device)
+        await self._ask("query-migrate", self.qemu.check_no_migration)
+        if (there := self.qemu.disks.get(slot)) is not None:
+            _check_serial(slot, there, device.serial)
+            return
+        await self._ask("blockdev-add", lambda: self.qemu.check_source(device))
+        await self._ask("device_add", lambda: self.qemu.change({**self.qemu.disks, slot: device}))
+
+    async def unplug_volume(self, serial: str, slot: int, *, in_use: bool = False) -> None:
+        check_slot(slot)
+        await self._ask("query-migrate", self.qemu.check_no_migration)
+        if (there := self.qemu.disks.get(slot)) is None:
+            return
+        _check_serial(slot, there, serial)
+        if self.qemu.executing and self.qemu.guest and self.qemu.guest.uses_volumes and not in_use:
+            await asyncio.sleep(UNPLUG_TIMEOUT_S)
+            raise Conflict(f"the guest of {self.name} is using the volume", field="volume", hint="unmount it")
+        kept = {where: device for where, device in self.qemu.disks.items() if where != slot}
+        await self._ask("device_del", lambda: self.qemu.change(kept))
+
+    async def resize_volume(self, device: BlockDevice) -> None:
+        await self._ask("query-migrate", self.qemu.check_no_migration)
+        slot = await self._ask("qom-list", lambda: self.qemu.slot_of(device.serial))
+        if device.size_bytes < self.qemu.disks[slot].size_bytes:
+            raise BadInput("a disk cannot shrink", field="size_bytes", hint="volumes only grow")
+        await self.move_volume(device)
+
+    async def _drain(self) -> None:
+        """I/O of the guest that is on its way to the old source is waited for, with QEMU deaf meanwhile."""
+        while self.qemu.executing and not self.qemu.storage_is_up():
+            self.qemu.deaf = True
+            await self._fabric.look()
+        self.qemu.deaf = False
 
     async def tap_fds(self) -> tuple[int, ...]:
         if not self.qemu.alive:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from emp.hypervisor.base import (
+    BlockDevice,
     LaunchPlan,
     MachineEvent,
     MachineEventKind,
@@ -21,7 +22,7 @@ from emp.hypervisor.base import (
     StreamStatus,
 )
 from emp.hypervisor.qemu.disks import NBD_RECONNECT_DELAY_S
-from emp.model.errors import HypervisorError
+from emp.model.errors import Conflict, HypervisorError, NotFound
 from tests.fakes.fabric import LOOK_S, Fabric
 
 TICKS_PER_S = 1000.0
@@ -42,6 +43,8 @@ class Guest:
     """what its console has been asked"""
     dirty_bytes_per_s: float = 2e6
     working_set_bytes: int = 8 << 20
+    uses_volumes: bool = True
+    """writes to all of them for as long as it executes"""
 
 
 class FakeQemu:
@@ -124,7 +127,7 @@ class FakeQemu:
         self.guest = replace(self.guest, ticks=self.guest.ticks + (now - self._since) * TICKS_PER_S)
         self._since = now
         self.fabric.watch_advance(self)
-        for device in self.plan.volumes:
+        for device in self.plan.volumes if self.guest.uses_volumes else ():
             self.fabric.watch_write(self, device.volume)
 
     def _executes(self) -> None:
@@ -133,7 +136,7 @@ class FakeQemu:
 
     def look_at_storage(self) -> None:
         """Go on, or stand still in I/O, as the volumes are now; ``advance`` came before what changed them."""
-        goes = self.executing and self._storage_is_up()
+        goes = self.executing and self.storage_is_up()
         if goes and self._since is None:
             self._since = self.fabric.now()
             if self.plan.volumes:
@@ -147,12 +150,43 @@ class FakeQemu:
         elif self._stall is None:
             self._stall = self.fabric.later(NBD_RECONNECT_DELAY_S, self._io_fails)
 
-    def _storage_is_up(self) -> bool:
+    # -- its volumes, while it lives
+
+    def check_no_migration(self) -> None:
+        going = self.stream is not None and self.stream.going
+        away = (RunState.INMIGRATE, RunState.POSTMIGRATE, RunState.FINISH_MIGRATE)
+        if going or self.run_state in away:
+            raise Conflict(f"{self.spec.name} is being migrated", field="evm")
+
+    def check_source(self, device: BlockDevice) -> None:
+        if not self.fabric.served(self.node, device):
+            raise HypervisorError(f"blockdev-add: {device.volume}: Connection refused", sent=True)
+
+    def slot_of(self, serial: str) -> int:
+        for slot, device in self.disks.items():
+            if device.serial == serial:
+                return slot
+        raise NotFound(f"{self.spec.name} has no disk with the serial {serial}", field="volume")
+
+    def change(self, disks: dict[int, BlockDevice]) -> None:
+        """Have these disks from now on; what the guest has written was written to those it had."""
+        self.advance()
+        names = tuple(device.volume for device in disks.values())
+        self.spec = self.spec.model_copy(update={"volumes": names, "volume_slots": tuple(disks)})
+        self.plan = replace(self.plan, spec=self.spec, volumes=tuple(disks.values()))
+        self.look_at_storage()
+
+    @property
+    def disks(self) -> dict[int, BlockDevice]:
+        """slot -> volume"""
+        return dict(zip(self.spec.slots, self.plan.volumes, strict=True))
+
+    def storage_is_up(self) -> bool:
         return all(self.fabric.served(self.node, device) for device in self.plan.volumes)
 
     def _io_fails(self) -> None:
         self._stall = None
-        if self.executing and not self._storage_is_up():
+        if self.executing and not self.storage_is_up():
             self.tell(KIND.IO_ERROR, detail="disk0: write: Input/output error, stop")
             self._stands(RunState.IO_ERROR)
 
@@ -414,6 +448,9 @@ class Stream:
         await self._carry()
         guest = source.guest
         assert guest is not None
+        if not set(source.disks) <= set(target.disks):
+            target.becomes(StreamStatus.FAILED, "Unknown savevm section or instance: scsi-disk")
+            raise Broken("the target refused the stream")
         self._all_sent = True
         loaded = asyncio.Event()
         self.fabric.spawn(_load(target, guest, loaded), f"loading {target.spec.name}")
@@ -431,7 +468,7 @@ class Stream:
         """I/O of the guest that is on its way is waited for, with QEMU deaf meanwhile; then it fails."""
         deadline = self.fabric.now() + NBD_RECONNECT_DELAY_S
         self._draining = self.source.deaf = True
-        up = self.source._storage_is_up
+        up = self.source.storage_is_up
         while not up() and self.fabric.now() < deadline and self.source.alive:
             await self.fabric.look()
         self._draining = self.source.deaf = False

@@ -17,6 +17,11 @@ from emp.model.errors import HypervisorError
 from emp.model.evm import EvmSpec
 from emp.model.volume import HostDevice, NbdEndpoint
 
+QUIET_S = 2.0
+"""for so long the guest must have left a disk alone before it is taken away"""
+UNPLUG_TIMEOUT_S = 5.0
+"""for the guest to leave it alone"""
+
 
 class MachineGone(HypervisorError):
     """The machine's process has ended: nothing more can be asked of it."""
@@ -66,7 +71,7 @@ class LaunchPlan:
     tap_fds: tuple[int, ...]
     """one open tap descriptor (TAP, NO_PI, VNET_HDR) per ``spec.nics``, in order; the machine gets copies"""
     volumes: tuple[BlockDevice, ...]
-    """in the order of ``spec.volumes``: the guest's device addresses follow from it"""
+    """in the order of ``spec.volumes``; the guest's device addresses follow from ``spec.slots``"""
     incoming: bool
     """True: wait for a migration, paused (``-incoming defer -S``). False: boot."""
 
@@ -227,6 +232,41 @@ class Machine(Protocol):
 
     async def cancel_stream(self) -> None:
         """Source: out-of-band ``yank``, then ``migrate_cancel``; QEMU resumes the guest. Idle after ``completed``."""
+        ...
+
+    async def move_volume(self, device: BlockDevice) -> None:
+        """Have the disk with ``device.serial`` use ``device.source`` from now on, under the guest's I/O.
+
+        The guest sees nothing but a pause of that disk: QEMU waits for the I/O on its way, which must therefore be
+        getting through at the old source. Idempotent, and may be repeated after ``OutcomeUnknown`` or a restart of the
+        agent. Raises ``NotFound`` without that disk, ``Conflict`` while a migration is on its way, and
+        ``HypervisorError`` when the new source cannot be opened or is too small; the old one is then still in use.
+        """
+        ...
+
+    async def plug_volume(self, device: BlockDevice, slot: int) -> None:
+        """Give the running guest one more disk, at the address that ``slot`` (0 to 23) stands for. Idempotent.
+
+        Raises ``Conflict`` where another disk is at that slot or while a migration is on its way, ``HypervisorError``
+        when the source cannot be opened; nothing of it is left then.
+        """
+        ...
+
+    async def unplug_volume(self, serial: str, slot: int, *, in_use: bool = False) -> None:
+        """Take the disk away from the guest, and let go of its source. Idempotent.
+
+        A SCSI guest is told, not asked. So it is done only once the guest has left the disk alone for
+        ``QUIET_S``: one that goes on using it for ``UNPLUG_TIMEOUT_S`` is a ``Conflict``, unless ``in_use`` allows for
+        it. Raises ``Conflict`` also where another disk is at that slot, or while a migration is on its way.
+        """
+        ...
+
+    async def resize_volume(self, device: BlockDevice) -> None:
+        """Show the guest that the disk with ``device.serial`` has grown to ``device.size_bytes``. Idempotent.
+
+        The storage must have grown already. Raises ``BadInput`` for less than it has, ``NotFound`` without that disk,
+        ``Conflict`` while a migration is on its way, ``HypervisorError`` when the storage is too small.
+        """
         ...
 
     async def tap_fds(self) -> tuple[int, ...]:

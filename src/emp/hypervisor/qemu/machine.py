@@ -15,6 +15,7 @@ from uuid import UUID
 
 from emp.host.processes import Process, take_descriptor
 from emp.hypervisor.base import (
+    BlockDevice,
     MachineEvent,
     MachineEventKind,
     MachineGone,
@@ -25,8 +26,10 @@ from emp.hypervisor.base import (
 )
 from emp.hypervisor.qemu import guarding, stream
 from emp.hypervisor.qemu.command_line import tls_credentials
+from emp.hypervisor.qemu.disks import CREDENTIALS
 from emp.hypervisor.qemu.ending import ending
 from emp.hypervisor.qemu.events import Broadcast, Watcher, run_state
+from emp.hypervisor.qemu.plugging import Plugging
 from emp.hypervisor.qemu.qmp import QmpSession
 from emp.hypervisor.qemu.run_directory import Record, RunDirectory
 from emp.model.errors import EmpError, HypervisorError, OutcomeUnknown
@@ -66,6 +69,7 @@ class QemuMachine:
         """has been seen out of ``inmigrate``"""
         self._watch: asyncio.Task[None] | None = None
         self._guardian: guarding.Guardian | None = None
+        self._plugging = Plugging(record.name, self._ask, self._load_volume_credentials)
 
     @property
     def name(self) -> str:
@@ -222,6 +226,18 @@ class QemuMachine:
             if not error.details.get("sent"):
                 raise
 
+    async def move_volume(self, device: BlockDevice) -> None:
+        await self._plugging.move(device)
+
+    async def plug_volume(self, device: BlockDevice, slot: int) -> None:
+        await self._plugging.plug(device, slot)
+
+    async def unplug_volume(self, serial: str, slot: int, *, in_use: bool = False) -> None:
+        await self._plugging.unplug(serial, slot, in_use=in_use)
+
+    async def resize_volume(self, device: BlockDevice) -> None:
+        await self._plugging.resize(device)
+
     async def tap_fds(self) -> tuple[int, ...]:
         taken: list[int] = []
         try:
@@ -272,6 +288,12 @@ class QemuMachine:
         await self._ask("object-add", creds)
         return str(creds["id"])
 
+    async def _load_volume_credentials(self) -> None:
+        if any(entry["name"] == CREDENTIALS for entry in await self._ask("qom-list", {"path": "/objects"})):
+            return
+        await asyncio.to_thread(self._directory.copy_credentials, self._credentials_dir, self._record.uid)
+        await self._ask("object-add", tls_credentials(CREDENTIALS, "client", self._record.directory_fd))
+
     async def _ask(
         self,
         command: str,
@@ -279,12 +301,13 @@ class QemuMachine:
         *,
         session: QmpSession | None = None,
         oob: bool = False,
+        descriptor: int | None = None,
     ) -> Any:
         """Execute a command; a machine that is found to have ended raises ``MachineGone`` whatever the reply was."""
         if self._ended.is_set():
             raise self._gone()
         try:
-            return await (session or self._control).execute(command, arguments, oob=oob)
+            return await (session or self._control).execute(command, arguments, oob=oob, descriptor=descriptor)
         except EmpError as error:
             if error.details.get("connection_lost") or error.details.get("sent") is False:
                 await self._is_ending()

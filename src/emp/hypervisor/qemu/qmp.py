@@ -22,6 +22,7 @@ from typing import Any
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.protocol import StateError
+from qemu.qmp.util import flush
 
 from emp.model.errors import HypervisorError, OutcomeUnknown
 
@@ -56,6 +57,13 @@ class _Client(QMPClient):
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
 
+    async def pass_descriptor(self, descriptor: int) -> None:
+        """Send it ahead of the next command; nothing unsent may be before it, or it would land inside that."""
+        assert self._writer is not None
+        while self._writer.transport.get_write_buffer_size():
+            await flush(self._writer)
+        self.send_fd_scm(descriptor)
+
     async def _on_message(self, msg: Message) -> None:
         if "event" not in msg:
             await super()._on_message(msg)
@@ -89,6 +97,7 @@ class QmpSession:
         self._changed = asyncio.Event()
         self._failure: str = "not connected yet"
         self._closed = False
+        self._passing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self.idle = asyncio.Event()
         """set while there is no connection: after QEMU's death, everything that it had sent has then been read"""
@@ -118,8 +127,9 @@ class QmpSession:
         *,
         oob: bool = False,
         timeout_s: float | None = None,
+        descriptor: int | None = None,
     ) -> Any:
-        """Return the command's answer.
+        """Return the command's answer. ``descriptor``, which stays the caller's, goes with the command (``add-fd``).
 
         Raises ``HypervisorError`` when QEMU refused (``details``: ``qmp_class``, ``command``) or when nothing was
         sent (``sent=False``); ``OutcomeUnknown`` when it was sent and not answered (``connection_lost`` says why).
@@ -128,7 +138,11 @@ class QmpSession:
         try:
             async with asyncio.timeout(timeout_s or self._timeout_s):
                 client = await self._ready()
-                return await self._ask(client, command, arguments, oob)
+                if descriptor is None:
+                    return await self._ask(client, command, arguments, oob)
+                async with self._passing:  # a monitor keeps the descriptor that came last
+                    await self._pass(client, command, descriptor)
+                    return await self._ask(client, command, arguments, oob)
         except TimeoutError:
             if client is None:
                 raise HypervisorError(
@@ -152,6 +166,14 @@ class QmpSession:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
+
+    async def _pass(self, client: _Client, command: str, descriptor: int) -> None:
+        try:
+            await client.pass_descriptor(descriptor)
+        except (OSError, StateError, QMPError) as error:
+            raise HypervisorError(
+                f"{command} was not sent: its descriptor could not be passed: {error}", command=command, sent=False
+            ) from None
 
     async def _ask(self, client: _Client, command: str, arguments: Mapping[str, Any] | None, oob: bool) -> Any:
         try:
