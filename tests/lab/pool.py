@@ -34,6 +34,7 @@ from tests.lab.conftest import Pool
 T = TypeVar("T")
 
 WAIT_S = 60.0
+RELAY = "emp.volumes.relay"
 HEARTBEATS_S = 10.0
 MEMORY_BYTES = 128 << 20
 SLOW_BYTES_PER_S = 4_000_000
@@ -130,11 +131,14 @@ class Subject:
         files = [root / "run/emp/evm" / name, root / "var/lib/emp/evms" / f"{name}.json"]
         exports = daemons.daemons(pool.files, pool.topology.place(VOL.name))
         opened = {f"{volume.id}.{node}." for volume in self.volumes}
+        relays = [found for found in daemons.daemons(pool.files, pool.topology.place(node)) if RELAY in found.argv]
+        mine = [word for relay in relays for word in relay.argv for v in self.volumes if v.id in word]
         return [
             *(f"QEMU {pid}" for where, pid in self.qemus().items() if where == node),
             *(f"tap {link['ifname']}" for link in links if link["ifname"] in taps),
             *(f"{file.relative_to(root)}" for file in files if file.exists()),
             *(f"export {word}" for served in exports for word in served.argv if word.startswith(tuple(opened))),
+            *(f"relay {word}" for word in mine),
             *(f"attachment of {v.id}" for v in self.volumes for a in v.attachments if a.node == node),
         ]
 

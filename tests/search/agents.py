@@ -16,7 +16,7 @@ from emp.migration.sweep import Sweep
 from emp.model.orders import RolePhase
 from tests.search import machines
 from tests.search.project import Core
-from tests.search.world import Busy, Node, Plan, Qemu, World, put, runs, spent, with_qemu
+from tests.search.world import Busy, Plan, Qemu, World, busy, put, runs, spent, with_qemu, with_role
 
 K = RecordKind
 TIMERS = list(Timer)
@@ -26,18 +26,6 @@ _UNFINISHED = (Sweep.LEAVING, Sweep.ARRIVING)
 
 Way = tuple[bool, tuple[Any, ...], World]
 """(does it take a fault, what happened, the next world)"""
-
-
-def busy(node: Node, m: int) -> Busy | None:
-    for role in node.roles:
-        if role.m == m:
-            return role
-    return None
-
-
-def with_role(node: Node, role: Busy) -> Node:
-    others = tuple(r for r in node.roles if r.m != role.m)
-    return node._replace(roles=tuple(sorted((*others, role))))
 
 
 class Agents:
@@ -214,6 +202,11 @@ class Agents:
                 return
             case e.ClaimVolumes():
                 yield False, (), self._claimed(w, i)
+                return
+            case e.OpenRelays() | e.CloseRelays():
+                qemu = w.nodes[i].qemu
+                relayed = m if isinstance(action, e.OpenRelays) else 0
+                yield False, (), with_qemu(w, i, qemu and qemu._replace(relayed=relayed))
                 return
             case e.SetTimer(timer):
                 role = busy(w.nodes[i], m)
@@ -588,6 +581,8 @@ class Agents:
         if qemu is None:
             yield False, label, put(w, i, w.nodes[i]._replace(port=False))
             return
+        qemu = qemu._replace(relayed=0)  # what the agent that was killed had not come to
+        w = with_qemu(w, i, qemu)
         opened = put(w, i, w.nodes[i]._replace(port=True))
         stands = self.core.waits_for_its_owner(
             last, loaded=qemu.status in ("load", "refused"), completed=qemu.status == "comp"

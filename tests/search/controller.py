@@ -15,9 +15,9 @@ from emp.migration.records import RecordKind
 from emp.migration.states import TargetPhase
 from emp.model.migration import Outcome
 from emp.model.orders import AbortOrder, AnswerOrder, Role, RolePhase
-from tests.search.agents import Way, busy
+from tests.search.agents import Way
 from tests.search.project import Core
-from tests.search.world import Cold, Plan, World, put, spent
+from tests.search.world import Cold, Plan, World, busy, put, spent
 
 PREPARE, HAND_OVER = 1, 2
 BIT = {Role.SOURCE: 1, Role.TARGET: 2}

@@ -40,6 +40,18 @@ def i2_no_stale_copy_runs(_core: Core, before: World, w: World) -> str | None:
     return None
 
 
+def i2_a_relay_serves_the_owner(_core: Core, before: World, w: World) -> str | None:
+    """A relay outlives its machine: it is seen here only while that machine is."""
+    for i in range(3):
+        qemu = w.nodes[i].qemu
+        if qemu is not None and qemu.relayed:
+            if not w.given & 1 << qemu.relayed:
+                return "I2: a target writes through a relay before GIVEN"
+            if starts(before, w, i) and not fenced(w, i):
+                return "I2: the source's guest runs beside a relay that lets the target write"
+    return None
+
+
 def i3_the_last_copy_is_kept(core: Core, before: World, w: World) -> str | None:
     """Only QEMU's own death, a fence and RETIRE(k) may take the last good copy (checked for moves of agents)."""
     for then, now in zip(before.nodes, w.nodes, strict=True):
@@ -115,7 +127,11 @@ def r11_the_record_is_true(core: Core, _before: World, w: World) -> str | None:
     return None
 
 
-OF_MOVES: tuple[Invariant, ...] = (i2_no_stale_copy_runs, i7_no_running_evm_loses_its_volumes)
+OF_MOVES: tuple[Invariant, ...] = (
+    i2_no_stale_copy_runs,
+    i2_a_relay_serves_the_owner,
+    i7_no_running_evm_loses_its_volumes,
+)
 OF_WORLDS: tuple[Invariant, ...] = (
     i1_one_copy_executes,
     i5_one_port_is_open,

@@ -75,6 +75,17 @@ def takes_a_failed_write_for_not_given(state: Source, event: Event) -> SourceRes
     return source.step(state, event)
 
 
+def opens_its_relays_before_given_is_on_disk(state: Source, event: Event) -> SourceResult:
+    state, actions = source.step(state, event)
+    gives = any(isinstance(a, e.WriteRecord) and a.record.kind is K.GIVEN for a in actions)
+    return state, (e.OpenRelays(), *actions) if gives else actions
+
+
+def runs_beside_its_relays(state: Source, event: Event) -> SourceResult:
+    state, actions = source.step(state, event)
+    return state, tuple(a for a in actions if not isinstance(a, e.CloseRelays))
+
+
 def gives_up_repeating_go(state: Source, event: Event) -> SourceResult:
     state, actions = source.step(state, event)
     return state, tuple(a for a in actions if not (state.phase is SourcePhase.GIVEN and isinstance(a, e.SetTimer)))
@@ -293,6 +304,8 @@ MUTANTS = (
     _source("R2", commits_before_both_have_everything, _in(stream=1)),
     _agent("R2", _in(kill=1), "forgets that it has given", resume_source=forgets_that_given_was_its_last_record),
     _agent("R2", _in(), "swears that nothing ran when it did", word_of=tells_a_source_that_nothing_ran),
+    _source("relay", opens_its_relays_before_given_is_on_disk, _in(kill=1)),
+    _source("relay", runs_beside_its_relays, _in(refuse=1)),
     _source("R3", goes_before_given_is_on_disk, _in(stream=1, kill=1)),
     _target("R3", activates_without_go, _in()),
     _target("R3", withdraws_by_a_timer_once_loaded, _in(die=1)),

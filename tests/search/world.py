@@ -71,6 +71,8 @@ class Qemu(NamedTuple):
     """that its volumes are attached under"""
     to: int = 0
     """the target's QEMU that it streams to"""
+    relayed: int = 0
+    """the migration whose target may write to this node's volumes through its relay"""
 
 
 class Busy(NamedTuple):
@@ -154,6 +156,18 @@ class World(NamedTuple):
     """bits of the migrations whose GIVEN has been on disk"""
     floor: int = 0
     """the volume server lets no older epoch through"""
+
+
+def busy(node: Node, m: int) -> Busy | None:
+    for role in node.roles:
+        if role.m == m:
+            return role
+    return None
+
+
+def with_role(node: Node, role: Busy) -> Node:
+    others = tuple(r for r in node.roles if r.m != role.m)
+    return node._replace(roles=tuple(sorted((*others, role))))
 
 
 def fenced(w: World, i: int) -> bool:

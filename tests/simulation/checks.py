@@ -48,6 +48,8 @@ def _evm(world: World, evm: Evm) -> Iterator[str]:
             yield f"a port of {name} is closed on {node}"
         if node != owner and ports:
             yield f"{node} has a port of {name}"
+        if left := [relay for relay in agent.relays.relays if relay.startswith(evm.spec.volumes or ("none",))]:
+            yield f"{node} has relays {left}"
     for volume in evm.spec.volumes:
         yield from _volume(world, evm, volume)
 

@@ -18,6 +18,7 @@ from emp.agent.heartbeat import Heartbeat
 from emp.agent.journal import Standing
 from emp.agent.links import exchange_hello
 from emp.agent.migrations import Migrations
+from emp.agent.relays import Relays
 from emp.agent.residents import Residents
 from emp.agent.shelf import Shelf
 from emp.controller import daemon as controller_daemon
@@ -38,6 +39,7 @@ from tests.simulation.disk import DiskPath
 from tests.simulation.hosts import SimImages, SimNetwork
 from tests.simulation.loop import Process
 from tests.simulation.net import Server, SimWire
+from tests.simulation.relays import SimRelays
 from tests.simulation.routes import RouteTable
 from tests.simulation.store import SimStore
 
@@ -100,6 +102,7 @@ class AgentDaemon(Daemon):
         self.address = f"10.77.0.{int(node[1:])}"
         self.hypervisor = FakeHypervisor(world.fabric, node)
         self.network = SimNetwork(world, node)
+        self.relays = SimRelays(world, node)
         self.disk = world.new_disk(node)
         self.residents: Residents | None = None
         self.migrations: Migrations | None = None
@@ -124,7 +127,10 @@ class AgentDaemon(Daemon):
         journal, untrusted = agent_daemon._open_journal(config)
         images: Any = SimImages()
         volumes: Any = SimWire(net, me, self.host, "vol")  # whose attachments all name an endpoint
-        assembler = Assembler(self.hypervisor, self.network, images, Devices(volumes))
+        devices = Devices(volumes)
+        relays = Relays(self.relays, devices, config.run_dir / "relays.json")
+        await relays.start()
+        assembler = Assembler(self.hypervisor, self.network, images, devices, relays)
         residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
         claims, gate = Claims(NbdVolumeClaims(volumes)), Gate()
         gate.distrust = untrusted
@@ -137,7 +143,7 @@ class AgentDaemon(Daemon):
                 link.abort()
                 raise
 
-        migrations = Migrations(journal, residents, dial, claims, gate, stream_host=config.address)
+        migrations = Migrations(journal, residents, dial, claims, gate, relays, stream_host=config.address)
         parts = agent_daemon.Parts(facts, images, journal, residents, migrations, claims, gate)
         reporter = agent_daemon.Reporter(config, parts)
         app = make_app(residents, migrations, gate, reporter.report)

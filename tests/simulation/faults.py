@@ -231,6 +231,7 @@ def lose_power(rng: random.Random, role: str) -> Callable[[World], None]:
                 if qemu.node == agent.host:
                     qemu.die()
         agent.network.ports.clear()
+        agent.relays.relays.clear()
         agent.disk.lose_power()
         world.later(delay_s, agent.start)
 

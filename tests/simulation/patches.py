@@ -16,6 +16,7 @@ from typing import Any
 
 import emp.agent.api
 import emp.agent.journal
+import emp.agent.relays
 import emp.agent.shelf
 import emp.controller.api.agents
 import emp.controller.app
@@ -88,6 +89,7 @@ def install() -> None:
     _patch(service, "_is_free", lambda *_: True)
     _patch(emp.volumes.server.state, "read_private", _read)
     _patch(emp.volumes.server.state, "write_private", _write)
+    _patch(emp.agent.relays, "write_private", _write)
     logging.raiseExceptions = True
 
 

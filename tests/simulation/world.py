@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from emp.hypervisor.base import BlockDevice, StreamStatus
+from emp.hypervisor.base import BlockDevice, BlockSource, RelaySocket, StreamStatus
 from emp.migration.records import RecordKind
 from emp.model.volume import NbdEndpoint
 from tests.fakes.fabric import Fabric
@@ -185,6 +185,14 @@ class World:
         for qemu in tuple(self.fabric.qemus):
             qemu.look_at_storage()
 
+    def reads(self, node: str, source: BlockSource, *, writes: bool) -> bool:
+        """Whether ``node`` reaches what is at ``source``, and may write there."""
+        if not isinstance(source, NbdEndpoint):
+            return False
+        if lender := self.agents.get(source.host):
+            return self.net.reaches(node, lender.host) and lender.relays.lends(source.export, writes=writes)
+        return source.export in self.exports and self.net.reaches(node, "vol")
+
     def later(self, delay_s: float, call: Callable[[], None]) -> None:
         """Do so, unless everything has been healed before."""
         heals = self.heals
@@ -214,8 +222,9 @@ class SimFabric(Fabric):
         return self.bandwidth_bytes_per_s * self.world.slow
 
     def served(self, node: str, device: BlockDevice) -> bool:
-        served = isinstance(device.source, NbdEndpoint) and device.source.export in self.world.exports
-        return served and self.world.net.reaches(node, "vol")
+        if isinstance(device.source, RelaySocket):
+            return self.world.agents[node].relays.serves(device.source.path)
+        return self.world.reads(node, device.source, writes=True)
 
     async def lag(self) -> None:
         await self.breath(0.0001, 0.002)
@@ -229,6 +238,8 @@ class SimFabric(Fabric):
         world.note(f"{evm} runs on {qemu.node}: boot {guest.boot}, tick {guest.ticks:.0f}")
         if others := [q.node for q in world.executing(evm) if q is not qemu]:
             world.violated(f"two copies of {evm} run: on {qemu.node} and on {', '.join(others)}")
+        if lent := world.agents[qemu.node].relays.open_for([device.volume for device in qemu.plan.volumes]):
+            world.violated(f"{evm} runs on {qemu.node} beside {', '.join(lent)}, through which its target writes")
         head = world.heads.get(evm, (0, 0.0))
         if (guest.boot, guest.ticks) < (head[0], head[1] - 1e-3):
             known = f"{head[1]:.0f} of boot {head[0]}"

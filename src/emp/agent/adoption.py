@@ -26,6 +26,7 @@ from emp.agent.assembly import Assembly
 from emp.agent.claims import Claims
 from emp.agent.journal import Journal
 from emp.agent.migrations import Migrations
+from emp.agent.relays import Side
 from emp.agent.residents import Residents
 from emp.agent.shelf import Entry
 from emp.hypervisor.base import ProcessId, RunState, StreamStatus
@@ -119,6 +120,8 @@ class Adoption:
         found = sweep(last)
         if found is Sweep.CLEAR:
             await self._residents.assembler.clear(evm, process)
+            if last.kind is not RecordKind.DONE:  # what was lent serves its target yet
+                await self._residents.assembler.relays.end_of(evm)
             if last.kind is not RecordKind.STOPPED:
                 self._residents.shelf.drop(evm)
             elif entry:
@@ -143,6 +146,7 @@ class Adoption:
             raise
 
     async def _owned(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
+        await self._residents.assembler.relays.end_of(evm=last.evm, side=Side.LENT)  # before the guest runs beside one
         if assembly is None:
             self._residents.note(entry, EvmState.CRASHED, "its QEMU process ended while the agent was away")
             return

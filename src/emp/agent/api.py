@@ -25,15 +25,21 @@ from emp.model.orders import (
     WATCH_ALIVE_S,
     AbortOrder,
     AnswerOrder,
+    GoOnOrder,
     GoOrder,
     HandoverOrder,
+    HoldOrder,
+    LendOrder,
+    Lent,
     LocalStatus,
     Prepared,
     PrepareOrder,
+    Relayed,
     RetireOrder,
     RoleStatus,
     StartOrder,
     StopOrder,
+    TakeBackOrder,
 )
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
@@ -107,6 +113,22 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
     @app.post("/v1/migrations/{migration}/answer", dependencies=adopted)
     async def answer(migration: str, order: AnswerOrder) -> RoleStatus:
         return await migrations.answer(migration, order)
+
+    @app.post("/v1/migrations/{migration}/lend", dependencies=orders)
+    async def lend(migration: str, order: LendOrder) -> Lent:
+        return await migrations.lend(order)
+
+    @app.post("/v1/migrations/{migration}/take-back", dependencies=adopted, status_code=204)
+    async def take_back(migration: str, order: TakeBackOrder) -> None:
+        await migrations.take_back(migration, order)
+
+    @app.post("/v1/migrations/{migration}/hold", dependencies=adopted)
+    async def hold(migration: str, order: HoldOrder) -> Relayed:
+        return await migrations.hold(order)
+
+    @app.post("/v1/migrations/{migration}/go-on", dependencies=adopted)
+    async def go_on(migration: str, order: GoOnOrder) -> Relayed:
+        return await migrations.go_on(migration, order)
 
     @app.get("/v1/migrations/{migration}", dependencies=adopted)
     async def status(migration: str) -> RoleStatus:

@@ -11,8 +11,9 @@ from pathlib import Path
 from emp.agent.console import Console
 from emp.agent.devices import Devices
 from emp.agent.images import Images
+from emp.agent.relays import Relays, Side
 from emp.agent.shelf import Entry
-from emp.hypervisor.base import Hypervisor, LaunchPlan, Machine, ProcessId
+from emp.hypervisor.base import BlockDevice, Hypervisor, LaunchPlan, Machine, ProcessId
 from emp.model.errors import HostError
 from emp.model.evm import EvmSpec
 from emp.network.base import NetworkDriver, Port
@@ -28,6 +29,7 @@ class Assembly:
     machine: Machine
     ports: tuple[Port, ...]
     console: Console
+    relays: Relays
 
     async def open_ports(self) -> None:
         for port in self.ports:
@@ -45,9 +47,10 @@ class Assembly:
             await port.announce(behind)
 
     async def dismantle(self) -> None:
-        """Kill the machine, wait for its exit, take its ports away. Idempotent."""
+        """Kill the machine, wait for its exit, take its relays and ports away. Idempotent."""
         await self.console.close()
         await self.machine.kill()
+        await self.relays.end_of(self.spec.name, Side.BORROWED)
         for port in self.ports:
             await port.remove()
 
@@ -60,11 +63,14 @@ class Assembly:
 
 
 class Assembler:
-    def __init__(self, hypervisor: Hypervisor, network: NetworkDriver, images: Images, devices: Devices) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, network: NetworkDriver, images: Images, devices: Devices, relays: Relays
+    ) -> None:
         self.hypervisor = hypervisor
         self.network = network
         self.images = images
         self.devices = devices
+        self.relays = relays
 
     async def assemble(self, entry: Entry, *, incoming: bool) -> Assembly:
         """Volumes that are there, blocked ports, then a machine that boots or waits for a stream.
@@ -79,9 +85,10 @@ class Assembler:
                 field="image",
                 hint="install the same image on every node",
             )
-        volumes = await self.devices.open_all(entry.volumes)
-        ports = await self.network.plug(spec)
+        ports: tuple[Port, ...] = ()
         try:
+            volumes = await self._volumes(entry)
+            ports = await self.network.plug(spec)
             plan = LaunchPlan(
                 spec=spec,
                 kernel=Path(kernel),
@@ -95,8 +102,17 @@ class Assembler:
         except BaseException:
             for port in ports:
                 await port.remove()
+            await self.relays.end_of(spec.name, Side.BORROWED)
             raise
         return await self._with_console(spec, machine, ports)
+
+    async def _volumes(self, entry: Entry) -> tuple[BlockDevice, ...]:
+        """Return what each volume is opened from, in the EVM's order."""
+        own = await self.devices.open_all([grant for grant in entry.volumes if grant.relay is None])
+        lent = [grant for grant in entry.volumes if grant.relay is not None]
+        borrowed = await asyncio.gather(*(self.relays.borrow(entry.spec.name, grant) for grant in lent))
+        opened = {device.volume: device for device in (*own, *borrowed)}
+        return tuple(opened[grant.volume.id] for grant in entry.volumes)
 
     async def adopt(self, spec: EvmSpec, process: ProcessId) -> Assembly:
         """Take back what an earlier agent process of this node had made; nothing happens to the guest."""
@@ -109,9 +125,10 @@ class Assembler:
         return await self._with_console(spec, machine, ports)
 
     async def clear(self, evm: str, process: ProcessId | None) -> None:
-        """Kill a machine that has lost, and take every port of the EVM away. Idempotent."""
+        """Kill a machine that has lost, and take every relay and port of the EVM away. Idempotent."""
         if process is not None:
             await self.hypervisor.kill_stranger(evm, process)
+        await self.relays.end_of(evm, Side.BORROWED)
         await self.network.remove(evm)
 
     async def _with_console(self, spec: EvmSpec, machine: Machine, ports: tuple[Port, ...]) -> Assembly:
@@ -119,4 +136,4 @@ class Assembler:
         with contextlib.suppress(OSError):  # a machine that has just died has no console; its GONE event tells
             async with asyncio.timeout(2):
                 await console.start()
-        return Assembly(spec, machine, ports, console)
+        return Assembly(spec, machine, ports, console, self.relays)

@@ -23,6 +23,7 @@ from emp.agent.images import Images
 from emp.agent.journal import Journal, JournalUntrusted, Standing
 from emp.agent.links import exchange_hello
 from emp.agent.migrations import Dial, Migrations
+from emp.agent.relays import Relays
 from emp.agent.residents import Residents
 from emp.agent.shelf import Shelf
 from emp.hypervisor.base import HypervisorFacts
@@ -48,13 +49,15 @@ async def run(config: AgentConfig) -> None:
     journal, untrusted = _open_journal(config)
     images = Images(config.images_dir)
     devices = wiring.devices(config)
-    assembler = Assembler(hypervisor, network, images, devices)
+    relays = Relays(wiring.relays(config), devices, config.run_dir / "relays.json")
+    await relays.start()
+    assembler = Assembler(hypervisor, network, images, devices, relays)
     residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
     claims, gate = Claims(wiring.claims(config)), Gate()
     gate.distrust = untrusted
     dial = _dial(config, journal)
     probe = wiring.probe(config, devices)
-    migrations = Migrations(journal, residents, dial, claims, gate, stream_host=config.address, probe=probe)
+    migrations = Migrations(journal, residents, dial, claims, gate, relays, stream_host=config.address, probe=probe)
     try:
         await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate), stop)
     finally:
@@ -62,6 +65,7 @@ async def run(config: AgentConfig) -> None:
         await migrations.close()
         await claims.close()
         await residents.close()
+        await relays.close()
         await devices.aclose()
         await network.close()
         journal.close()

@@ -17,6 +17,7 @@ from emp.agent.devices import MakeProbe
 from emp.agent.gate import Gate
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import answer_from_journal, hello, standing_in
+from emp.agent.relays import Relays
 from emp.agent.residents import Residents
 from emp.agent.shelf import Entry
 from emp.agent.source import SourceRole
@@ -32,15 +33,22 @@ from emp.model.node import EvmReport, OpenRole
 from emp.model.orders import (
     AbortOrder,
     AnswerOrder,
+    GoOnOrder,
     GoOrder,
     HandoverOrder,
+    HoldOrder,
+    LendOrder,
+    Lent,
     Peer,
     Prepared,
     PrepareOrder,
+    Relayed,
     RetireOrder,
     RolePhase,
     RoleStatus,
+    TakeBackOrder,
 )
+from emp.volumes.base import RelayStatus
 from emp.wire.identity import Identity
 from emp.wire.identity import Role as WireRole
 from emp.wire.link import Link
@@ -51,6 +59,8 @@ _REMEMBERED = 256
 
 _DECIDES_S = 2.0
 """how long the answer to a courier waits for what his message leads to"""
+_LANDS_S = 5.0
+"""how long the answer to a landing waits for a guest that was to run only then"""
 
 Dial = Callable[[Peer, str], Awaitable[tuple[Link, Standing]]]
 """(peer, migration) -> a link on which both have said ``hello``, and the peer's journal; raises ``Unreachable``"""
@@ -64,6 +74,7 @@ class Migrations:
         dial: Dial,
         claims: Claims,
         gate: Gate,
+        relays: Relays,
         *,
         stream_host: str,
         probe: MakeProbe | None = None,
@@ -74,6 +85,7 @@ class Migrations:
         self._dial = dial
         self._claims = claims
         self._gate = gate
+        self._relays = relays
         self._stream_host = stream_host
         self._probe = probe
         self._called_off: dict[str, None] = {}
@@ -122,10 +134,45 @@ class Migrations:
             self._residents.unreserve(name)
             raise
         state = Target(name, order.migration, order.source.node, secrets.token_hex(8), order.epoch)
-        role = self._target_role(state, entry, multifd_channels=order.multifd_channels)
+        role = self._target_role(
+            state, entry, multifd_channels=order.multifd_channels, run_when_local=order.run_when_local
+        )
         self._remember(role)
         role.start()
         return role
+
+    # -- orders about volumes that one node alone can have
+
+    async def lend(self, order: LendOrder) -> Lent:
+        """Source: relay the volumes to the target, its writes held until GIVEN is on disk here."""
+        self._check_not_called_off(order.migration)
+        if not order.given:
+            self._residents.get(order.evm)
+        return await self._relays.lend(order)
+
+    async def take_back(self, migration: str, order: TakeBackOrder) -> None:
+        """Source: end relays; return when nothing of them has the volumes open. Idempotent."""
+        await self._relays.take_back(migration, order.volumes)
+
+    async def hold(self, order: HoldOrder) -> Relayed:
+        """Target: hold the volume's I/O and see what is on its way to its end. Raises as ``RelayDriver.hold``."""
+        return _relayed(order.volume, await self._relays.hold(order.volume, within_s=order.within_s))
+
+    async def go_on(self, migration: str, order: GoOnOrder) -> Relayed:
+        """Target: let a held volume's I/O go on. At its own attachment the machine then uses that, and the relay ends.
+
+        Idempotent, from every step again.
+        """
+        volume, grant = order.grant.volume.id, order.grant
+        status = None
+        if self._relays.borrows(volume):
+            status = await self._relays.go_on(grant)
+        if grant.relay is None:
+            if role := self._roles.get(migration):  # the classic order: its guest runs only now
+                await role.until(lambda: role.phase.final, timeout_s=_LANDS_S)
+            await self._residents.land(order.evm, grant)
+            self._claims.begin((grant,), epoch=order.epoch)
+        return _relayed(volume, status, is_local=grant.relay is None)
 
     async def _withdraw_older(self, evm: str) -> None:
         """Rule R3: a new PREPARE first kills and withdraws every older one."""
@@ -214,7 +261,9 @@ class Migrations:
                 if role.state.evm == evm and not role.phase.final:
                     role.feed(Retired())
                     await role.until_final()
-        return await self._residents.retire(evm, order)
+        report = await self._residents.retire(evm, order)
+        await self._relays.end_of(evm)
+        return report
 
     async def abort(self, migration: str, order: AbortOrder) -> RoleStatus:
         """Ask for the way back; answered once the guest is back, or it is committed, or after ``wait_s`` in any case.
@@ -332,7 +381,13 @@ class Migrations:
     # -- roles
 
     def _target_role(
-        self, state: Target, entry: Entry, assembly: Assembly | None = None, multifd_channels: int = 1
+        self,
+        state: Target,
+        entry: Entry,
+        assembly: Assembly | None = None,
+        *,
+        multifd_channels: int = 1,
+        run_when_local: bool = False,
     ) -> TargetRole:
         return TargetRole(
             state,
@@ -346,6 +401,7 @@ class Migrations:
             on_end=self._target_ended,
             assembly=assembly,
             multifd_channels=multifd_channels,
+            run_when_local=run_when_local,
             probe=self._probe,
         )
 
@@ -368,6 +424,7 @@ class Migrations:
             qemu_name=qemu_name,
             claim=lambda: self._claims.begin(self._residents.get(state.evm).entry.volumes, epoch=state.epoch_back),
             distrust=self._distrust,
+            relays=self._relays,
             on_end=self._source_ended,
         )
 
@@ -427,6 +484,23 @@ class Migrations:
         for task in self._links:
             task.cancel()
         await asyncio.gather(*self._links, return_exceptions=True)
+
+
+def _relayed(volume: str, status: RelayStatus | None, *, is_local: bool = False) -> Relayed:
+    if status is None:  # it had ended before
+        return Relayed(volume=volume, is_local=is_local)
+    trips = status.round_trip
+    return Relayed(
+        volume=volume,
+        is_local=is_local,
+        is_flushed=status.is_flushed,
+        held_since_s=status.held_since_s,
+        read_bytes=status.read_bytes,
+        written_bytes=status.write_bytes,
+        round_trips=trips.count,
+        mean_ms=trips.mean_ms if trips.count else None,
+        max_ms=trips.max_ms if trips.count else None,
+    )
 
 
 def qemu_name(node: str) -> str:

@@ -24,7 +24,7 @@ from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refus
 from emp.model.evm import EvmState
 from emp.model.names import format_size
 from emp.model.node import EvmReport
-from emp.model.orders import RetireOrder, StartOrder, StopOrder
+from emp.model.orders import RetireOrder, StartOrder, StopOrder, VolumeGrant
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +172,17 @@ class Residents:
         self.shelf.drop(name)
         self.changed.notify()
         return report
+
+    async def land(self, name: str, grant: VolumeGrant) -> None:
+        """Have a machine that borrowed a volume use this node's own attachment, and end its relay. Idempotent."""
+        resident = self.get(name)
+        async with resident.lock:
+            if resident.assembly is not None:
+                await resident.assembly.machine.move_volume(await self.assembler.devices.open(grant))
+            others = (grant if mine.volume.id == grant.volume.id else mine for mine in resident.entry.volumes)
+            resident.entry = resident.entry.model_copy(update={"volumes": tuple(others)})
+            self.shelf.put(resident.entry)  # before the relay ends: a restarted agent must not look for it
+            await self.assembler.relays.give_back(grant.volume.id)
 
     def has_retired(self, name: str, order: RetireOrder) -> bool:
         """The same order again."""

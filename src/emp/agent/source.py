@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from emp.agent.assembly import Assembly
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink, measure_clock
+from emp.agent.relays import Relays
 from emp.agent.role import Role
 from emp.agent.watchdog import Watchdog
 from emp.hypervisor.base import (
@@ -63,6 +64,7 @@ class SourceRole(Role[Source]):
         qemu_name: Callable[[str], str],
         claim: Callable[[], None],
         distrust: Callable[[str], None],
+        relays: Relays,
         on_end: Callable[[SourceRole], Awaitable[None]],
     ) -> None:
         policy = order.policy if order else Policy()
@@ -77,6 +79,7 @@ class SourceRole(Role[Source]):
         self._qemu_name = qemu_name
         self._claim = claim
         self._distrust = distrust
+        self._relays = relays
         self._on_end = on_end
         self._watchdog = Watchdog(policy, self._ask_target)
         self._peer = PeerLink(self.feed, journal, self._watchdog.told)
@@ -291,6 +294,10 @@ class SourceRole(Role[Source]):
                 await self._send_or_dial({"type": "ask", "nonce": self.state.nonce})
             case events.ClaimVolumes():
                 self._claim()
+            case events.OpenRelays():
+                self._relays.let_through(self.state.migration)
+            case events.CloseRelays():
+                await self._take_back_volumes()
             case events.Quarantine(reason):
                 self._distrust(reason)
             case events.Run():
@@ -299,6 +306,17 @@ class SourceRole(Role[Source]):
                 self.spawn(self._await_guest())
             case events.KillMachine():
                 self.spawn(self._kill())
+
+    async def _take_back_volumes(self) -> None:
+        """None may be left beside the guest that runs here, so it is tried until that is so."""
+        while True:
+            try:
+                await self._relays.take_back(self.state.migration)
+            except (EmpError, OSError) as error:
+                log.error("%s: a relay has not ended yet: %s", self.state.migration, error)
+                await asyncio.sleep(_REDIAL_S)
+            else:
+                return
 
     async def _send_or_dial(self, message: Message) -> None:
         if self._peer.up:

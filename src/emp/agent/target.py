@@ -49,6 +49,7 @@ class TargetRole(Role[Target]):
         on_end: Callable[[TargetRole], Awaitable[None]],
         assembly: Assembly | None = None,
         multifd_channels: int = 1,
+        run_when_local: bool = False,
         probe: MakeProbe | None = None,
     ) -> None:
         super().__init__(state, step, journal, {})
@@ -58,6 +59,7 @@ class TargetRole(Role[Target]):
         self._stream_host = stream_host
         self._stream_port: int | None = None
         self._multifd_channels = multifd_channels
+        self._run_when_local = run_when_local
         self._dial = dial
         self._qemu_name = qemu_name
         self._claim = claim
@@ -220,6 +222,18 @@ class TargetRole(Role[Target]):
         self.measured(port_open_at_s=time.time())
 
     async def _run(self) -> None:
+        if self._run_when_local:  # the classic order of a volume that one node alone can have
+            self.spawn(self._run_once_local())
+        else:
+            await self._cont()
+
+    async def _run_once_local(self) -> None:
+        assert self.assembly is not None
+        await self.assembly.relays.until_local(self.state.evm)
+        if self.state.phase is TargetPhase.STARTING:
+            await self._cont()
+
+    async def _cont(self) -> None:
         assert self.assembly is not None
         try:
             await self.assembly.machine.cont()

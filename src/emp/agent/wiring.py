@@ -10,12 +10,13 @@ from emp.model.errors import BadInput
 from emp.model.volume import HostDevice
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
-from emp.volumes.base import VolumeClaims, VolumeProbe
+from emp.volumes.base import RelayDriver, VolumeClaims, VolumeProbe
 from emp.volumes.device_probe import DeviceProbe
 from emp.volumes.devices import ServiceResolver
 from emp.volumes.nbd import NbdVolumeClaims
 from emp.volumes.nbd_probe import NbdProbe
 from emp.volumes.nvme import NvmeResolver
+from emp.volumes.relay.manager import Relays as RelayProcesses
 from emp.wire import tls
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity
@@ -42,6 +43,12 @@ def devices(config: AgentConfig) -> Devices:
             return Devices(ServiceResolver(client))
         case _:
             return Devices(NvmeResolver())
+
+
+def relays(config: AgentConfig) -> RelayDriver:
+    return RelayProcesses(
+        run_dir=config.run_dir, credentials=config.credentials, address=config.address, node=config.node
+    )
 
 
 def probe(config: AgentConfig, devices: Devices) -> MakeProbe:

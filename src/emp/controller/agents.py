@@ -21,14 +21,20 @@ from emp.model.orders import (
     WATCH_ALIVE_S,
     AbortOrder,
     AnswerOrder,
+    GoOnOrder,
     GoOrder,
     HandoverOrder,
+    HoldOrder,
+    LendOrder,
+    Lent,
     Prepared,
     PrepareOrder,
+    Relayed,
     RetireOrder,
     RoleStatus,
     StartOrder,
     StopOrder,
+    TakeBackOrder,
 )
 from emp.wire.exchange import FAILURES, Exchange, Target
 from emp.wire.http import WireClient
@@ -40,6 +46,8 @@ WARM_S = 20.0
 """less than the time after which an idle connection is closed (30 s)"""
 ABORT_MARGIN_S = 5.0
 """beyond the time that an abort may wait for its decision"""
+RELAY_S = 30.0
+"""how long a node may take with a relay: a process is started, a device is found"""
 MARGIN_S = 15.0
 """beyond the grace that a guest gets to shut down"""
 
@@ -77,6 +85,22 @@ class AgentClient:
     async def hand_over(self, order: HandoverOrder) -> RoleStatus:
         path = f"/v1/migrations/{order.migration}/handover"
         return await self._wire.request("POST", path, order, response_model=RoleStatus)
+
+    async def lend(self, order: LendOrder) -> Lent:
+        path = f"/v1/migrations/{order.migration}/lend"
+        return await self._wire.request("POST", path, order, response_model=Lent, idempotent=True, timeout_s=RELAY_S)
+
+    async def take_back(self, migration: str, order: TakeBackOrder) -> None:
+        path = f"/v1/migrations/{migration}/take-back"
+        await self._wire.request("POST", path, order, idempotent=True, timeout_s=RELAY_S)
+
+    async def hold(self, migration: str, order: HoldOrder) -> Relayed:
+        path, limit_s = f"/v1/migrations/{migration}/hold", order.within_s + RELAY_S
+        return await self._wire.request("POST", path, order, response_model=Relayed, idempotent=True, timeout_s=limit_s)
+
+    async def go_on(self, migration: str, order: GoOnOrder) -> Relayed:
+        path = f"/v1/migrations/{migration}/go-on"
+        return await self._wire.request("POST", path, order, response_model=Relayed, idempotent=True, timeout_s=RELAY_S)
 
     async def abort(self, migration: str, order: AbortOrder) -> RoleStatus:
         """Ask for the way back; asking again changes nothing. ``NotFound`` where the agent knows nothing of it."""

@@ -16,6 +16,7 @@ from emp.controller.attested import ENDED
 from emp.controller.book import Book, change
 from emp.controller.hub import Hub
 from emp.controller.metrics import Metrics
+from emp.controller.moves import Moves, Say
 from emp.controller.nodes import Nodes
 from emp.controller.patience import until_known
 from emp.controller.tally import Tally
@@ -23,7 +24,7 @@ from emp.controller.volumes import Volumes
 from emp.migration import supervisor
 from emp.model.errors import OutcomeUnknown, Unavailable
 from emp.model.evm import Evm, EvmState
-from emp.model.migration import Migration, Outcome
+from emp.model.migration import Migration, Outcome, VolumeOrder
 from emp.model.orders import (
     AbortOrder,
     AnswerOrder,
@@ -56,9 +57,11 @@ class Tools:
 
 
 class Steps:
-    def __init__(self, tools: Tools, tally: Tally) -> None:
+    def __init__(self, tools: Tools, tally: Tally, say: Say) -> None:
+        """``say`` shows people what ``moves`` has to tell."""
         self._tools = tools
         self._tally = tally
+        self.moves = Moves(tally.migration, tools.volumes, tools.agents, tools.nodes, say)
         self._grants: tuple[VolumeGrant, ...] = ()
 
     @property
@@ -68,9 +71,13 @@ class Steps:
     # -------------------------------------------------------------- forward
 
     async def attach(self) -> None:
-        """Open every volume to the target under e_t."""
-        volumes, target, epoch = self._evm().spec.volumes, self._live.target, self._live.epoch_target
-        self._grants = await _tries(lambda: self._tools.volumes.attach(volumes, node=target, epoch=epoch))
+        """Open every volume to the target under e_t; what one node alone can have, the source lends it."""
+        target, epoch = self._live.target, self._live.epoch_target
+        single, multi = self._volumes()
+        attached = await _tries(lambda: self._tools.volumes.attach(multi, node=target, epoch=epoch))
+        lent = await _tries(lambda: self.moves.lend(single))
+        grants = {grant.volume.id: grant for grant in (*attached, *lent)}
+        self._grants = tuple(grants[volume] for volume in self._evm().spec.volumes)
 
     async def prepare(self) -> None:
         """Have the target make a machine that waits."""
@@ -82,6 +89,7 @@ class Steps:
             source=self._peer(live.source),
             volumes=self._grants,
             multifd_channels=live.policy.multifd_channels,
+            run_when_local=live.policy.volume_order is VolumeOrder.CLASSIC,
         )
         self._tally.prepared(await _tries(lambda: self.agent(Role.TARGET).prepare(order)))
         await self.save()  # the nonce is on disk before the source may act on it: a restart must know
@@ -133,8 +141,14 @@ class Steps:
 
         await self._tools.book.update(self._tools.book.evms, live.evm, owned)
 
+    async def move(self) -> None:
+        """Have the target get the volumes that the source lends it, however long it takes."""
+        await self.moves.finish(self._volumes()[0])
+
     async def detach(self, role: Role) -> None:
         """Shut out the side that no longer has the EVM, until the volume service has done it."""
+        if role is Role.TARGET:
+            await self.moves.take_back(self._volumes()[0])
         live, volumes = self._live, self._evm().spec.volumes
 
         async def detach() -> None:
@@ -187,6 +201,12 @@ class Steps:
 
     def agent(self, role: Role) -> AgentClient:
         return self._tools.agents.of(self._tools.nodes.get(self.node_of(role)))
+
+    def _volumes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the EVM's volumes: those that one node alone can have, and the others."""
+        records = [self._tools.book.volumes.get(volume) for volume in self._evm().spec.volumes]
+        single = tuple(volume.id for volume in records if not volume.type.multi_attach)
+        return single, tuple(volume.id for volume in records if volume.type.multi_attach)
 
     def _evm(self) -> Evm:
         return self._tools.book.evms.get(self._live.evm, field="evm")

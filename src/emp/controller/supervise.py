@@ -20,9 +20,9 @@ from emp.controller.tally import Tally
 from emp.migration import supervisor
 from emp.migration.supervisor import Phase, Says, StepFailed, Supervisor, step
 from emp.model.errors import EmpError, NotFound, OutcomeUnknown
-from emp.model.migration import Migration, Outcome
+from emp.model.migration import Migration, Outcome, VolumeOrder
 from emp.model.node import Node
-from emp.model.orders import AbortOrder, Role, RoleStatus
+from emp.model.orders import AbortOrder, Role, RolePhase, RoleStatus
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Supervision:
     def __init__(self, tools: Tools, migration: Migration) -> None:
         self._tools = tools
         self._tally = Tally(migration)
-        self._steps = Steps(tools, self._tally)
+        self._steps = Steps(tools, self._tally, self._show_moves)
         self._state = Supervisor()
         self._events: asyncio.Queue[supervisor.Event] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -154,6 +154,8 @@ class Supervision:
     def _waits_for(self) -> str | None:
         """What a person should know of a migration that cannot go on, and of what they may do."""
         lost = [self._steps.node_of(role) for role in self._lost_roles()]
+        if alarms := self._steps.moves.alarms:
+            return "; ".join(alarms.values())
         if self._state.outcome is Outcome.COMPLETED or self._state.phase not in (Phase.WATCHING, Phase.SETTLING):
             return None
         if lost and self._state.phase is Phase.WATCHING:
@@ -268,8 +270,20 @@ class Supervision:
         await asyncio.sleep(COURIER_S)
         asyncio.get_running_loop().call_soon(self._feed, supervisor.CourierDue())  # once this task is over
 
+    async def _move(self) -> None:
+        await self._until_done(self._steps.move)
+
+    async def _show_moves(self) -> None:
+        self._tally.moved(tuple(self._steps.moves.made.values()))
+        self._tally.waits(self._waits_for())
+        await self._save()
+        self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))
+
     async def _detach(self, role: Role) -> None:
         await self._answered("attach")
+        if role is Role.SOURCE and self._state.outcome is Outcome.COMPLETED:
+            await self._answered("move")
+            await self._move()
         await self._until_done(lambda: self._steps.detach(role))
         self._feed(supervisor.Detached())
 
@@ -295,6 +309,9 @@ class Supervision:
             return
         self._unknown.discard(status.role)
         self._tally.heard(status)
+        classic = self.live.policy.volume_order is VolumeOrder.CLASSIC
+        if classic and (status.role, status.phase) == (Role.TARGET, RolePhase.ACTIVATED):  # it waits for its volumes
+            self._spawn("move", self._move())
         self._feed(Says(status.role, status.phase, status.cause, status.wants_courier))
 
     def _hear_nothing(self, role: Role) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from emp.migration.report import build_report
 from emp.migration.supervisor import Phase, Supervisor
 from emp.migration.watch import advice
-from emp.model.migration import Migration, Outcome, Report, Stage
+from emp.model.migration import Migration, Outcome, Report, Stage, VolumeMove
 from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
 
 _WEIGHTY = ("stage", "outcome", "cause", "hint", "committed", "abort_asked", "nonce", "report")
@@ -24,6 +24,7 @@ class Tally:
         """the target's, to the order to prepare"""
         self._written = migration
         self._said: dict[Role, RoleStatus] = {}
+        self._moves: tuple[VolumeMove, ...] = migration.report.volumes
 
     # -------------------------------------------------------------- what happens
 
@@ -74,6 +75,11 @@ class Tally:
         )
         return self.migration
 
+    def moved(self, moves: tuple[VolumeMove, ...]) -> None:
+        """Take how volumes were moved."""
+        self._moves = moves
+        self._set(report=self.migration.report.model_copy(update={"volumes": moves}))
+
     def written(self, migration: Migration) -> None:
         self._written = migration
 
@@ -107,7 +113,7 @@ class Tally:
             memory_bytes=self.migration.progress.memory_bytes,
             closed_at_s=at_s,
             watch=source.watch if source else (),
-        )
+        ).model_copy(update={"volumes": self._moves})
 
 
 _HINTS = {Outcome.LOST: "neither copy could go on; a cold restart: emp evm recover {evm}"}

@@ -19,8 +19,7 @@ from emp.volumes.base import VolumeDriver
 
 log = logging.getLogger(__name__)
 
-MIGRATABLE_TYPES = tuple(kind for kind in VolumeType if kind.multi_attach)
-"""A volume that one node alone can have would keep its EVM where it is."""
+MIGRATABLE_TYPES = tuple(VolumeType)
 SMALLEST_BYTES = 1 << 20
 SECTOR_BYTES = 4096
 
@@ -88,6 +87,10 @@ class Volumes:
         except (NotFound, BadInput):
             shown = volume if len(volume) <= 60 else volume[:57] + "..."
             raise NotFound(f"no volume has the id {shown!r}", field=field, hint="see: emp volume list") from None
+
+    async def look(self, volume: str) -> Volume:
+        """Return the volume as the service has it now. Raises ``NotFound``."""
+        return await self._note(await self._driver.describe(volume))
 
     async def delete(self, volume: str) -> None:
         """Raises ``NotFound``, or ``Conflict`` while an EVM has it."""

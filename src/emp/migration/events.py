@@ -308,6 +308,16 @@ class ClaimVolumes:
 
 
 @dataclass(frozen=True)
+class OpenRelays:
+    """Source, GIVEN on disk: let the target's writes through to the volumes that are still attached here."""
+
+
+@dataclass(frozen=True)
+class CloseRelays:
+    """Source, on its way back: end them, so that nobody but the guest here reaches its volumes."""
+
+
+@dataclass(frozen=True)
 class Quarantine:
     """The journal of this node is proven to have lost a record: nothing is answered from it any more."""
 
@@ -342,6 +352,8 @@ Action = (
     | AwaitGuest
     | Announce
     | ClaimVolumes
+    | OpenRelays
+    | CloseRelays
     | Quarantine
     | KillMachine
     | SetTimer

@@ -24,6 +24,7 @@ from emp.migration.events import (
     BlockPorts,
     CancelStream,
     ClaimVolumes,
+    CloseRelays,
     Event,
     GoArrived,
     GuestEnded,
@@ -133,9 +134,10 @@ def source_returning(state: Source, event: Event) -> tuple[Source, tuple[Action,
 def _source_owns(state: Source) -> tuple[Source, tuple[Action, ...]]:
     """OWN(e_s) is on disk."""
     if state.machine_gone:
-        return replace(state, phase=SourcePhase.LOST, trouble=None), (SendAborted(),)
+        return replace(state, phase=SourcePhase.LOST, trouble=None), (CloseRelays(), SendAborted())
     start = Run() if state.completed else AwaitGuest()
-    return replace(state, phase=SourcePhase.RESUMING, trouble=None), (start, SendAborted(), ClaimVolumes())
+    resuming = replace(state, phase=SourcePhase.RESUMING, trouble=None)
+    return resuming, (CloseRelays(), start, SendAborted(), ClaimVolumes())
 
 
 def source_stuck(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
@@ -167,7 +169,7 @@ def source_stuck(state: Source, event: Event) -> tuple[Source, tuple[Action, ...
 
 
 def _run_if_sworn(state: Source) -> tuple[Action, ...]:
-    return (Run(),) if state.withdrawn and state.completed and not state.machine_gone else ()
+    return (CloseRelays(), Run()) if state.withdrawn and state.completed and not state.machine_gone else ()
 
 
 def source_resuming(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
@@ -227,7 +229,7 @@ def source_overruled(state: Source, event: Event) -> tuple[Source, tuple[Action,
 
 def source_retires(state: Source) -> tuple[Source, tuple[Action, ...]]:
     """RETIRE(k) fences every node that could hold authority, this one too: RETIRED(k) follows the machine's exit."""
-    return replace(state, phase=SourcePhase.RETIRING, cause=RETIRED, trouble=None), (KillMachine(),)
+    return replace(state, phase=SourcePhase.RETIRING, cause=RETIRED, trouble=None), (CloseRelays(), KillMachine())
 
 
 def source_retiring(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:

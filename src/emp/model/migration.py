@@ -33,6 +33,15 @@ class Outcome(StrEnum):
     """neither copy could go on; the EVM needs a cold restart"""
 
 
+class VolumeOrder(StrEnum):
+    """When a volume that one node alone can have is detached from the source and attached to the target."""
+
+    RESUME_FIRST = "resume-first"
+    """in the target brownout: the guest runs, and reaches it through the source until then"""
+    CLASSIC = "classic"
+    """in the blackout: the guest stands meanwhile, and the controller is needed for it to go on"""
+
+
 class Policy(Model):
     """What a user allows a migration to cost."""
 
@@ -61,6 +70,9 @@ class Policy(Model):
     """time without a read of each of its volumes from the target"""
     target_free_memory_bytes: int = Field(default=128 << 20, ge=0)
     """memory that the target's host must keep available"""
+    volume_order: VolumeOrder = VolumeOrder.RESUME_FIRST
+    source_must_be_empty: bool = False
+    """a volume whose move is refused waits, its I/O with it, rather than stay with the source until the next try"""
 
 
 class MigrationRequest(Model):
@@ -105,6 +117,25 @@ class StageTimes(Model):
     target_brownout_s: float | None = None
 
 
+class VolumeMove(Model):
+    """How a volume that one node alone can have was moved."""
+
+    volume: str
+    held_ms: float | None = None
+    """how long the guest's I/O on it was held, by the controller's clock; what the cloud took is in it"""
+    detach_s: float | None = None
+    """None: it was not attached to the source any more"""
+    attach_s: float | None = None
+    tries: int = 1
+    read_bytes: int = 0
+    """through the relay, as are the next three"""
+    written_bytes: int = 0
+    mean_ms: float | None = None
+    """of a request"""
+    max_ms: float | None = None
+    """holding is in it"""
+
+
 class Report(Model):
     """What is left of a migration. Figures are None where the stage was not reached."""
 
@@ -125,6 +156,8 @@ class Report(Model):
     watch: tuple[WatchLine, ...] = ()
     commit_ms: float | None = None
     """from GIVEN on the source's disk to the target's running guest"""
+    volumes: tuple[VolumeMove, ...] = ()
+    """those that one node alone can have, and that were moved"""
 
 
 class Check(Model):

@@ -12,6 +12,10 @@
 ``POST /v1/migrations/{id}/abort``           ``AbortOrder`` -> ``RoleStatus``     either; answered once it is decided
 ``POST /v1/migrations/{id}/go``              ``GoOrder`` -> ``RoleStatus``        target: GO, by courier
 ``POST /v1/migrations/{id}/answer``          ``AnswerOrder`` -> ``RoleStatus``    source: the target's word, by courier
+``POST /v1/migrations/{id}/lend``            ``LendOrder`` -> ``Lent``            source: relay volumes to the target
+``POST /v1/migrations/{id}/take-back``       ``TakeBackOrder``                    source: end relays
+``POST /v1/migrations/{id}/hold``            ``HoldOrder`` -> ``Relayed``         target: hold a relayed volume's I/O
+``POST /v1/migrations/{id}/go-on``           ``GoOnOrder`` -> ``Relayed``         target: let it go on there
 ``GET  /v1/migrations/{id}``                 -> ``RoleStatus``
 ``GET  /v1/migrations/{id}/watch``           -> SSE of ``RoleStatus``             a snapshot at each change, to the end
 ``POST /v1/agents/{node}/heartbeat``         ``NodeReport`` -> ``HeartbeatReply``  on the *controller*, by the agent
@@ -94,6 +98,8 @@ class PrepareOrder(Model):
     volumes: tuple[VolumeGrant, ...] = ()
     multifd_channels: int = Field(default=1, ge=1, le=16)
     """both ends must have the same number, or QEMU waits for ever"""
+    run_when_local: bool = False
+    """the guest stands until no volume is relayed any more: the classic order"""
 
 
 class Prepared(Model):
@@ -103,6 +109,61 @@ class Prepared(Model):
     nonce: str
     stream_host: Ip
     stream_port: int
+
+
+class LendOrder(Model):
+    """To the source: serve these volumes, which are attached to it alone, to the target's relays."""
+
+    migration: str
+    evm: Name
+    target: Name
+    volumes: tuple[VolumeGrant, ...]
+    """as they are attached to the source"""
+    given: bool = False
+    """the target owns the EVM already: its writes need not wait for GIVEN"""
+
+
+class Lent(Model):
+    endpoints: dict[str, NbdEndpoint]
+    """volume -> where the source serves it, to the target's agent alone"""
+
+
+class TakeBackOrder(Model):
+    volumes: tuple[str, ...] | None = None
+    """None: all that was lent for this migration"""
+
+
+class HoldOrder(Model):
+    evm: Name
+    volume: str
+    within_s: float = Field(default=5.0, gt=0, le=60)
+    """for what is on its way to be answered"""
+
+
+class GoOnOrder(Model):
+    evm: Name
+    epoch: int
+    """e_t, to claim an attachment under"""
+    grant: VolumeGrant
+    """at the target's own attachment, which ends the relay, or again through the source"""
+
+
+class Relayed(Model):
+    """How a volume's relay at the target is, or was when it ended."""
+
+    volume: str
+    is_local: bool
+    """the target has it itself"""
+    is_flushed: bool = False
+    """held: every acknowledged write is on the volume"""
+    held_since_s: float | None = None
+    """wall clock of the target"""
+    read_bytes: int = 0
+    written_bytes: int = 0
+    round_trips: int = 0
+    mean_ms: float | None = None
+    """of a request through the source"""
+    max_ms: float | None = None
 
 
 class HandoverOrder(Model):

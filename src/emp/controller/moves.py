@@ -1,0 +1,217 @@
+"""Volumes that one node alone can have, in one migration: lent by the source, moved once the EVM runs at the target.
+
+::
+
+    target's relay          controller            source's relay
+      | hold: nothing outstanding, all flushed        |
+      |<-------------------- |                        |
+      |                      | take back ------------>| ends
+      |                      | detach, attach (the cloud)
+      |<------------ go on   |
+      | at its own attachment; then the relay ends
+
+Each step may be repeated, and where to go on is read from where the volume is attached: so a controller that was killed
+in between, or whose order was not answered, just begins again. What is refused leaves the volume with the source: its
+I/O goes on through the relay, people are told, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from emp.controller.agents import AgentClient, Agents
+from emp.controller.nodes import Nodes
+from emp.controller.tasks import all_of
+from emp.controller.volumes import Volumes
+from emp.model.errors import EmpError, NotFound, OutcomeUnknown, Unavailable
+from emp.model.migration import Migration, VolumeMove
+from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Relayed, TakeBackOrder, VolumeGrant
+from emp.model.volume import Volume
+
+log = logging.getLogger(__name__)
+
+HOLD_S = 5.0
+"""for what is on its way through the relays to be answered"""
+ALARM_S = 15.0
+"""a move that takes longer is told to people"""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""between tries"""
+
+Say = Callable[[], Awaitable[None]]
+
+
+@dataclass
+class Moves:
+    """Of the volumes of one migration. ``say`` shows that ``alarms`` or ``made`` have changed."""
+
+    migration: Migration
+    volumes: Volumes
+    agents: Agents
+    nodes: Nodes
+    say: Say
+    alarms: dict[str, str] = field(default_factory=dict)
+    """volume -> why its move is not done yet, for people"""
+    made: dict[str, VolumeMove] = field(default_factory=dict)
+
+    # -- before the hand-over, and back
+
+    async def lend(self, volumes: Sequence[str]) -> tuple[VolumeGrant, ...]:
+        """Have the source serve ``volumes`` to the target; return how the target gets them."""
+        if not volumes:
+            return ()
+        held = [await self._at_source(volume) for volume in volumes]
+        lent = await self._source.lend(self._lend_order(held))
+        return tuple(VolumeGrant(volume=one.volume, relay=lent.endpoints[one.volume.id]) for one in held)
+
+    async def take_back(self, volumes: Sequence[str]) -> None:
+        """The EVM stays on the source: end what it has lent. A source that is down ends it when it goes back."""
+        if volumes:
+            await self._unless_down(self.migration.source, lambda: self._take_back(None))
+
+    # -- behind the commit
+
+    async def finish(self, volumes: Sequence[str]) -> None:
+        """Have the target get each of ``volumes`` itself, however long it takes."""
+        await all_of(self._move(volume) for volume in volumes)
+
+    async def _move(self, volume: str) -> None:
+        pause_s, tries = FIRST_PAUSE_S, 0
+        while volume not in self.made:
+            tries += 1
+            moving = asyncio.ensure_future(self._try(volume, tries))
+            try:
+                if not (await asyncio.wait([moving], timeout=ALARM_S))[0]:
+                    await self._alarm(volume, f"is on its way to {self.migration.target} for {ALARM_S:g} s and more")
+                await moving
+                return
+            except NotFound as error:  # the EVM, and with it every relay, is gone from the target
+                log.warning("%s: %s is not moved: %s", self.migration.id, volume, error)
+                return
+            except EmpError as error:
+                log.error("%s: %s: %s", self.migration.id, volume, error)
+                where = await self._go_on_as_before(volume, error)
+                await self._alarm(volume, f"{where}: {error}; tried again in {pause_s:g} s")
+            finally:
+                moving.cancel()
+                await asyncio.gather(moving, return_exceptions=True)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def _try(self, volume: str, tries: int) -> None:
+        live, began_s = self.migration, time.monotonic()
+        relayed = detached_s = None
+        if await self._is_at(volume, live.source):
+            relayed = await self._hold(volume)
+            await self._unless_down(live.source, lambda: self._take_back((volume,)))
+            ended_s = time.monotonic()
+            await self.volumes.release((volume,), node=live.source)
+            detached_s = time.monotonic() - ended_s
+        attaching_s = time.monotonic()
+        (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)
+        attached_s = time.monotonic() - attaching_s
+        order = GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant)
+        landed = await self._target.go_on(live.id, order)
+        held_s = time.monotonic() - began_s
+        self.made[volume] = _report(volume, landed if landed.round_trips else relayed or landed).model_copy(
+            update={
+                "held_ms": round(held_s * 1000, 1),
+                "detach_s": detached_s and round(detached_s, 3),
+                "attach_s": round(attached_s, 3),
+                "tries": tries,
+            }
+        )
+        self.alarms.pop(volume, None)
+        await self.say()
+
+    async def _hold(self, volume: str) -> Relayed | None:
+        """Return how its relay is, held; None if the target has none any more."""
+        order = HoldOrder(evm=self.migration.evm, volume=volume, within_s=HOLD_S)
+        try:
+            return await self._target.hold(self.migration.id, order)
+        except NotFound:
+            return None
+        except EmpError:
+            if not self._is_down(self.migration.source):
+                raise
+            return None  # it is held, and what was on its way is sent again to wherever the volume is next
+
+    async def _go_on_as_before(self, volume: str, error: EmpError) -> str:
+        """Let a held volume's I/O go on through the source, if that can be; return how it stands, for people."""
+        live = self.migration
+        if live.policy.source_must_be_empty:
+            return f"its I/O waits for {live.target} to get it"
+        if isinstance(error, OutcomeUnknown) and not isinstance(error, Unavailable):
+            return "its I/O waits, as the order may still be carried out"
+        try:
+            if not await self._is_at(volume, live.source):
+                await self.volumes.attach((volume,), node=live.source, epoch=live.epoch_target)
+            order = self._lend_order([await self._at_source(volume)], given=True)
+            lent = await self._source.lend(order)
+            grant = VolumeGrant(volume=order.volumes[0].volume, relay=lent.endpoints[volume])
+            await self._target.go_on(live.id, GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant))
+        except EmpError as worse:
+            log.error("%s: %s: nor does its I/O go on through %s: %s", live.id, volume, live.source, worse)
+            return "its I/O waits"
+        return f"it stays relayed by {live.source}, which has to stay up"
+
+    async def _alarm(self, volume: str, text: str) -> None:
+        self.alarms[volume] = f"{volume} {text}"
+        await self.say()
+
+    # -- tools
+
+    async def _at_source(self, volume: str) -> VolumeGrant:
+        """Return the volume as it is attached to the source. Raises ``NotFound`` where it is not."""
+        found = await self.volumes.look(volume)
+        held = [attachment for attachment in found.attachments if attachment.node == self.migration.source]
+        if not held:
+            raise NotFound(f"{volume} is not attached to {self.migration.source}", field="volume")
+        return VolumeGrant(volume=found, attachment=max(held, key=lambda attachment: attachment.tag))
+
+    async def _is_at(self, volume: str, node: str) -> bool:
+        found: Volume = await self.volumes.look(volume)
+        return any(attachment.node == node for attachment in found.attachments)
+
+    def _lend_order(self, volumes: Sequence[VolumeGrant], *, given: bool = False) -> LendOrder:
+        live = self.migration
+        return LendOrder(migration=live.id, evm=live.evm, target=live.target, volumes=tuple(volumes), given=given)
+
+    async def _take_back(self, volumes: tuple[str, ...] | None) -> None:
+        await self._source.take_back(self.migration.id, TakeBackOrder(volumes=volumes))
+
+    async def _unless_down(self, node: str, call: Callable[[], Awaitable[None]]) -> None:
+        """Have it done; while the node is down, do without."""
+        while True:
+            with contextlib.suppress(Unavailable, OutcomeUnknown):
+                await call()
+                return
+            if self._is_down(node):
+                return
+            await asyncio.sleep(FIRST_PAUSE_S)
+
+    def _is_down(self, name: str) -> bool:
+        node = self.nodes.find(name)
+        return node is None or not node.ready
+
+    @property
+    def _source(self) -> AgentClient:
+        return self.agents.of(self.nodes.get(self.migration.source))
+
+    @property
+    def _target(self) -> AgentClient:
+        return self.agents.of(self.nodes.get(self.migration.target))
+
+
+def _report(volume: str, relayed: Relayed) -> VolumeMove:
+    return VolumeMove(
+        volume=volume,
+        read_bytes=relayed.read_bytes,
+        written_bytes=relayed.written_bytes,
+        mean_ms=relayed.mean_ms,
+        max_ms=relayed.max_ms,
+    )
