@@ -156,7 +156,7 @@ class Moves:
             await self._target.go_on(live.id, GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant))
         except EmpError as worse:
             log.error("%s: %s: nor does its I/O go on through %s: %s", live.id, volume, live.source, worse)
-            return "its I/O waits"
+            return "is not moved yet"
         return f"it stays relayed by {live.source}, which has to stay up"
 
     async def _alarm(self, volume: str, text: str) -> None:

@@ -1,0 +1,260 @@
+"""The move of a volume that one node alone can have: every order that is refused or lost, and where it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from emp.controller import moves
+from emp.controller.agents import Agents
+from emp.controller.moves import Moves
+from emp.controller.nodes import Nodes
+from emp.controller.volumes import Volumes
+from emp.model.errors import Conflict, EmpError, Forbidden, NotFound, OutcomeUnknown, Refused, Unreachable
+from emp.model.migration import Migration, Policy
+from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Lent, Relayed, TakeBackOrder, VolumeGrant
+from emp.model.volume import Attachment, NbdEndpoint, Volume, VolumeType
+
+VOLUME = "vol-1"
+OLD, TARGET_EPOCH = 3, 5
+
+
+class World:
+    """A volume, the relays of both ends, and what is refused: ``refusing`` maps a step to the errors that it meets."""
+
+    def __init__(self) -> None:
+        self.attachments = [Attachment(volume=VOLUME, node="n1", epoch=OLD)]
+        self.lent = True
+        self.borrowed = True
+        self.held = False
+        self.local = False
+        self.done: list[str] = []
+        self.refusing: dict[str, list[EmpError]] = {}
+        self.down: set[str] = set()
+
+    def step(self, name: str) -> None:
+        if self.refusing.get(name):
+            error = self.refusing[name].pop(0)
+            self.done.append(f"{name} refused")
+            raise error
+        self.done.append(name)
+
+    # volumes
+    async def look(self, volume: str) -> Volume:
+        return Volume(
+            id=volume, type=VolumeType.GP3, size_bytes=1 << 30, serial="s", attachments=tuple(self.attachments)
+        )
+
+    async def release(self, _: tuple[str, ...], *, node: str, **__: Any) -> None:
+        self.step(f"detach {node}")
+        assert not self.lent or node in self.down, "a volume is detached while its relay has it open"
+        assert self.held or not self.borrowed, "a volume is detached under the guest's I/O"
+        self.attachments = [a for a in self.attachments if a.node != node]
+
+    async def attach(self, _: tuple[str, ...], *, node: str, epoch: int) -> tuple[VolumeGrant, ...]:
+        self.step(f"attach {node}")
+        if others := [a.node for a in self.attachments if a.node != node]:
+            raise Conflict(f"attached to {others}")
+        self.attachments = [Attachment(volume=VOLUME, node=node, epoch=epoch)]
+        return (VolumeGrant(volume=await self.look(VOLUME), attachment=self.attachments[0]),)
+
+    # nodes and agents
+    def get(self, name: str) -> str:
+        return name
+
+    def find(self, name: str) -> Any:
+        return type("Node", (), {"ready": name not in self.down})()
+
+    def of(self, name: str) -> Agent:
+        return Agent(self, name)
+
+
+class Agent:
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+
+    def _there(self) -> None:
+        if self.name in self.world.down:
+            raise Unreachable(f"{self.name} is off")
+
+    async def lend(self, order: LendOrder) -> Lent:
+        self._there()
+        self.world.step("lend")
+        assert order.given, "the target owns the EVM"
+        self.world.lent = True
+        return Lent(endpoints={VOLUME: NbdEndpoint(host="10.0.0.1", port=1, export="e", tls_hostname="agent-n1")})
+
+    async def take_back(self, _: str, __: TakeBackOrder) -> None:
+        self._there()
+        self.world.step("take back")
+        self.world.lent = False
+
+    async def hold(self, _: str, order: HoldOrder) -> Relayed:
+        self.world.step("hold")
+        if not self.world.borrowed:
+            raise NotFound("not relayed here")
+        self.world.held = True
+        if "n1" in self.world.down:
+            raise Unreachable("what is on its way is not answered")
+        return Relayed(
+            volume=order.volume, is_local=False, is_flushed=True, written_bytes=4096, round_trips=2, mean_ms=1
+        )
+
+    async def go_on(self, _: str, order: GoOnOrder) -> Relayed:
+        self.world.step("go on" if order.grant.relay is None else "go on relayed")
+        assert order.grant.relay is None or self.world.lent
+        self.world.held = False
+        if order.grant.relay is None:
+            self.world.borrowed, self.world.local = False, True
+        return Relayed(volume=VOLUME, is_local=order.grant.relay is None)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(moves, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(moves, "LONGEST_PAUSE_S", 0.001)
+    return World()
+
+
+def moving(world: World, shown: list[dict[str, str]] | None = None, **policy: Any) -> Moves:
+    live = Migration(
+        id="m-1",
+        evm="web",
+        source="n1",
+        target="n2",
+        epoch_target=TARGET_EPOCH,
+        epoch_source=4,
+        policy=Policy(**policy),
+    )
+
+    async def say() -> None:
+        if shown is not None:
+            shown.append(dict(made.alarms))
+
+    made = Moves(live, cast(Volumes, world), cast(Agents, world), cast(Nodes, world), say)
+    return made
+
+
+async def finished(made: Moves) -> None:
+    async with asyncio.timeout(5):
+        await made.finish((VOLUME,))
+
+
+def at_the_target(world: World) -> None:
+    assert world.local and not world.lent
+    assert [(a.node, a.epoch) for a in world.attachments] == [("n2", TARGET_EPOCH)]
+
+
+async def test_held_taken_back_detached_attached_and_let_go(world: World) -> None:
+    made = moving(world)
+    await finished(made)
+    assert world.done == ["hold", "take back", "detach n1", "attach n2", "go on"]
+    at_the_target(world)
+    report = made.made[VOLUME]
+    assert (report.tries, report.written_bytes, report.mean_ms) == (1, 4096, 1)
+    assert report.held_ms is not None and report.detach_s is not None and report.attach_s is not None
+
+
+async def test_a_detach_that_is_refused_leaves_it_relayed_and_is_tried_again(world: World) -> None:
+    world.refusing["detach n1"] = [Forbidden("no permission")]
+    shown: list[dict[str, str]] = []
+    await finished(moving(world, shown))
+    steps = ["hold", "take back", "detach n1 refused", "lend", "go on relayed"]
+    assert world.done == [*steps, "hold", "take back", "detach n1", "attach n2", "go on"]
+    at_the_target(world)
+    assert "stays relayed by n1" in shown[0][VOLUME] and "no permission" in shown[0][VOLUME]
+    assert shown[-1] == {}, "the alarm is over"
+
+
+async def test_an_attach_that_is_refused_brings_it_back_to_the_source(world: World) -> None:
+    world.refusing["attach n2"] = [Refused("n2 has no room")]
+    await finished(moving(world))
+    back = ["attach n2 refused", "attach n1", "lend", "go on relayed"]
+    assert world.done == [
+        "hold",
+        "take back",
+        "detach n1",
+        *back,
+        *["hold", "take back", "detach n1"],
+        "attach n2",
+        "go on",
+    ]
+    at_the_target(world)
+
+
+async def test_a_source_that_must_be_empty_gets_nothing_back(world: World) -> None:
+    world.refusing["attach n2"] = [Refused("n2 has no room"), Refused("n2 has no room")]
+    shown: list[dict[str, str]] = []
+    await finished(moving(world, shown, source_must_be_empty=True))
+    assert "lend" not in world.done and "attach n1" not in world.done
+    assert "waits for n2" in shown[0][VOLUME]
+    at_the_target(world)
+
+
+async def test_an_order_that_may_still_be_carried_out_is_not_undone(world: World) -> None:
+    world.refusing["detach n1"] = [OutcomeUnknown("it is still detaching")]
+    await finished(moving(world))
+    assert "lend" not in world.done
+    at_the_target(world)
+
+
+async def test_a_dead_source_is_not_asked_and_loses_the_volume(world: World) -> None:
+    world.down.add("n1")
+    await finished(moving(world))
+    assert world.done == ["hold", "detach n1", "attach n2", "go on"]
+    assert [a.node for a in world.attachments] == ["n2"]
+
+
+@pytest.mark.parametrize("where", ["n2", None])
+async def test_a_controller_that_was_killed_goes_on_from_where_the_volume_is(world: World, where: str | None) -> None:
+    world.lent, world.held = False, True
+    world.attachments = [Attachment(volume=VOLUME, node=where, epoch=TARGET_EPOCH)] if where else []
+    await finished(moving(world))
+    assert world.done == ["attach n2", "go on"]
+    at_the_target(world)
+
+
+async def test_a_relay_that_has_ended_already_is_no_hindrance(world: World) -> None:
+    world.borrowed = False
+    await finished(moving(world))
+    at_the_target(world)
+
+
+async def test_an_evm_that_is_gone_from_the_target_needs_no_volume(world: World) -> None:
+    world.refusing["go on"] = [NotFound("no such EVM here")]
+    made = moving(world)
+    await finished(made)
+    assert made.made == {}
+
+
+async def test_a_move_that_takes_long_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moves, "ALARM_S", 0.01)
+    shown: list[dict[str, str]] = []
+    told, release = asyncio.Event(), world.release
+
+    async def later(*volumes: Any, **where: Any) -> None:
+        await told.wait()
+        await release(*volumes, **where)
+
+    monkeypatch.setattr(world, "release", later)
+    made = moving(world, shown)
+    say = made.say
+
+    async def tell() -> None:
+        await say()
+        told.set()
+
+    made.say = tell
+    await finished(made)
+    assert "on its way to n2" in shown[0][VOLUME]
+    at_the_target(world)
+
+
+async def test_what_is_lent_is_served_as_it_is_attached(world: World) -> None:
+    with pytest.raises(AssertionError, match="owns the EVM"):
+        await moving(world).lend((VOLUME,))  # the fake lends behind the commit alone
+    world.attachments = []
+    with pytest.raises(NotFound, match="not attached to n1"):
+        await moving(world).lend((VOLUME,))
