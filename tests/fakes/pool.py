@@ -83,7 +83,7 @@ class Pool:
                 "state_dir": self.directory / "state",
                 "token_file": self.directory / "token",
                 "network": self.subnet,
-                "volumes": {"url": f"https://{HOST}:1", "server_name": "volumes-main"},
+                "volumes": {"driver": "nbd", "url": f"https://{HOST}:1", "server_name": "volumes-main"},
                 "heartbeat_s": self.heartbeat_s,
                 "node_down_s": self.node_down_s,
             }
@@ -164,10 +164,17 @@ class Pool:
 
 
 @contextlib.asynccontextmanager
-async def a_pool(directory: Path, *nodes: str, node_down_s: float | None = None, **agent: Any) -> AsyncGenerator[Pool]:
+async def a_pool(
+    directory: Path,
+    *nodes: str,
+    node_down_s: float | None = None,
+    volumes: FakeVolumes | None = None,
+    **agent: Any,
+) -> AsyncGenerator[Pool]:
     """A controller with agents of these names that report; gone at the end."""
     pool = Pool(directory)
     pool.node_down_s = node_down_s or pool.node_down_s
+    pool.volumes = volumes or pool.volumes
     try:
         for name in nodes:
             await pool.add_agent(name, **agent)

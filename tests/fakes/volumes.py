@@ -1,24 +1,30 @@
-"""A volume service in memory, keeping the contract of ``emp.volumes.base``."""
+"""Volume services in memory, keeping the contract of ``emp.volumes.base``: one as the pool's own, one as EBS."""
 
 from __future__ import annotations
 
 from emp.model.errors import Conflict, EmpError, NotFound, StaleEpoch
-from emp.model.volume import Attachment, NbdEndpoint, Volume, VolumeType
+from emp.model.volume import Attachment, ClaimPoint, NbdEndpoint, Volume, VolumeType
 
 HOST = "127.0.0.1"
+CLAIM = ClaimPoint(url=f"https://{HOST}:1", server_name="volumes-main")
 
 Attachments = list[tuple[str, str, int]]
 """(volume, node, epoch)"""
 
 
 class FakeVolumes:
-    """The contract of ``VolumeDriver`` in memory. ``failing[verb]`` is raised while it is there."""
+    """As the pool's own service: an attachment per node and epoch, and agents claim theirs.
+
+    ``failing[verb]`` is raised while it is there; ``log`` has what was done, in order.
+    """
 
     def __init__(self) -> None:
         self.volumes: dict[str, Volume] = {}
         self.fences: dict[str, int] = {}
         self.failing: dict[str, EmpError] = {}
         self.attached: Attachments = []
+        self.log: list[tuple[str, str, int, bool]] = []
+        """(verb, node, epoch, unheld)"""
 
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002
         self._check("create")
@@ -46,20 +52,38 @@ class FakeVolumes:
         found = await self.describe(volume)
         if epoch < self.fences.get(volume, 0):
             raise StaleEpoch(f"{volume} is fenced at {self.fences[volume]}")
-        endpoint = NbdEndpoint(host=HOST, port=10809, export=f"{volume}-{node}-{epoch}", tls_hostname="volumes-main")
-        made = Attachment(volume=volume, node=node, epoch=epoch, endpoint=endpoint)
+        others = {a.node for a in found.attachments} - {node}
+        if others and not found.type.multi_attach:
+            raise Conflict(f"{volume} is attached to {', '.join(sorted(others))}, and takes 1 at once; not {node}")
+        made = self._made(volume, node, epoch)
         self.attached.append((volume, node, epoch))
-        self._set(volume, (*(a for a in found.attachments if a != made), made))
+        self.log.append(("attach", node, epoch, False))
+        self._set(volume, (*(a for a in found.attachments if not self._is_same(a, made)), made))
         return made
 
-    async def detach(self, volume: str, *, node: str, epoch: int) -> None:
-        found = await self.describe(volume)
-        self._set(volume, tuple(a for a in found.attachments if (a.node, a.epoch) != (node, epoch)))
+    def _made(self, volume: str, node: str, epoch: int) -> Attachment:
+        endpoint = NbdEndpoint(host=HOST, port=10809, export=f"{volume}-{node}-{epoch}", tls_hostname="volumes-main")
+        return Attachment(volume=volume, node=node, epoch=epoch, endpoint=endpoint, claim=CLAIM)
 
-    async def fence(self, volume: str, *, epoch: int) -> None:
+    def _is_same(self, one: Attachment, other: Attachment) -> bool:
+        return (one.node, one.epoch) == (other.node, other.epoch)
+
+    async def detach(self, volume: str, *, node: str, epoch: int, unheld: bool = False) -> None:
+        self._check("detach")
+        found = await self.describe(volume)
+        left = tuple(a for a in found.attachments if (a.node, a.epoch) != (node, epoch))
+        if left != found.attachments:
+            self.log.append(("detach", node, epoch, unheld))
+        self._set(volume, left)
+
+    async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
+        self._check("fence")
         found = await self.describe(volume)
         self.fences[volume] = max(epoch, self.fences.get(volume, 0))
-        self._set(volume, tuple(a for a in found.attachments if a.tag >= epoch))
+        self.log.append(("fence", "", epoch, unheld))
+        self._set(volume, tuple(a for a in found.attachments if a.tag >= self.fences[volume]))
+
+    async def aclose(self) -> None: ...
 
     def holders(self, volume: str) -> dict[str, int]:
         """Node -> epoch under which it may use the volume."""
@@ -71,3 +95,23 @@ class FakeVolumes:
     def _check(self, verb: str) -> None:
         if verb in self.failing:
             raise self.failing[verb]
+
+
+class FakeEbs(FakeVolumes):
+    """As EBS: one attachment of a volume to a node, which a newer epoch takes over; a device; nobody claims."""
+
+    async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
+        if (held := self.holders(volume).get(node, 0) if volume in self.volumes else 0) > epoch:
+            raise StaleEpoch(f"{node} has {volume} under {held}")
+        return await super().attach(volume, node=node, epoch=epoch)
+
+    def attach_by_hand(self, volume: str, instance: str) -> None:
+        """Somebody attaches it to an instance of his own, in the cloud's console."""
+        held = self.volumes[volume].attachments
+        self._set(volume, (*held, Attachment(volume=volume, node=instance, epoch=0)))
+
+    def _made(self, volume: str, node: str, epoch: int) -> Attachment:
+        return Attachment(volume=volume, node=node, epoch=epoch)
+
+    def _is_same(self, one: Attachment, other: Attachment) -> bool:
+        return one.node == other.node

@@ -24,7 +24,7 @@ from emp.agent.shelf import Shelf
 from emp.controller import daemon as controller_daemon
 from emp.controller.agents import AgentClient, Agents
 from emp.controller.app import agents_app
-from emp.controller.config import Config, Network, People, VolumeService
+from emp.controller.config import Config, NbdVolumes, Network, People
 from emp.controller.services import Services
 from emp.controller.wiring import wire
 from emp.model.node import Node
@@ -205,7 +205,7 @@ class ControllerDaemon(Daemon):
             state_dir=Path("state"),
             token_file=Path("token"),
             network=network,
-            volumes=VolumeService(url="https://10.77.0.200:7445", server_name="volumes-main"),
+            volumes=NbdVolumes(driver="nbd", url="https://10.77.0.200:7445", server_name="volumes-main"),
         )
 
     async def run(self, process: Process) -> None:

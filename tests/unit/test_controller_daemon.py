@@ -34,7 +34,7 @@ def config(directory: Path, **changes: Any) -> dict[str, Any]:
         "state_dir": str(directory / "state"),
         "token_file": str(directory / "token"),
         "network": {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"},
-        "volumes": {"url": f"https://{HOST}:1", "server_name": "volumes-main"},
+        "volumes": {"driver": "nbd", "url": f"https://{HOST}:1", "server_name": "volumes-main"},
     }
     return base | changes
 

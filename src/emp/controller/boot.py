@@ -105,10 +105,14 @@ class Boot:
         node, epoch = intent.node, intent.epoch
         await self._hold(name, node)
         spec = self._book.evms.get(name).spec
-        grants = await self._patiently(
-            name, None, lambda: self._volumes.attach(spec.volumes, node=node, epoch=epoch), sent=resumed
+        volumes = self._volumes  # nobody has them open: all that could have are retired, or fenced (rule R8)
+        await self._patiently(
+            name, None, lambda: volumes.release(spec.volumes, keep_node=node, unheld=True), sent=resumed
         )
-        await self._patiently(name, None, lambda: self._volumes.fence(spec.volumes, epoch=epoch))
+        grants = await self._patiently(
+            name, None, lambda: volumes.attach(spec.volumes, node=node, epoch=epoch), sent=resumed
+        )
+        await self._patiently(name, None, lambda: volumes.fence(spec.volumes, epoch=epoch, unheld=True))
         order = StartOrder(spec=spec, epoch=epoch, volumes=grants)
         try:
             report = await self._patiently(name, node, lambda: self._agent(node).start(order), sent=resumed)
@@ -140,7 +144,7 @@ class Boot:
             return evm.model_copy(update=update | {"want_running": True})
 
         await self._finish(name, run)
-        await self._tidy(name, keep_epoch=intent.epoch)
+        await self._tidy(name, keep_epoch=intent.epoch, unheld=True)
 
     async def _retire_holders(self, name: str) -> None:
         """Have every node that could hold authority give it up: RETIRED(k) in its journal, or a fence (rule R8).
@@ -265,12 +269,12 @@ class Boot:
             log.error("what is left of EVM %s could not be removed: %s", name, second)
             await self._failed(name, undo, second)
 
-    async def _tidy(self, name: str, *, keep_epoch: int | None) -> None:
+    async def _tidy(self, name: str, *, keep_epoch: int | None, unheld: bool = False) -> None:
         """Detach what older epochs left behind. Nothing depends on it: the fence has shut them out."""
         evm = self._book.evms.find(name)
         if evm is not None and evm.spec.volumes:
             try:
-                await self._volumes.release(evm.spec.volumes, keep_epoch=keep_epoch)
+                await self._volumes.release(evm.spec.volumes, keep_epoch=keep_epoch, unheld=unheld)
             except EmpError as error:
                 log.warning("old attachments of EVM %s are left: %s", name, error)
 

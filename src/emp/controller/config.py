@@ -6,11 +6,12 @@
      "people": {"host": "10.77.0.1", "port": 7700},
      "credentials": "/etc/emp/controller", "state_dir": "/var/lib/emp", "token_file": "/etc/emp/token",
      "network": {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"},
-     "volumes": {"url": "https://10.77.0.2:7800", "server_name": "volumes-main"},
+     "volumes": {"driver": "nbd", "url": "https://10.77.0.2:7800", "server_name": "volumes-main"},
      "fencing": {"driver": "lab", "url": "https://10.77.0.3:7801", "server_name": "power-main"}}
 
 ``address`` and ``port`` are the agents' (mutual TLS). ``people`` may be ``{"fd": N}``: a listening socket that the
-parent hands over. ``fencing`` is ``{"driver": "manual"}`` where it is left out. The token file is written with a fresh
+parent hands over. On AWS ``volumes`` is ``{"driver": "ebs", "region": "eu-west-1", "zone": "eu-west-1a", "instances":
+{"n1": "i-..."}}``. ``fencing`` is ``{"driver": "manual"}`` where it is left out. The token file is written with a fresh
 token when it is not there.
 """
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -71,10 +72,29 @@ class Network(Model):
         return self
 
 
-class VolumeService(Model):
+class NbdVolumes(Model):
+    """The pool's own volume service."""
+
+    driver: Literal["nbd"]
     url: str
     server_name: str
     """the common name of its certificate"""
+
+
+class EbsVolumes(Model):
+    """Amazon EBS, or a cloud that speaks its API."""
+
+    driver: Literal["ebs"]
+    region: str = Field(pattern=r"^[a-z0-9-]+$")
+    zone: str
+    """where new volumes are made"""
+    instances: dict[Name, Annotated[str, Field(pattern=r"^i-([0-9a-f]{8}|[0-9a-f]{17})$")]] = Field(min_length=1)
+    """node -> instance id"""
+    endpoint_url: str | None = None
+    ca_file: Path | None = None
+    """who vouches for an endpoint that is not Amazon's"""
+    credentials_file: Path | None = None
+    """as of the AWS tools; None: where boto3 finds them, such as the instance's role"""
 
 
 class ManualFencing(Model):
@@ -104,7 +124,7 @@ class Config(Model):
     state_dir: Path
     token_file: Path
     network: Network
-    volumes: VolumeService
+    volumes: NbdVolumes | EbsVolumes = Field(discriminator="driver")
     fencing: ManualFencing | LabFencing | Ec2Fencing = Field(default=ManualFencing(), discriminator="driver")
     """how a node is proven off"""
     heartbeat_s: float = Field(default=1.0, gt=0, le=60)

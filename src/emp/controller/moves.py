@@ -109,7 +109,7 @@ class Moves:
             relayed = await self._hold(volume)
             await self._unless_down(live.source, lambda: self._take_back((volume,)))
             ended_s = time.monotonic()
-            await self.volumes.release((volume,), node=live.source)
+            await self.volumes.release((volume,), node=live.source, unheld=True)
             detached_s = time.monotonic() - ended_s
         attaching_s = time.monotonic()
         (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)

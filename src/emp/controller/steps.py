@@ -149,12 +149,17 @@ class Steps:
         """Shut out the side that no longer has the EVM, until the volume service has done it."""
         if role is Role.TARGET:
             await self.moves.take_back(self._volumes()[0])
-        live, volumes = self._live, self._evm().spec.volumes
+        live, volumes, node = self._live, self._evm().spec.volumes, self.node_of(role)
 
         async def detach() -> None:
+            unheld = self._tools.nodes.get(node).fence is not None  # else its QEMU may have them open still
             if role is Role.SOURCE:
-                await self._tools.volumes.fence(volumes, epoch=live.epoch_target)
-            await self._tools.volumes.release(volumes, node=self.node_of(role))
+                newest = live.epoch_target
+                await self._tools.volumes.fence(volumes, epoch=newest, unheld=unheld)
+            else:
+                newest = max(live.epoch_source, live.epoch_target + 1)
+                await self._tools.volumes.take_back(volumes, node=live.source, epoch=live.epoch_source)
+            await self._tools.volumes.release(volumes, node=node, older_than=newest, unheld=unheld)
 
         await self._until_known(None, detach)
 

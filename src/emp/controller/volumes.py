@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from emp.controller.book import Book, Edit, VolumeWish, gone, put
 from emp.controller.tasks import all_of
-from emp.model.errors import BadInput, Conflict, EmpError, NotFound
+from emp.model.errors import BadInput, Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.names import format_size, parse_size
 from emp.model.orders import VolumeGrant
 from emp.model.volume import Attachment, Volume, VolumeType
@@ -122,36 +122,84 @@ class Volumes:
         record = await self._change_attachments(volume, add=attachment)
         return VolumeGrant(volume=record, attachment=attachment)
 
-    async def release(self, volumes: Sequence[str], *, node: str | None = None, keep_epoch: int | None = None) -> None:
-        """Detach all from ``node``, or from every node; an attachment under ``keep_epoch`` stays."""
-        await all_of(self._release(volume, node, keep_epoch) for volume in volumes)
+    async def release(
+        self,
+        volumes: Sequence[str],
+        *,
+        node: str | None = None,
+        keep_node: str | None = None,
+        keep_epoch: int | None = None,
+        older_than: int | None = None,
+        unheld: bool = False,
+    ) -> None:
+        """Detach all from ``node``, or from every node but ``keep_node``; an attachment under ``keep_epoch`` stays.
 
-    async def _release(self, volume: str, node: str | None, keep_epoch: int | None) -> None:
+        ``older_than``: only what was attached under an older epoch. ``unheld``: no QEMU has them open there any more.
+        What nobody of the pool has attached, so that it has no epoch, is somebody else's and stays.
+        """
+
+        def is_meant(held: Attachment) -> bool:
+            return (
+                held.epoch > 0
+                and node in (None, held.node)
+                and held.node != keep_node
+                and held.epoch != keep_epoch
+                and (older_than is None or held.tag < older_than)
+            )
+
+        await all_of(self._release(volume, is_meant, unheld=unheld) for volume in volumes)
+
+    async def _release(self, volume: str, is_meant: Callable[[Attachment], bool], *, unheld: bool) -> None:
         try:
             found = await self._driver.describe(volume)
         except NotFound:
             return
         if self._book.volumes.find(volume):
             await self._note(found)  # the owner's claim may have closed some already
-        for attachment in found.attachments:
-            if node in (None, attachment.node) and attachment.epoch != keep_epoch:
-                await self._driver.detach(volume, node=attachment.node, epoch=attachment.epoch)
-                if self._book.volumes.find(volume):
-                    await self._change_attachments(volume, remove=attachment)
+        for held in filter(is_meant, found.attachments):
+            await self._driver.detach(volume, node=held.node, epoch=held.epoch, unheld=unheld)
+            if self._book.volumes.find(volume):
+                await self._change_attachments(volume, remove=held)
 
-    async def fence(self, volumes: Sequence[str], *, epoch: int) -> None:
-        """Have the service refuse every attachment older than ``epoch``, whoever holds it. What is gone needs none."""
+    async def fence(self, volumes: Sequence[str], *, epoch: int, unheld: bool = False) -> None:
+        """Have the service refuse every attachment older than ``epoch``, whoever holds it. What is gone needs none.
 
-        await all_of(self._fence(volume, epoch) for volume in volumes)
+        ``unheld``: no QEMU has any of those open any more.
+        """
+        await all_of(self._fence(volume, epoch, unheld=unheld) for volume in volumes)
 
-    async def _fence(self, volume: str, epoch: int) -> None:
+    async def take_back(self, volumes: Sequence[str], *, node: str, epoch: int) -> None:
+        """Have ``node``, to which an EVM went back, hold all under ``epoch``, and shut out what is older.
+
+        Where the service takes claims, the node's agent sees to that. Where it does not, the attachment is still one
+        of an older epoch: it is taken over before the fence, which would close it otherwise.
+        """
+        await all_of(self._take_back(volume, node, epoch) for volume in volumes)
+
+    async def _take_back(self, volume: str, node: str, epoch: int) -> None:
+        try:
+            found = await self._driver.describe(volume)
+            held = [attachment for attachment in found.attachments if attachment.node == node]
+            if not held or any(attachment.claim for attachment in held):
+                return
+            await self._attach(volume, node, epoch)
+            await self._fence(volume, epoch, unheld=False)
+        except NotFound:
+            log.warning("volume %s is gone", volume)
+        except StaleEpoch as error:
+            log.warning("a newer owner has it: %s", error)
+
+    async def _fence(self, volume: str, epoch: int, *, unheld: bool) -> None:
         with contextlib.suppress(NotFound):
-            await self._driver.fence(volume, epoch=epoch)
+            await self._driver.fence(volume, epoch=epoch, unheld=unheld)
             await self._note(await self._driver.describe(volume))  # its nodes may have claimed newer epochs
 
     async def disown(self, volumes: Sequence[str], own: Sequence[str]) -> None:
-        """Detach an EVM's volumes from everywhere, delete those made with it, and let go of the others."""
-        await self.release(volumes)
+        """Detach an EVM's volumes from everywhere, delete those made with it, and let go of the others.
+
+        Every node that could have had it running has sworn that it has not.
+        """
+        await self.release(volumes, unheld=True)
         for volume in own:
             await self._destroy(volume)
         for volume in volumes:
@@ -163,7 +211,7 @@ class Volumes:
     ) -> Volume:
         def apply(old: Volume) -> Volume:
             named = add or remove
-            others = [a for a in old.attachments if named and (a.node, a.epoch) != (named.node, named.epoch)]
+            others = [a for a in old.attachments if named and not _replaces(named, a)]
             return old.model_copy(update={"attachments": (*others, add) if add else tuple(others)})
 
         return await self._book.update(self._book.volumes, volume, apply)
@@ -176,3 +224,8 @@ class Volumes:
 
         await self._book.write(Edit(self._book.volumes, found.id, merge))
         return self._book.volumes.get(found.id)
+
+
+def _replaces(named: Attachment, other: Attachment) -> bool:
+    """Whether ``named`` is the same attachment: a device of a node is attached there once, whatever its epoch."""
+    return named.node == other.node and (named.epoch == other.epoch or named.endpoint is None)

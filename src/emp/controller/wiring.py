@@ -10,7 +10,7 @@ from emp.controller.blueprint import Blueprints
 from emp.controller.book import Book
 from emp.controller.boot import Boot
 from emp.controller.capacity import Capacity
-from emp.controller.config import Config, Ec2Fencing, LabFencing
+from emp.controller.config import Config, EbsVolumes, Ec2Fencing, LabFencing, NbdVolumes
 from emp.controller.console import Consoles
 from emp.controller.evms import Evms
 from emp.controller.fences import Fences
@@ -32,6 +32,7 @@ from emp.model.errors import NotFound
 from emp.store.base import Store
 from emp.store.sqlite import SqliteStore
 from emp.volumes.base import VolumeDriver
+from emp.volumes.ebs import EbsVolumeDriver
 from emp.volumes.nbd import NbdVolumeDriver
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity
@@ -47,7 +48,7 @@ class Controller:
     agents: Agents
     restarts: Restarts
     sweep: Sweep
-    volume_client: WireClient | None
+    driver: VolumeDriver
 
     async def start(self) -> None:
         """Take over the records, and carry on where an earlier process stopped."""
@@ -64,8 +65,7 @@ class Controller:
         await self.services.migrations.close()
         await self.services.evms.close()
         await self.agents.aclose()
-        if self.volume_client is not None:
-            await self.volume_client.aclose()
+        await self.driver.aclose()
 
 
 async def open_store(config: Config) -> Store:
@@ -79,11 +79,7 @@ async def wire(
     tls = mutual_client(config.credentials)
     book = Book(store)
     await book.load()
-    client = None
-    if driver is None:
-        server = Identity.parse(config.volumes.server_name)
-        client = WireClient(config.volumes.url, tls=tls, server=server)
-        driver = NbdVolumeDriver(client)
+    driver = driver or _volume_driver(config, tls)
     nodes = Nodes(book, down_after_s=config.node_down_s)
     agents, hub, metrics = Agents(tls), Hub(), Metrics(book, nodes)
     volumes, capacity = Volumes(book, driver), Capacity(book, nodes)
@@ -110,7 +106,23 @@ async def wire(
         consoles=Consoles(book, nodes, agents, hub),
         metrics=metrics,
     )
-    return Controller(services, agents, restarts, sweep, client)
+    return Controller(services, agents, restarts, sweep, driver)
+
+
+def _volume_driver(config: Config, tls: ssl.SSLContext) -> VolumeDriver:
+    match config.volumes:
+        case NbdVolumes(url=url, server_name=name):
+            return NbdVolumeDriver(WireClient(url, tls=tls, server=Identity.parse(name)))
+        case EbsVolumes() as ebs:
+            return EbsVolumeDriver(
+                ebs.instances,
+                pool=config.pool,
+                region=ebs.region,
+                zone=ebs.zone,
+                endpoint_url=ebs.endpoint_url,
+                ca_file=ebs.ca_file,
+                credentials_file=ebs.credentials_file,
+            )
 
 
 def _fence_driver(config: Config, tls: ssl.SSLContext) -> FenceDriver:

@@ -107,7 +107,7 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
             "port": CONTROLLER_PORT,
             "token_file": f"{HOME}/token",
             "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST},
-            "volumes": {"url": f"https://{VOL.address}:{VOLUMES_PORT}", "server_name": "volumes-main"},
+            "volumes": {"driver": "nbd", "url": f"https://{VOL.address}:{VOLUMES_PORT}", "server_name": "volumes-main"},
             "fencing": {"driver": "lab", "url": f"https://{BMC.address}:{POWER_PORT}", "server_name": "power-main"},
         }
     return common | {

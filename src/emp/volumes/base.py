@@ -61,13 +61,22 @@ class VolumeDriver(Protocol):
         """
         ...
 
-    async def detach(self, volume: str, *, node: str, epoch: int) -> None:
-        """Close it to ``node`` under ``epoch``. Idempotent; an attachment with another epoch is not touched."""
+    async def detach(self, volume: str, *, node: str, epoch: int, unheld: bool = False) -> None:
+        """Close it to ``node`` under ``epoch``. Idempotent; an attachment with another epoch is not touched.
+
+        ``unheld``: no QEMU has it open there and none will, as it has ended or its node is proven off. Only then may a
+        service that asks the node to let go of it do without.
+        """
         ...
 
-    async def fence(self, volume: str, *, epoch: int) -> None:
-        """Persist that only attachments of ``epoch`` or newer are served, and close all others."""
+    async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
+        """Persist that only attachments of ``epoch`` or newer are served, and close all others.
+
+        ``unheld``: see ``detach``; of all that are older.
+        """
         ...
+
+    async def aclose(self) -> None: ...
 
 
 class VolumeClaims(Protocol):

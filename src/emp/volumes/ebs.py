@@ -66,7 +66,8 @@ class EbsVolumeDriver:
     A node that is not in ``instances`` is shown under its instance id. Besides the errors named there: ``Refused``
     where AWS does not do it and why (zone, limits), ``Forbidden`` and ``Unauthenticated`` for credentials;
     ``Unreachable`` and ``Unavailable`` (nothing was done), ``OutcomeUnknown`` (it may have been), after all of which
-    the same order may be given again. ``endpoint_url`` and ``ca_file`` are for a cloud that is not Amazon's.
+    the same order may be given again. ``endpoint_url`` and ``ca_file`` are for a cloud that is not Amazon's;
+    ``credentials_file``: see ``emp.volumes.ec2.make_client``.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class EbsVolumeDriver:
         zone: str,
         endpoint_url: str | None = None,
         ca_file: Path | None = None,
+        credentials_file: Path | None = None,
         client: Callable[[], Any] | None = None,
         times: Time | None = None,
         limits: Limits | None = None,
@@ -89,8 +91,13 @@ class EbsVolumeDriver:
         self._zone = zone
         self._times = times or Time()
         self._limits = limits or Limits()
-        make = client or (lambda: make_client(region, endpoint_url=endpoint_url, ca_file=ca_file, read_s=read_s))
-        self._api = Ec2Api(make, self._times)
+
+        def make() -> Any:
+            return make_client(
+                region, endpoint_url=endpoint_url, ca_file=ca_file, credentials_file=credentials_file, read_s=read_s
+            )
+
+        self._api = Ec2Api(client or make, self._times)
         self._looks = Looks(self._api, self._times, self._nodes)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 

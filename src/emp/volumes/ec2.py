@@ -133,16 +133,33 @@ def code_of(error: EmpError) -> str:
     return str(error.details.get("code", ""))
 
 
-def make_client(region: str, *, endpoint_url: str | None = None, ca_file: Path | None = None, read_s: float) -> Any:
-    """Return boto3's client for EC2. ``ca_file``: the authority of an endpoint that is not Amazon's."""
+def make_client(
+    region: str,
+    *,
+    endpoint_url: str | None = None,
+    ca_file: Path | None = None,
+    credentials_file: Path | None = None,
+    read_s: float,
+) -> Any:
+    """Return boto3's client for EC2.
+
+    ``ca_file``: the authority of an endpoint that is not Amazon's. ``credentials_file``: as of the AWS tools, in the
+    place of ``~/.aws/credentials``; what stands in the environment goes first, as with them.
+    """
     import boto3  # loaded only where it is used: it is large
     from botocore.config import Config
+    from botocore.session import Session
+
+    session = Session()
+    if credentials_file is not None:
+        session.set_config_variable("credentials_file", str(credentials_file))
 
     config = Config(
         connect_timeout=CONNECT_S, read_timeout=read_s, retries={"total_max_attempts": 1}, max_pool_connections=32
     )
     verify = str(ca_file) if ca_file else None
-    return boto3.client("ec2", region_name=region, endpoint_url=endpoint_url, verify=verify, config=config)
+    made = boto3.Session(botocore_session=session)
+    return made.client("ec2", region_name=region, endpoint_url=endpoint_url, verify=verify, config=config)
 
 
 def _refused(call: str, error: Any) -> EmpError:

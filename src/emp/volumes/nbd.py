@@ -15,7 +15,8 @@ from emp.wire.identity import Identity
 class NbdVolumeDriver:
     """See ``emp.volumes.base.VolumeDriver``. ``client`` speaks as the controller to the daemon of role ``volumes``.
 
-    Besides the errors named there: ``Unreachable`` and ``Unavailable``, after which the same order may be given again.
+    The service ends an export whoever has it open, so ``unheld`` makes no difference. Besides the errors named there:
+    ``Unreachable`` and ``Unavailable``, after which the same order may be given again.
     """
 
     def __init__(self, client: WireClient) -> None:
@@ -43,11 +44,14 @@ class NbdVolumeDriver:
         path = _attachment_path(volume, node, epoch)
         return await self._client.request("PUT", path, response_model=Attachment, idempotent=True)
 
-    async def detach(self, volume: str, *, node: str, epoch: int) -> None:
+    async def detach(self, volume: str, *, node: str, epoch: int, unheld: bool = False) -> None:
         await self._client.request("DELETE", _attachment_path(volume, node, epoch), idempotent=True)
 
-    async def fence(self, volume: str, *, epoch: int) -> None:
+    async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
         await self._client.request("PUT", f"{_path(volume)}/fence", Fence(epoch=epoch), idempotent=True)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
 
 
 class NbdVolumeClaims:
