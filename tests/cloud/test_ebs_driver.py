@@ -97,6 +97,13 @@ async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: EbsVolu
     await driver.detach(made.id, node="n1", epoch=1)
 
 
+async def test_a_volume_of_the_cloud_is_not_resized_from_here(driver: EbsVolumeDriver, io2: Volume) -> None:
+    with pytest.raises(Refused) as refused:
+        await driver.resize(io2.id, 2 * io2.size_bytes)
+    assert "modify-volume" in str(refused.value)
+    assert (await driver.describe(io2.id)).size_bytes == io2.size_bytes
+
+
 async def test_a_volume_that_is_not_there_is_not_found(driver: EbsVolumeDriver) -> None:
     nowhere = "vol-0123456789abcdef0"
     for order in (

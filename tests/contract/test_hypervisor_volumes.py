@@ -64,7 +64,7 @@ class Stage:
     async def booted(self, *volumes: BlockDevice) -> Machine:
         return await self.nodes.booted(volumes=volumes)
 
-    async def moved(self, source: Machine, slots: dict[int, BlockDevice]) -> Machine:
+    async def moved(self, source: Machine, slots: dict[int, BlockDevice], *, runs: bool = True) -> Machine:
         """Migrate; the target is made from a record with these volumes."""
         target = await self.waiting(slots)
         sent, loaded = source.events(), target.events()
@@ -73,7 +73,11 @@ class Stage:
         await source.continue_stream()
         await until(sent, is_stream(StreamStatus.COMPLETED))
         await until(loaded, is_stream(StreamStatus.COMPLETED))
-        await target.cont()
+        async with asyncio.timeout(10):
+            while await target.run_state() is not RunState.PAUSED:  # noqa: ASYNC110 - no event for it on both
+                await asyncio.sleep(0.01)
+        if runs:
+            await target.cont()
         await source.kill()
         return target
 
@@ -115,6 +119,17 @@ class TestMove:
         assert await machine.run_state() is RunState.PAUSED
         await machine.cont()
         await machine.kill()
+
+    async def test_of_a_target_that_has_loaded_and_does_not_run_yet(self, stage: Stage) -> None:
+        export = stage.storage.export("v")
+        source = await stage.booted(export)
+        target = await stage.moved(source, {0: export}, runs=False)
+        await target.move_volume(stage.storage.attached("v"))
+        assert await target.run_state() is RunState.PAUSED
+        await target.cont()
+        assert await target.run_state() is RunState.RUNNING
+        await target.move_volume(export)
+        await target.kill()
 
     async def test_by_an_agent_that_has_adopted_it(self, stage: Stage) -> None:
         machine = await stage.booted(stage.storage.export("v"))

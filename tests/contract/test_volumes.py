@@ -99,10 +99,28 @@ async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: VolumeD
         driver.describe(made.id),
         driver.attach(made.id, node="n1", epoch=1),
         driver.fence(made.id, epoch=1),
+        driver.resize(made.id, SIZE_BYTES),
     ):
         with pytest.raises(NotFound, match=made.id):
             await order
     await driver.detach(made.id, node="n1", epoch=1)
+
+
+async def test_a_volume_grows_and_what_is_attached_from_then_on_has_the_new_size(
+    driver: VolumeDriver, pool: NbdPool, volume: Volume
+) -> None:
+    before = await driver.attach(volume.id, node="n1", epoch=1)
+    for _ in range(2):
+        assert (await driver.resize(volume.id, 2 * SIZE_BYTES)).size_bytes == 2 * SIZE_BYTES
+    assert (await driver.describe(volume.id)).size_bytes == 2 * SIZE_BYTES
+    after = await driver.attach(volume.id, node="n1", epoch=2)
+    assert pool.io(before, "write -P 9 0 4k", "flush")
+    assert pool.io(after, "read -P 9 0 4k", f"read -P 0 {2 * SIZE_BYTES - 4096} 4k"), "one volume, all of it"
+    with pytest.raises(BadInput) as caught:
+        await driver.resize(volume.id, SIZE_BYTES)
+    assert caught.value.field == "size_bytes"
+    with pytest.raises(BadInput):
+        await driver.resize(volume.id, 2 * SIZE_BYTES + 512)
 
 
 async def test_bad_input_names_the_field(driver: VolumeDriver, volume: Volume) -> None:

@@ -35,6 +35,7 @@ from emp.model.orders import (
     RoleStatus,
     StartOrder,
     StopOrder,
+    VolumesOrder,
 )
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
@@ -114,6 +115,8 @@ class FakeAgent:
         """what the controller's last answer said"""
         self.evms: dict[str, EvmReport] = {}
         self.epochs: dict[str, int] = {}
+        self.disks: dict[str, dict[str, int]] = {}
+        """EVM -> volume -> slot, since the last order that changed them"""
         self.orders: list[tuple[str, Any]] = []
         self.parts: dict[str, Part] = {}
         self.refuse: dict[str, EmpError] = {}
@@ -237,6 +240,7 @@ class FakeAgent:
 
         orders("/v1/evms/{name}/start", "start", StartOrder, self._start)
         orders("/v1/evms/{name}/stop", "stop", StopOrder, self._stop)
+        orders("/v1/evms/{name}/volumes", "volumes", VolumesOrder, self._change_volumes)
         orders("/v1/evms/{name}/retire", "retire", RetireOrder, self._retire)
         orders("/v1/migrations/{name}/prepare", "prepare", PrepareOrder, self._prepare)
         orders("/v1/migrations/{name}/handover", "handover", HandoverOrder, self._hand_over)
@@ -307,6 +311,14 @@ class FakeAgent:
         self.set_state(name, EvmState.STOPPED, "shut down on request")
         if console := self.consoles.pop(name, None):
             console.put_nowait(None)
+        return self.evms[name]
+
+    async def _change_volumes(self, name: str, order: VolumesOrder) -> EvmReport:
+        if name not in self.evms:
+            raise NotFound(f"EVM {name!r} is not on this node", field="evm")
+        if order.epoch != self.evms[name].epoch:
+            raise StaleEpoch(f"EVM {name!r} is not owned here under epoch {order.epoch}", field="epoch")
+        self.disks[name] = dict(zip(order.spec.volumes, order.spec.slots, strict=True))
         return self.evms[name]
 
     async def _retire(self, name: str, order: RetireOrder) -> EvmReport:

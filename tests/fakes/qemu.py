@@ -163,6 +163,12 @@ class FakeQemu:
         if not self.fabric.served(self.node, device):
             raise HypervisorError(f"blockdev-add: {device.volume}: Connection refused", sent=True)
 
+    def use_volumes(self) -> None:
+        """Have the guest write to them from now on."""
+        assert self.guest is not None
+        self.advance()
+        self.guest = replace(self.guest, uses_volumes=True)
+
     def slot_of(self, serial: str) -> int:
         for slot, device in self.disks.items():
             if device.serial == serial:

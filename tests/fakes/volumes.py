@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from emp.model.errors import Conflict, EmpError, NotFound, StaleEpoch
+from emp.model.errors import BadInput, Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.volume import Attachment, ClaimPoint, NbdEndpoint, Volume, VolumeType
 
 HOST = "127.0.0.1"
@@ -46,6 +46,14 @@ class FakeVolumes:
         if (await self.describe(volume)).attachments:
             raise Conflict(f"{volume} is attached")
         del self.volumes[volume]
+
+    async def resize(self, volume: str, size_bytes: int) -> Volume:
+        self._check("resize")
+        found = await self.describe(volume)
+        if size_bytes < found.size_bytes:
+            raise BadInput(f"{volume} cannot shrink", field="size_bytes")
+        self.volumes[volume] = found.model_copy(update={"size_bytes": size_bytes})
+        return self.volumes[volume]
 
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         self._check("attach")

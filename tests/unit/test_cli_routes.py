@@ -127,5 +127,20 @@ def routes(pool: Controller) -> None:
     def create_volume(request: dict[str, Any]) -> Any:
         return VOL
 
+    @app.post("/v1/volumes/{name}/resize")
+    def resize_volume(name: str, request: dict[str, Any]) -> Any:
+        return _get(pool.volumes, name, "volume").model_copy(update={"size_bytes": request["size_bytes"]})
+
+    @app.post("/v1/evms/{name}/volumes")
+    def attach_volume(name: str, request: dict[str, Any]) -> Any:
+        evm = _get(pool.evms, name, "evm")
+        return evm.model_copy(update={"spec": evm.spec.with_volume(request["volume"], 5)})
+
+    @app.delete("/v1/evms/{name}/volumes/{volume}")
+    def detach_volume(name: str, volume: str, in_use: bool = False) -> Any:
+        if not in_use:
+            raise Conflict("the guest is using the volume", field="volume")
+        return _get(pool.evms, name, "evm")
+
     @app.delete("/v1/volumes/{name}", status_code=204)
     def delete_volume(name: str) -> None: ...

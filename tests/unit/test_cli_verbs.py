@@ -181,3 +181,28 @@ def test_a_migration_is_found_by_an_evm_whose_name_looks_like_an_id(pool: Contro
     pool.evms[name] = WEB
     pool.migrations[ID] = COMPLETED.model_copy(update={"evm": name})
     assert json.loads(emp(f"migration show {name} --json")[1])["evm"] == name
+
+
+def test_a_volume_is_attached_and_its_place_in_the_guest_said(pool: Controller, emp: Emp) -> None:
+    assert emp("volume attach vol-2 web")[1] == "EVM web has volume vol-2, its disk 0:0:0:5\n"
+    assert json.loads(emp("volume attach vol-2 web --json")[1])["spec"]["volumes"] == ["vol-1", "vol-2"]
+
+
+def test_a_volume_in_use_is_detached_only_if_one_insists(pool: Controller, emp: Emp) -> None:
+    code, _, err = emp("volume detach vol-1")
+    assert (code, "using" in err) == (4, True)
+    assert emp("volume detach vol-1 --in-use")[1] == "EVM web has volume vol-1 no longer\n"
+    assert json.loads(emp("volume detach vol-1 --in-use --json")[1])["spec"]["name"] == "web"
+
+
+def test_a_volume_of_nobody_cannot_be_detached(pool: Controller, emp: Emp) -> None:
+    pool.volumes["vol-1"] = VOL.model_copy(update={"evm": None})
+    code, _, err = emp("volume detach vol-1")
+    assert (code, "no EVM" in err) == (4, True)
+
+
+def test_a_volume_is_resized(pool: Controller, emp: Emp) -> None:
+    assert emp("volume resize vol-1 2GiB")[1] == "volume vol-1 has 2 GiB\n"
+    assert json.loads(emp("volume resize vol-1 2GiB --json")[1])["size_bytes"] == 2 << 30
+    code, _, err = emp("volume resize vol-1 much")
+    assert (code, "much" in err) == (2, True)

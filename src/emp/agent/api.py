@@ -40,6 +40,7 @@ from emp.model.orders import (
     StartOrder,
     StopOrder,
     TakeBackOrder,
+    VolumesOrder,
 )
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
@@ -80,6 +81,10 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
     @app.post("/v1/evms/{name}/retire", dependencies=[*controller, Depends(gate.check_retire)])
     async def retire(name: str, order: RetireOrder) -> EvmReport:
         return await migrations.retire(name, order)
+
+    @app.post("/v1/evms/{name}/volumes", dependencies=orders)
+    async def change_volumes(name: str, order: VolumesOrder) -> EvmReport:
+        return await residents.change_volumes(name, order)
 
     @app.get("/v1/evms/{name}/console", dependencies=orders)
     async def console_output(name: str, backlog: Annotated[bool, Query()] = True) -> StreamingResponse:

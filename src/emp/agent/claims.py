@@ -29,6 +29,8 @@ class Claims:
         for grant in grants:
             if grant.attachment is None:  # it is the source's yet
                 continue
+            if grant.attachment.epoch > epoch:  # made for it while it ran: newer than its ownership
+                continue
             claiming = self._claim(grant.attachment, epoch)
             task = asyncio.create_task(claiming, name=f"claim {grant.volume.id} under {epoch}")
             self._tasks.add(task)

@@ -14,17 +14,18 @@ from typing import Any
 
 from emp.agent.assembly import Assembler, Assembly
 from emp.agent.journal import Journal
+from emp.agent.plugs import change_volumes
 from emp.agent.shelf import Entry, Shelf
 from emp.agent.signal import Signal
 from emp.agent.source import SourceRole
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState
 from emp.migration import admission
 from emp.migration.records import OWNING, RUNNABLE, Record, RecordKind
-from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused, Unavailable
+from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused, StaleEpoch, Unavailable
 from emp.model.evm import EvmState
 from emp.model.names import format_size
 from emp.model.node import EvmReport
-from emp.model.orders import RetireOrder, StartOrder, StopOrder, VolumeGrant
+from emp.model.orders import RetireOrder, StartOrder, StopOrder, VolumeGrant, VolumesOrder
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +152,28 @@ class Residents:
                 if order.grace_s > 0 and resident.state is EvmState.RUNNING:
                     await self._ask_to_shut_down(resident, order.grace_s)
                 await self._end(resident, EvmState.STOPPED, resident.reason or "stopped by request")
+        return self.report(resident)
+
+    async def change_volumes(self, name: str, order: VolumesOrder) -> EvmReport:
+        """Plug, unplug and grow until the EVM has the volumes of the order, and none while it is being migrated (R1).
+
+        The same order again gets the same answer. Raises ``Conflict`` where the EVM is not owned here under the order's
+        epoch, has no machine, or uses what is to be taken away; what ``Machine`` raises leaves it as it was.
+        """
+        resident = self.get(name)
+        async with resident.lock:
+            self._check_not_migrating(resident)
+            last = self.journal.last(name)
+            if last is None or last.kind not in RUNNABLE or last.epoch != order.epoch:
+                raise StaleEpoch(f"EVM {name!r} is not owned here under epoch {order.epoch}", field="epoch")
+            if resident.assembly is None:
+                raise Conflict(f"EVM {name!r} has no machine now", field="evm", hint="see: emp evm show")
+            machine, devices = resident.assembly.machine, self.assembler.devices
+            entry = await change_volumes(machine, resident.entry, order, devices)
+            self.shelf.put(entry)
+            resident.entry = entry
+            if resident.assembly is not None:
+                resident.assembly.spec = entry.spec
         return self.report(resident)
 
     async def retire(self, name: str, order: RetireOrder) -> EvmReport:

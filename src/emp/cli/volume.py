@@ -8,7 +8,7 @@ import typer
 
 from emp.cli.output import print_facts, print_json, print_table, size
 from emp.cli.session import Json, Session
-from emp.model.errors import BadInput
+from emp.model.errors import BadInput, Conflict
 
 if TYPE_CHECKING:
     from emp.model.volume import Volume
@@ -84,6 +84,66 @@ def delete(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: 
         print_json({"deleted": id})
     else:
         print(f"volume {id} is deleted")
+
+
+@app.command()
+def attach(
+    ctx: typer.Context,
+    id: Id,  # noqa: A002
+    evm: Annotated[str, typer.Argument(metavar="EVM", help="Name of the EVM.")],
+    as_json: Json = False,
+) -> None:
+    """Give a volume to an EVM: plugged if it runs, else there at its next start."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        record = client.evms.attach_volume(evm, id)
+    if as_json:
+        print_json(record)
+        return
+    slot = record.spec.slots[record.spec.volumes.index(id)]
+    print(f"EVM {evm} has volume {id}, its disk 0:0:0:{slot}")
+
+
+@app.command()
+def detach(
+    ctx: typer.Context,
+    id: Id,  # noqa: A002
+    in_use: Annotated[
+        bool, typer.Option("--in-use", help="Also if the guest is using it: it gets I/O errors.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Take a volume away from its EVM; what is on it stays. Unmount it in the guest first."""
+    session: Session = ctx.obj
+    with session.client() as client:
+        owner = client.volumes.get(id).evm
+        if owner is None:
+            raise Conflict(f"volume {id} belongs to no EVM", field="volume", hint=f"see: emp volume show {id}")
+        record = client.evms.detach_volume(owner, id, in_use=in_use)
+    if as_json:
+        print_json(record)
+    else:
+        print(f"EVM {owner} has volume {id} no longer")
+
+
+@app.command()
+def resize(
+    ctx: typer.Context,
+    id: Id,  # noqa: A002
+    to: Annotated[str, typer.Argument(metavar="SIZE", help="The new size, such as 2GiB. Volumes only grow.")],
+    as_json: Json = False,
+) -> None:
+    """Make a volume bigger; the guest of an EVM that runs sees it at once."""
+    from emp.model.names import parse_size
+
+    session: Session = ctx.obj
+    size_bytes = parse_size(to, field="size")
+    with session.client() as client:
+        volume = client.volumes.resize(id, size_bytes)
+    if as_json:
+        print_json(volume)
+    else:
+        print(f"volume {id} has {size(volume.size_bytes)}")
 
 
 def _nodes(volume: Volume) -> str:

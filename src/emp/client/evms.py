@@ -51,6 +51,16 @@ class Evms(Noun):
         path = _path(name)
         self.transport.send("DELETE", path, query=without_none(grace_s=grace_s), timeout_s=ORDER_S).answer()
 
+    def attach_volume(self, name: str, volume: str) -> Evm:
+        """Give it a volume: plugged if it runs. Raises ``NotFound``, ``Conflict``, ``NodeDown``, ``HostError``."""
+        return self.ask(_evm, "POST", f"{_path(name)}/volumes", {"volume": volume}, timeout_s=ORDER_S)
+
+    def detach_volume(self, name: str, volume: str, *, in_use: bool = False) -> Evm:
+        """Take a volume away; ``Conflict`` while the guest uses it, unless ``in_use``."""
+        path = f"{_path(name)}/volumes/{part(volume, field='volume')}"
+        query = {"in_use": "true"} if in_use else None
+        return self.ask(_evm, "DELETE", path, query=query, timeout_s=ORDER_S)
+
     def console(self, name: str) -> Iterator[bytes]:
         """Yield the serial console's output, from a little before now, until the EVM is stopped or deleted.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from emp.client.nouns import Noun, part
+from emp.client.nouns import ORDER_S, Noun, part
 
 if TYPE_CHECKING:
     from emp.model.api import Listing
@@ -22,6 +22,11 @@ class Volumes(Noun):
     def create(self, size: int | str, *, type: str = "io2") -> Volume:  # noqa: A002
         """``size`` in bytes, or such as ``1GiB``. Raises ``BadInput``."""
         return self.ask(_volume, "POST", "/v1/volumes", {"type": type, "size_bytes": size})
+
+    def resize(self, id: str, size: int | str) -> Volume:  # noqa: A002
+        """Make it bigger, also under a guest that runs. Raises ``BadInput``, ``Conflict``, ``Refused``, ..."""
+        path = f"/v1/volumes/{part(id, field='volume')}/resize"
+        return self.ask(_volume, "POST", path, {"size_bytes": size}, timeout_s=ORDER_S)
 
     def delete(self, id: str) -> None:  # noqa: A002
         """Raises ``NotFound``, or ``Conflict`` while an EVM has it."""

@@ -35,6 +35,7 @@ from emp.model.orders import (
     StartOrder,
     StopOrder,
     TakeBackOrder,
+    VolumesOrder,
 )
 from emp.wire.exchange import FAILURES, Exchange, Target
 from emp.wire.http import WireClient
@@ -77,6 +78,10 @@ class AgentClient:
 
     async def retire(self, evm: str, order: RetireOrder) -> EvmReport:
         return await self._wire.request("POST", f"/v1/evms/{evm}/retire", order, response_model=EvmReport)
+
+    async def change_volumes(self, evm: str, order: VolumesOrder) -> EvmReport:
+        path = f"/v1/evms/{evm}/volumes"
+        return await self._wire.request("POST", path, order, response_model=EvmReport, timeout_s=START_S)
 
     async def prepare(self, order: PrepareOrder) -> Prepared:
         path = f"/v1/migrations/{order.migration}/prepare"

@@ -39,6 +39,10 @@ class Verb(StrEnum):
     START = "start"
     STOP = "stop"
     DELETE = "delete"
+    ATTACH = "attach"
+    """of a volume, as the next two"""
+    DETACH = "detach"
+    RESIZE = "resize"
 
 
 class VolumeWish(Model):
@@ -54,12 +58,17 @@ class Intent(Model):
 
     verb: Verb
     epoch: int = 0
-    """of the ownership to come (create, start)"""
+    """of the ownership to come (create, start); of the volume's attachment (attach, resize)"""
     retire_epoch: int = 0
     """of the retirement at every holder that comes first (start, delete); lower than ``epoch``"""
     node: Name | None = None
     grace_s: float = 0.0
     wishes: tuple[VolumeWish, ...] = ()
+    volume: str | None = None
+    slot: int = 0
+    size_bytes: int = 0
+    in_use: bool = False
+    """detach: also if the guest is using it"""
 
 
 class Upkeep(Model):

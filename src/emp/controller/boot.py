@@ -19,6 +19,7 @@ from emp.controller.book import Book, Intent, Upkeep, Verb, VolumeWish, change, 
 from emp.controller.fences import Fences
 from emp.controller.nodes import Nodes
 from emp.controller.patience import until_known
+from emp.controller.plugs import Plugs
 from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
 from emp.model.errors import (
@@ -46,6 +47,7 @@ class Boot:
         self._agents = agents
         self._volumes = volumes
         self._fences = fences
+        self._plugs = Plugs(book, volumes, self._agent, self._patiently)
 
     async def carry_out(self, name: str, *, resumed: bool = False) -> None:
         """Bring the EVM's intent to its end. ``resumed``: an earlier process may have given the orders already.
@@ -63,6 +65,8 @@ class Boot:
                     await self._stop(name, intent)
                 case Verb.DELETE:
                     await self._delete(name, intent)
+                case Verb.ATTACH | Verb.DETACH | Verb.RESIZE:
+                    await self._plugs.carry_out(name, intent)
         except EmpError as error:
             log.error("%s of EVM %s failed: %s", intent.verb, name, error)
             await self._failed(name, intent, error)
@@ -225,7 +229,8 @@ class Boot:
             await self._stop_at_owner(evm, intent.grace_s)
         await self._retire_holders(name)
         own = self._upkeep(name).own_volumes
-        volumes = tuple(dict.fromkeys((*evm.spec.volumes, *own)))
+        others = (v.id for v in self._book.volumes.all() if v.evm == name)  # half attached, or half detached
+        volumes = tuple(dict.fromkeys((*evm.spec.volumes, *own, *others)))
         await self._patiently(name, None, lambda: self._volumes.disown(volumes, own))
         freed = [gone(self._book.claims, claim.address) for claim in claims(evm.spec)]
         await self._book.write(gone(self._book.evms, name), gone(self._book.upkeep, name), *freed)
@@ -245,6 +250,8 @@ class Boot:
             case Verb.START:
                 await self._finish(name, lambda evm: _not_started(evm, error))
                 await self._tidy(name, keep_epoch=None)
+            case Verb.ATTACH | Verb.DETACH | Verb.RESIZE:
+                await self._plugs.give_up(name, intent)
             case Verb.STOP | Verb.DELETE:
                 # The intent goes: the agent's reports tell how the EVM is, and a person tries again.
                 await self._finish(

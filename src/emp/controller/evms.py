@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from emp.controller import trust
 from emp.controller.addresses import claims
 from emp.controller.attested import ENDED
 from emp.controller.blueprint import Asked, Blueprints
-from emp.controller.book import Book, Intent, Upkeep, Verb, change, new
+from emp.controller.book import Book, Edit, Intent, Upkeep, Verb, change, new
 from emp.controller.boot import Boot
 from emp.controller.capacity import Capacity
 from emp.controller.migrations import Migrations
 from emp.controller.nodes import Nodes
 from emp.controller.placement import Placed, cannot_run, needs, place, place_on
 from emp.controller.tasks import Tasks
+from emp.controller.volumes import Volumes
 from emp.model.api import EvmCreate, EvmStart, EvmStop
-from emp.model.errors import Conflict, NodeDown, OutcomeUnknown
+from emp.model.errors import BadInput, Conflict, NodeDown, NotFound, OutcomeUnknown
 from emp.model.evm import Evm, EvmSpec, EvmState
+from emp.model.names import format_size
 from emp.model.volume import Volume
 
 PATIENCE_S = 90.0
@@ -39,8 +41,10 @@ class Evms:
         blueprints: Blueprints,
         boot: Boot,
         migrations: Migrations,
+        volumes: Volumes,
     ) -> None:
         self._book = book
+        self._volumes = volumes
         self._migrations = migrations
         self._nodes = nodes
         self._capacity = capacity
@@ -151,6 +155,98 @@ class Evms:
         await self._intend(name, Intent(verb=Verb.STOP, grace_s=request.grace_s), want_running=False)
         return await self._finished(name, Verb.STOP)
 
+    # -------------------------------------------------------------- volumes
+
+    async def attach_volume(self, name: str, volume: str) -> Evm:
+        """Give it a volume that no EVM has: plugged if it runs, else there at its next start.
+
+        Raises ``NotFound``, ``Conflict`` (another EVM's; all slots taken; migrating; being started or stopped),
+        ``NodeDown``, or why the volume cannot be attached or plugged: nothing has changed then.
+        """
+        self._check_idle(name)
+        await self._volumes.get(volume)
+        evm = self.get(name)
+        if volume in evm.spec.volumes:
+            return evm
+        slot = _free_slot(evm)
+        given = change(self._book.volumes, volume, _given_to(name, field="volume"))
+        if evm.state in ENDED:
+            await self._while_down(name, lambda spec: spec.with_volume(volume, slot), given)
+            return self.get(name)
+        self._check_running(evm)
+        epoch = await self._book.epochs.issue()
+        intent = Intent(verb=Verb.ATTACH, epoch=epoch, volume=volume, slot=slot)
+        await self._intend(name, intent, also=[given])
+        return await self._finished(name, Verb.ATTACH)
+
+    async def detach_volume(self, name: str, volume: str, *, in_use: bool = False) -> Evm:
+        """Take a volume away; it is nobody's then, and outlives the EVM also if it was made with it.
+
+        Raises ``NotFound``, and ``Conflict`` also where the guest is using it, unless ``in_use``.
+        """
+        self._check_idle(name)
+        evm = self.get(name)
+        if volume not in evm.spec.volumes:
+            raise NotFound(f"EVM {name} has no volume {volume[:60]!r}", field="volume", hint=f"emp evm show {name}")
+        if evm.state in ENDED:
+            free = change(self._book.volumes, volume, lambda v: v.model_copy(update={"evm": None}))
+            await self._while_down(name, lambda spec: spec.without_volume(volume), free, disowned=volume)
+            return self.get(name)
+        self._check_running(evm)
+        await self._intend(name, Intent(verb=Verb.DETACH, volume=volume, in_use=in_use))
+        return await self._finished(name, Verb.DETACH)
+
+    async def resize_volume(self, volume: str, size_bytes: int) -> Volume:
+        """Make a volume bigger; the guest of an EVM that runs sees it.
+
+        Raises ``NotFound``, ``BadInput`` for less than it has, ``Refused`` where its driver does not resize,
+        ``Conflict``, ``NodeDown``.
+        """
+        record = await self._volumes.get(volume)
+        if size_bytes < record.size_bytes:
+            raise BadInput(
+                f"volume {volume} has {format_size(record.size_bytes)} and cannot shrink to {format_size(size_bytes)}",
+                field="size_bytes",
+                hint="volumes only grow",
+            )
+        evm = self._book.evms.find(record.evm) if record.evm else None
+        if evm is None or evm.state in ENDED:
+            return await self._volumes.resize(volume, size_bytes)
+        name = evm.spec.name
+        self._check_idle(name)
+        self._check_running(evm)
+        epoch = await self._book.epochs.issue()
+        await self._intend(name, Intent(verb=Verb.RESIZE, epoch=epoch, volume=volume, size_bytes=size_bytes))
+        await self._carried_out(name, Verb.RESIZE)
+        return self._book.volumes.get(volume)
+
+    def _check_running(self, evm: Evm) -> None:
+        if evm.owner is not None:
+            self._nodes.need_ready(evm.owner, field="evm")
+        if evm.state is not EvmState.RUNNING:
+            raise Conflict(
+                f"EVM {evm.spec.name} is {evm.state}",
+                field="evm",
+                hint="its volumes change while it runs, or while it is stopped",
+            )
+
+    async def _while_down(
+        self, name: str, update: Callable[[EvmSpec], EvmSpec], edit: Edit[Volume], *, disowned: str | None = None
+    ) -> None:
+        """Change the record alone, if the EVM is still down and nothing else has begun."""
+
+        def changed(evm: Evm) -> Evm:
+            self._check_idle(name)
+            if evm.state not in ENDED:
+                raise Conflict(f"EVM {name} is {evm.state}", field="evm", hint="try again")
+            return evm.model_copy(update={"spec": update(evm.spec)})
+
+        def kept(upkeep: Upkeep) -> Upkeep:
+            own = tuple(each for each in upkeep.own_volumes if each != disowned)
+            return upkeep.model_copy(update={"own_volumes": own})
+
+        await self._book.write(change(self._book.evms, name, changed), change(self._book.upkeep, name, kept), edit)
+
     async def delete(self, name: str, *, grace_s: float | None = None) -> None:
         """Stop it, retire it, remove what was made with it. Takes over from whatever is being done to it.
 
@@ -227,6 +323,7 @@ class Evms:
         want_running: bool | None = None,
         restarts: int | None = None,
         replace: bool = False,
+        also: Sequence[Edit[Volume]] = (),
     ) -> None:
         """Record what is to be done, unless something else has begun in the meantime."""
 
@@ -241,7 +338,7 @@ class Evms:
                 self._check_not_migrating(name)
             return evm if want_running is None else evm.model_copy(update={"want_running": want_running})
 
-        await self._book.write(change(self._book.upkeep, name, note), change(self._book.evms, name, want))
+        await self._book.write(change(self._book.upkeep, name, note), change(self._book.evms, name, want), *also)
 
     async def _finished(self, name: str, verb: Verb) -> Evm:
         await self._carried_out(name, verb)
@@ -267,10 +364,22 @@ class Evms:
         task.result()
 
 
-def _given_to(name: str) -> Callable[[Volume], Volume]:
+def _free_slot(evm: Evm) -> int:
+    slot = evm.spec.free_slot()
+    if slot is None:
+        raise Conflict(
+            f"EVM {evm.spec.name} has {len(evm.spec.volumes)} volumes, and none more can be plugged into it",
+            field="volume",
+            hint="detach one first",
+        )
+    return slot
+
+
+def _given_to(name: str, *, field: str = "volumes") -> Callable[[Volume], Volume]:
     def give(volume: Volume) -> Volume:
         if volume.evm not in (None, name):
-            raise Conflict(f"volume {volume.id} belongs to EVM {volume.evm}", field="volumes")
+            hint = "a volume has one EVM: detach it there first"
+            raise Conflict(f"volume {volume.id} belongs to EVM {volume.evm}", field=field, hint=hint)
         return volume.model_copy(update={"evm": name})
 
     return give

@@ -110,6 +110,9 @@ class Volumes:
             log.info("volume %s was gone already", volume)
         await self._book.write(gone(self._book.volumes, volume))
 
+    async def resize(self, volume: str, size_bytes: int) -> Volume:
+        return await self._note(await self._driver.resize(volume, size_bytes))
+
     # -------------------------------------------------------------- attaching
 
     async def attach(self, volumes: Sequence[str], *, node: str, epoch: int) -> tuple[VolumeGrant, ...]:

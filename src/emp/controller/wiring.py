@@ -87,7 +87,7 @@ async def wire(
     fences = Fences(book, nodes, agents, fence_driver or _fence_driver(config, tls))
     migrations = Migrations(Tools(book, nodes, agents, volumes, hub, metrics), capacity, config.network)
     boot = Boot(book, nodes, agents, volumes, fences)
-    evms = Evms(book, nodes, capacity, blueprints, boot, migrations)
+    evms = Evms(book, nodes, capacity, blueprints, boot, migrations, volumes)
     restarts = Restarts(book, evms.start)
     reports = Reports(book, restarts)
     sweep = Sweep(book, nodes, agents, migrations)

@@ -16,6 +16,8 @@
 ``POST   /v1/evms/{name}/recover``             ``EvmStart`` -> ``Evm``                      behind fences (R8)
 ``POST   /v1/evms/{name}/stop``                ``EvmStop`` -> ``Evm``
 ``DELETE /v1/evms/{name}?grace_s=``            -> nothing (204)
+``POST   /v1/evms/{name}/volumes``             ``VolumeAttach`` -> ``Evm``                  plugged if it runs
+``DELETE /v1/evms/{name}/volumes/{id}?in_use=``  -> ``Evm``                                 unplugged if it runs
 ``GET    /v1/evms/{name}/console``             -> bytes, for as long as the EVM lives       follows its migrations
 ``POST   /v1/evms/{name}/console``             bytes -> nothing (204)
 ``POST   /v1/evms/{name}/migrations``          ``MigrationRequest`` -> ``Migration`` (201)  200 for a dry run
@@ -27,6 +29,7 @@
 ``POST   /v1/volumes``                         ``VolumeCreate`` -> ``Volume`` (201)
 ``GET    /v1/volumes/{id}``                    -> ``Volume``
 ``DELETE /v1/volumes/{id}``                    -> nothing (204)
+``POST   /v1/volumes/{id}/resize``             ``VolumeResize`` -> ``Volume``               the guest sees it
 ``GET    /v1/watch?prefix=/evms/&from=REV``    -> SSE of ``WatchEvent``                     every change after REV
 =============================================  ===========================================  ==========================
 
@@ -135,6 +138,20 @@ class VolumeCreate(Model):
 
     type: VolumeType = VolumeType.IO2
     size_bytes: SizeBytes
+
+
+class VolumeAttach(Model):
+    """Body of ``POST /v1/evms/{name}/volumes``."""
+
+    volume: str = Field(max_length=200)
+    """id of a volume that no EVM has"""
+
+
+class VolumeResize(Model):
+    """Body of ``POST /v1/volumes/{id}/resize``."""
+
+    size_bytes: SizeBytes
+    """volumes only grow"""
 
 
 class WatchEvent(Model):

@@ -5,6 +5,7 @@
 ``POST /v1/evms/{name}/start``               ``StartOrder`` -> ``EvmReport``      boot under a fresh epoch
 ``POST /v1/evms/{name}/stop``                ``StopOrder`` -> ``EvmReport``       power button, then power off
 ``POST /v1/evms/{name}/retire``              ``RetireOrder`` -> ``EvmReport``     kill what is here, RETIRED(k)
+``POST /v1/evms/{name}/volumes``             ``VolumesOrder`` -> ``EvmReport``    plug, unplug, grow
 ``GET  /v1/evms/{name}/console``             -> bytes                             until the machine ends
 ``POST /v1/evms/{name}/console``             bytes ->                             typed into the console
 ``POST /v1/migrations/{id}/prepare``         ``PrepareOrder`` -> ``Prepared``     target: a machine that waits
@@ -75,6 +76,19 @@ class StopOrder(Model):
     epoch: int
     grace_s: float = Field(default=20.0, ge=0)
     """time that the guest gets to shut itself down after the power button; 0 = power off at once"""
+
+
+class VolumesOrder(Model):
+    """The volumes of an EVM that runs, from now on: what is missing is plugged, what is too much is unplugged."""
+
+    epoch: int
+    """of its owner"""
+    spec: EvmSpec
+    """its record to be; nothing but the volumes may differ"""
+    grants: tuple[VolumeGrant, ...] = ()
+    """of the volumes that are new, and of those that have grown"""
+    in_use: bool = False
+    """take a volume away although the guest is using it"""
 
 
 class RetireOrder(Model):

@@ -54,6 +54,13 @@ class VolumeDriver(Protocol):
         """Raise ``Conflict`` while it is attached."""
         ...
 
+    async def resize(self, volume: str, size_bytes: int) -> Volume:
+        """Make it bigger; the size that it has already is no error. What is attached from now on has the new size.
+
+        Raise ``BadInput`` for less than it has, ``Refused`` where this driver does not resize.
+        """
+        ...
+
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         """Open the volume to ``node``; returns when the node can use it. Same arguments, same answer.
 

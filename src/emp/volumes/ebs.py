@@ -179,6 +179,14 @@ class EbsVolumeDriver:
 
     # ------------------------------------------------------------------ attaching
 
+    async def resize(self, volume: str, size_bytes: int) -> Volume:
+        """Always ``Refused``: AWS modifies a volume for hours, and lets it be modified again only hours later."""
+        raise Refused(
+            f"{volume} is a volume of the cloud, and is not resized from here",
+            field="volume",
+            hint="make a bigger one; or stop the EVM, then: aws ec2 modify-volume",
+        )
+
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         """As the protocol says; returns when EC2 says ``attached``, a moment before the node's kernel has the device.
 

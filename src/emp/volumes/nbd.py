@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import ssl
 
-from emp.model.errors import Unavailable
-from emp.model.names import check_name
+from emp.model.errors import BadInput, Unavailable
+from emp.model.names import check_name, format_size
 from emp.model.volume import Attachment, ClaimPoint, Volume, VolumeType
-from emp.volumes.server.protocol import PREFIX, Claim, CreateVolume, Fence, check_volume_id, new_volume_id
+from emp.volumes.server.protocol import (
+    PREFIX,
+    SIZE_STEP_BYTES,
+    Claim,
+    CreateVolume,
+    Fence,
+    Resize,
+    check_volume_id,
+    new_volume_id,
+)
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity
 
@@ -24,7 +33,7 @@ class NbdVolumeDriver:
 
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
         path = _path(new_volume_id())
-        order = CreateVolume(type=type, size_bytes=size_bytes)
+        order = CreateVolume(type=type, size_bytes=_in_steps(size_bytes))
         try:
             return await self._client.request("PUT", path, order, response_model=Volume, idempotent=True)
         except Unavailable:
@@ -39,6 +48,10 @@ class NbdVolumeDriver:
 
     async def delete(self, volume: str) -> None:
         await self._client.request("DELETE", _path(volume), idempotent=True)
+
+    async def resize(self, volume: str, size_bytes: int) -> Volume:
+        order = Resize(size_bytes=_in_steps(size_bytes))
+        return await self._client.request("PUT", f"{_path(volume)}/size", order, response_model=Volume, idempotent=True)
 
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         path = _attachment_path(volume, node, epoch)
@@ -74,6 +87,13 @@ class NbdVolumeClaims:
     async def aclose(self) -> None:
         for client in self._clients.values():
             await client.aclose()
+
+
+def _in_steps(size_bytes: int) -> int:
+    if size_bytes % SIZE_STEP_BYTES:
+        hint = f"a multiple of {format_size(SIZE_STEP_BYTES)}"
+        raise BadInput(f"{size_bytes} bytes is no size for a volume", field="size_bytes", hint=hint)
+    return size_bytes
 
 
 def _path(volume: str) -> str:

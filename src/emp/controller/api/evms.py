@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, status
 from fastapi.responses import StreamingResponse
 
 from emp.controller.services import Services
-from emp.model.api import EvmCreate, EvmStart, EvmStop, Listing
+from emp.model.api import EvmCreate, EvmStart, EvmStop, Listing, VolumeAttach
 from emp.model.evm import Evm
 
 
@@ -49,6 +49,16 @@ def router(services: Services) -> APIRouter:
         """Removes the EVM, its addresses and the volumes made with it; by default the guest is only given time to
         shut down where it has a volume that stays."""
         await evms.delete(name, grace_s=grace_s)
+
+    @router.post("/{name}/volumes")
+    async def attach_volume(name: str, request: VolumeAttach) -> Evm:
+        """Gives it one more volume: plugged into an EVM that runs, there at the next start of one that is stopped."""
+        return await evms.attach_volume(name, request.volume)
+
+    @router.delete("/{name}/volumes/{volume}")
+    async def detach_volume(name: str, volume: str, in_use: Annotated[bool, Query()] = False) -> Evm:
+        """Takes a volume away. Refused while the guest is using it, unless ``in_use``: it then gets I/O errors."""
+        return await evms.detach_volume(name, volume, in_use=in_use)
 
     @router.get("/{name}/console", response_class=StreamingResponse)
     async def read_console(name: str) -> StreamingResponse:

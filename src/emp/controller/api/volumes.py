@@ -1,4 +1,4 @@
-"""Volumes: create, list, show, delete."""
+"""Volumes: create, list, show, resize, delete."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter, status
 
 from emp.controller.services import Services
 from emp.controller.volumes import check_size
-from emp.model.api import Listing, VolumeCreate
+from emp.model.api import Listing, VolumeCreate, VolumeResize
 from emp.model.volume import Volume
 
 
@@ -29,5 +29,10 @@ def router(services: Services) -> APIRouter:
     @router.delete("/{id}", status_code=status.HTTP_204_NO_CONTENT)
     async def delete_volume(id: str) -> None:  # noqa: A002
         await volumes.delete(id)
+
+    @router.post("/{id}/resize")
+    async def resize_volume(id: str, request: VolumeResize) -> Volume:  # noqa: A002
+        """Makes it bigger; the guest of an EVM that runs sees the new size."""
+        return await services.evms.resize_volume(id, check_size(request.size_bytes, field="size_bytes"))
 
     return router

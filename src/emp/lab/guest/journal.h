@@ -130,6 +130,32 @@ static bool find_device(const char *serial, char *device, size_t size)
     return hit;
 }
 
+/* `disks`: every SCSI disk that the guest has: its serial, address (host:channel:target:lun) and size. */
+static void cmd_disks(struct buf *out, int argc, char **argv)
+{
+    (void)argc, (void)argv;
+    const char *comma = "";
+    char serial[256], size[64], path[320], where[256];
+    struct dirent *entry;
+    DIR *blocks = opendir("/sys/block");
+    put(out, "[");
+    while (blocks && (entry = readdir(blocks))) {
+        ssize_t n = read_file(serial, sizeof serial, "/sys/block/%s/device/vpd_pg80", entry->d_name);
+        if (n <= 4 || read_file(size, sizeof size, "/sys/block/%s/size", entry->d_name) <= 0)
+            continue;
+        snprintf(path, sizeof path, "/sys/block/%.200s/device", entry->d_name);
+        ssize_t length = readlink(path, where, sizeof where - 1);
+        where[length > 0 ? length : 0] = 0;
+        const char *address = strrchr(where, '/');
+        put(out, "%s{\"serial\": \"%.*s\", \"address\": \"%s\", \"bytes\": %llu}", comma, (int)(n - 4), serial + 4,
+            address ? address + 1 : where, strtoull(size, NULL, 10) * 512);
+        comma = ", ";
+    }
+    put(out, "]");
+    if (blocks)
+        closedir(blocks);
+}
+
 static void put_journal(struct buf *out, const struct journal *j) /* with the lock held */
 {
     uint64_t now = now_us(CLOCK_MONOTONIC), in_flight = j->io_begun_us ? now - j->io_begun_us : 0;

@@ -313,7 +313,7 @@ static void cmd_poweroff(struct buf *out, int argc, char **argv)
 
 static const struct command { const char *name; void (*run)(struct buf *out, int argc, char **argv); } commands[] = {
     {"status", cmd_status}, {"memory", cmd_memory}, {"verify", cmd_verify}, {"corrupt", cmd_corrupt},
-    {"journal", cmd_journal}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
+    {"journal", cmd_journal}, {"disks", cmd_disks}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from emp.model.errors import Forbidden
 from emp.model.names import Name
 from emp.model.volume import Attachment, Volume
-from emp.volumes.server.protocol import PREFIX, VOLUME_ID, Claim, CreateVolume, Fence
+from emp.volumes.server.protocol import PREFIX, VOLUME_ID, Claim, CreateVolume, Fence, Resize
 from emp.volumes.server.service import VolumeService
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
@@ -62,6 +62,10 @@ def _orders(service: VolumeService) -> APIRouter:
     @router.put("/{volume}")
     async def create(volume: VolumeId, order: CreateVolume) -> Volume:
         return await service.create(volume, order)
+
+    @router.put("/{volume}/size")
+    async def resize(volume: VolumeId, order: Resize) -> Volume:
+        return await service.resize(volume, order.size_bytes)
 
     @router.delete("/{volume}", status_code=204)
     async def delete(volume: VolumeId) -> None:

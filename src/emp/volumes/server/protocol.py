@@ -5,6 +5,7 @@
 ``GET    /v1/volumes/{volume}``                                          -> ``Volume``   404
 ``PUT    /v1/volumes/{volume}``                       ``CreateVolume``   -> ``Volume``   409 if it is another
 ``DELETE /v1/volumes/{volume}``                                                          409 while attached
+``PUT    /v1/volumes/{volume}/size``                  ``Resize``         -> ``Volume``   422 for less than it has
 ``PUT    /v1/volumes/{volume}/attachments/{node}/{epoch}``               -> ``Attachment``  409 ``stale_epoch``
 ``DELETE /v1/volumes/{volume}/attachments/{node}/{epoch}``
 ``PUT    /v1/volumes/{volume}/fence``                 ``Fence``
@@ -48,8 +49,7 @@ def serial_of(volume: str) -> str:
     return volume.replace("-", "")
 
 
-class CreateVolume(Model):
-    type: VolumeType
+class Resize(Model):
     size_bytes: SizeBytes
 
     @field_validator("size_bytes")
@@ -58,6 +58,10 @@ class CreateVolume(Model):
         if size_bytes % SIZE_STEP_BYTES:
             raise ValueError(f"{size_bytes} bytes is not a multiple of {format_size(SIZE_STEP_BYTES)}")
         return size_bytes
+
+
+class CreateVolume(Resize):
+    type: VolumeType
 
 
 class Fence(Model):

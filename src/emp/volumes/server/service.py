@@ -114,6 +114,22 @@ class VolumeService:
                 raise AlreadyExists(f"{volume} exists with {known.size_bytes} bytes, type {known.type}", field="volume")
             return self._volume(known)
 
+    async def resize(self, volume: str, size_bytes: int) -> Volume:
+        """Make it bigger; exports that are open keep the size that they began with. Idempotent. Raise ``BadInput``."""
+        async with self._locks[volume]:
+            known = self._record(volume)
+            if size_bytes < known.size_bytes:
+                raise BadInput(
+                    f"{volume} has {known.size_bytes} bytes and cannot shrink to {size_bytes}",
+                    field="size_bytes",
+                    hint="volumes only grow",
+                )
+            if size_bytes > known.size_bytes:
+                _grow(self._image(volume), size_bytes)  # before the record: it must never promise what is not there
+                known = known.model_copy(update={"size_bytes": size_bytes})
+                self._state.put(known)
+            return self._volume(known)
+
     async def delete(self, volume: str) -> None:
         """Raise ``Conflict`` while it is attached. Idempotent."""
         check_volume_id(volume)
@@ -315,6 +331,19 @@ def _make_sparse(path: Path, size_bytes: int) -> None:
         if error.errno == errno.EFBIG:
             raise BadInput(f"{size_bytes} bytes are more than a file here can hold", field="size_bytes") from error
         raise Refused(f"cannot make a volume of {size_bytes} bytes: {error.strerror}", field="size_bytes") from error
+
+
+def _grow(path: Path, size_bytes: int) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.fstat(descriptor).st_size < size_bytes:  # else: by a daemon that was killed before its record
+                os.ftruncate(descriptor, size_bytes)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise Refused(f"cannot grow it to {size_bytes} bytes: {error.strerror}", field="size_bytes") from error
 
 
 def _is_free(address: str, port: int) -> bool:
