@@ -18,7 +18,7 @@ from emp.hypervisor.qemu import QemuMachine, disks
 from emp.hypervisor.qemu.qmp import QmpSession
 from emp.lab.images import KERNEL_COMMAND_LINE, ensure_image
 from emp.lab.journal_check import check_journal
-from emp.model.errors import Conflict
+from emp.model.errors import Conflict, OutcomeUnknown
 from emp.model.evm import EvmSpec
 from emp.model.volume import HostDevice
 from tests.qemu_bench import Bench, bench, is_stream, start_stream, until
@@ -233,6 +233,33 @@ class TestMove:
             storage.kill("v")
             relay.source.path.unlink()
             storage.relay("v")
+            await guest.goes_on()
+            status = await guest.stop_journal()
+        check_records(storage, "v", status)
+        await machine.kill()
+
+    async def test_off_a_relay_that_is_dead_it_waits_for_the_relay(self, nodes: Bench, storage: Storage) -> None:
+        """What QEMU does: it is deaf until the I/O on its way is through, and then the order is carried out."""
+        nodes.node("left", timeout_s=1.0)
+        relay, device = storage.relay("v"), storage.attached("v")
+        assert isinstance(relay.source, RelaySocket)
+        machine = await booted(nodes, relay)
+        async with guest_of(machine) as guest:
+            await guest.start_journal("v")
+            await guest.goes_on()
+            storage.kill("v")
+            relay.source.path.unlink()
+            await asyncio.sleep(0.2)  # in which the guest writes, ten times over
+            with pytest.raises(OutcomeUnknown):
+                async with asyncio.timeout(10):
+                    while True:
+                        await machine.move_volume(device)
+            storage.relay("v")
+            async with asyncio.timeout(PATIENCE_S):
+                while True:
+                    with contextlib.suppress(OutcomeUnknown):
+                        await machine.move_volume(device)
+                        break
             await guest.goes_on()
             status = await guest.stop_journal()
         check_records(storage, "v", status)
