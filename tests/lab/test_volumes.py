@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from emp.lab.demo import volume_file
 from emp.lab.journal_check import check_journal
-from emp.model.errors import Conflict
+from emp.model.errors import Conflict, Unavailable
 from emp.model.volume import Volume
 from tests.lab.conftest import Pool
 from tests.lab.pool import Subject, agent_away, subject, until
@@ -91,6 +92,43 @@ def test_a_slot_in_between_survives_a_migration_and_a_restart_of_the_agent(pool:
         stop_journal(pool, evm, three)
         evm.client.evms.detach_volume(evm.name, two.id)
         evm.client.volumes.delete(two.id)
+
+
+@pytest.mark.parametrize("order", ["attach", "detach"])
+def test_a_controller_that_is_killed_on_the_way_finishes_it(pool: Pool, order: str) -> None:
+    """Its order waits at the node's agent, which stands still; both copies of it are carried out in the end."""
+    with subject(pool, node="n1") as evm, loose(evm) as volume:
+        if order == "detach":
+            evm.client.evms.attach_volume(evm.name, volume.id)
+        verb = {
+            "attach": ["volume", "attach", volume.id, evm.name],
+            "detach": ["volume", "detach", volume.id],
+        }[order]
+        pool.stop("n1", "agent")
+        with ThreadPoolExecutor(1) as aside:
+            ordered = aside.submit(pool.emp, *verb, check=False)
+            until(lambda: under_way(evm, order), f"the {order} is under way")
+            pool.kill("ctl", "controller")
+            assert ordered.result().returncode != 0
+        pool.cont("n1", "agent")
+        pool.start("ctl", "controller")
+        wanted = (volume.id,) if order == "attach" else ()
+        until(lambda: evm.record.spec.volumes == wanted, f"the {order} is finished")
+        until(lambda: set(disks(evm)) == ({volume.serial} if wanted else set()), "the guest has what the record says")
+        if order == "attach":
+            evm.client.evms.detach_volume(evm.name, volume.id)
+        until(lambda: evm.client.volumes.get(volume.id).evm is None, "the volume is nobody's")
+
+
+def under_way(evm: Subject, order: str) -> bool:
+    """Whether the controller refuses a migration for it."""
+    try:
+        evm.client.migrations.start(evm.name, dry_run=True)
+    except Conflict as error:
+        return f"{order} of EVM {evm.name} is under way" in error.message
+    except Unavailable:
+        pass  # the agent has been silent for a while
+    return False
 
 
 def test_the_same_volume_at_two_evms(pool: Pool) -> None:
