@@ -54,7 +54,10 @@ async def test_an_owner_whose_guest_may_not_run_at_once_tries_again(monkeypatch:
         return {"web": "its process"}
 
     assembler = SimpleNamespace(
-        hypervisor=SimpleNamespace(found=found), network=SimpleNamespace(leftovers=nothing), adopt=monitor.adopt
+        hypervisor=SimpleNamespace(found=found),
+        network=SimpleNamespace(leftovers=nothing),
+        adopt=monitor.adopt,
+        relays=SimpleNamespace(end_of=nothing),
     )
     residents = SimpleNamespace(
         assembler=assembler,

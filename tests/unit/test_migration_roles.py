@@ -67,6 +67,7 @@ def test_source_gives_the_evm_away() -> None:
         "timer blackout",
         "write given(2)",
         "SendGo",
+        "OpenRelays",
         "timer repeat",
         "write done(2)",
         "KillMachine",
@@ -111,7 +112,7 @@ def test_trouble_in_precopy_leads_back(trouble: Event) -> None:
     state, done = play_source(new_source(), *PRECOPY, trouble)
     assert done[-1] == "CancelStream"
     state, done = play_source(state, StreamMoved(Stream.BROKEN), Written(K.OWN), e.GuestRuns())
-    assert done == ["write own(3)", "AwaitGuest", "SendAborted", "ClaimVolumes"]
+    assert done == ["write own(3)", "CloseRelays", "AwaitGuest", "SendAborted", "ClaimVolumes"]
     assert state.phase is SourcePhase.ABORTED
     assert state.cause
 
@@ -120,7 +121,7 @@ def test_an_abort_after_completed_needs_the_record_and_an_explicit_cont() -> Non
     state, done = play_source(new_source(), *SWITCHOVER, StreamMoved(Stream.COMPLETED), e.AbortAsked("by the user"))
     assert done[-1] == "write own(3)"
     state, done = play_source(state, Written(K.OWN))
-    assert done == ["Run", "SendAborted", "ClaimVolumes"]
+    assert done == ["CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
 
 
 @pytest.mark.parametrize("event", [e.AbortAsked("late"), e.LinkLost(), TimerFired(Timer.BLACKOUT), e.TargetFailed("x")])
@@ -138,7 +139,7 @@ def test_after_the_commit_nothing_but_the_targets_word_leads_back(event: Event) 
 def test_silence_repeats_go() -> None:
     given, _ = play_source(new_source(), *GIVEN)
     _, done = play_source(given, TimerFired(Timer.REPEAT), TimerFired(Timer.REPEAT))
-    assert done == ["SendGo", "timer repeat"] * 2
+    assert done == ["SendGo", "OpenRelays", "timer repeat"] * 2
 
 
 def test_rescue_by_the_targets_word() -> None:
@@ -146,7 +147,7 @@ def test_rescue_by_the_targets_word() -> None:
     wrong, _ = play_source(given, e.TargetAnswered(Word.WITHDRAWN, "p0"))
     assert wrong.phase is SourcePhase.GIVEN
     state, done = play_source(given, e.TargetAnswered(Word.WITHDRAWN, "p1"), Written(K.OWN), e.GuestRuns())
-    assert done == ["write own(3)", "Run", "SendAborted", "ClaimVolumes"]
+    assert done == ["write own(3)", "CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
     assert state.phase is SourcePhase.ABORTED
 
 
@@ -162,7 +163,7 @@ def test_a_commit_that_could_not_be_written_leads_back_by_a_fresh_record() -> No
 def test_the_sources_death_before_the_commit_is_lost_and_says_so() -> None:
     state, done = play_source(new_source(), *PRECOPY, e.MachineGone(), Written(K.OWN))
     assert state.phase is SourcePhase.LOST
-    assert done[-2:] == ["write own(3)", "SendAborted"]
+    assert done[-3:] == ["write own(3)", "CloseRelays", "SendAborted"]
 
 
 def test_the_sources_death_when_the_target_has_everything_still_commits() -> None:
@@ -289,7 +290,7 @@ def test_a_stuck_source_tries_again_until_its_record_is_on_disk_and_then_the_gue
     state, done = play_source(stuck, TimerFired(Timer.REPEAT), e.WriteFailed(K.OWN, "EIO"), TimerFired(Timer.REPEAT))
     assert done == ["write own(3)", "SendAborted", "timer repeat", "write own(3)", "SendAborted"]
     state, done = play_source(state, Written(K.OWN), e.GuestRuns())
-    assert done == ["Run", "SendAborted", "ClaimVolumes"]
+    assert done == ["CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
     assert (state.phase, state.trouble) == (SourcePhase.ABORTED, None)
 
 
@@ -298,9 +299,9 @@ def test_a_stuck_source_goes_by_the_targets_oath_and_still_owes_its_record() -> 
     assert "SendAborted" in done
     assert "Run" not in done
     state, done = play_source(state, e.TargetAnswered(Word.WITHDRAWN, "p1"), e.RunRefused("locked"))
-    assert done == ["Run", "timer retry"]
+    assert done == ["CloseRelays", "Run", "timer retry"]
     state, done = play_source(state, TimerFired(Timer.RETRY), e.GuestRuns())
-    assert (done, state.phase) == (["Run"], SourcePhase.STUCK)
+    assert (done, state.phase) == (["CloseRelays", "Run"], SourcePhase.STUCK)
     state, _ = play_source(state, Written(K.OWN), e.GuestRuns())
     assert state.phase is SourcePhase.ABORTED
 
@@ -378,7 +379,7 @@ def test_a_source_restarted_before_the_commit_asks_its_target_first() -> None:
         TimerFired(Timer.ANSWER),
     ):
         _, done = play_source(state, answer, Written(K.OWN))
-        assert done == ["write own(3)", "Run", "SendAborted", "ClaimVolumes"]
+        assert done == ["write own(3)", "CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
 
 
 @pytest.mark.parametrize("word", [Word.GOING, Word.ACTIVATED])
@@ -390,7 +391,7 @@ def test_a_source_whose_journal_has_lost_the_commit_never_runs(word: Word) -> No
     _, done = play_source(state, *(TimerFired(timer) for timer in Timer), e.AbortAsked("x"), e.LinkLost())
     assert done == ["Ask", "timer repeat"]
     _, done = play_source(state, e.TargetAnswered(Word.WITHDRAWN, "p1"), Written(K.OWN))
-    assert done[:2] == ["write own(3)", "Run"]
+    assert done[:3] == ["write own(3)", "CloseRelays", "Run"]
 
 
 def test_a_loaded_target_that_hears_nothing_asks_and_wants_a_courier() -> None:
@@ -448,7 +449,7 @@ def test_a_target_that_was_left_alone_before_it_had_everything_asks_too() -> Non
 def test_a_retired_source_kills_what_is_here_wherever_it_stood(happened: tuple[Event, ...]) -> None:
     state, _ = play_source(new_source(), *happened)
     state, done = play_source(state, e.Retired(), e.MachineGone())
-    assert (state.phase, done) == (SourcePhase.LOST, ["KillMachine"])
+    assert (state.phase, done) == (SourcePhase.LOST, ["CloseRelays", "KillMachine"])
 
 
 def test_a_retired_target_swears_only_where_cont_cannot_have_been_sent() -> None:

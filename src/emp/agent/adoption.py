@@ -146,7 +146,7 @@ class Adoption:
             raise
 
     async def _owned(self, last: Record, entry: Entry, assembly: Assembly | None) -> None:
-        await self._residents.assembler.relays.end_of(evm=last.evm, side=Side.LENT)  # before the guest runs beside one
+        await self._residents.assembler.relays.end_of(last.evm, Side.LENT)  # before the guest runs beside one
         if assembly is None:
             self._residents.note(entry, EvmState.CRASHED, "its QEMU process ended while the agent was away")
             return
