@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,16 @@ class Soak:
         second, last = quarter(self.runs, 1), quarter(self.runs, 3)
         rss = {
             daemon: {
-                "second_quarter_bytes": (early := median(run.rss_bytes.get(daemon) for run in second)),
-                "last_quarter_bytes": (late := median(run.rss_bytes.get(daemon) for run in last)),
+                "second_quarter_bytes": (early := median(second, "rss_bytes", daemon)),
+                "last_quarter_bytes": (late := median(last, "rss_bytes", daemon)),
                 "held": late <= early * RSS_GROWTH,
             }
-            for daemon in sorted({daemon for run in (*second, *last) for daemon in run.rss_bytes})
+            for daemon in sorted({role(name) for run in (*second, *last) for name in run.rss_bytes})
         }
         descriptors = {
             daemon: {
-                "second_quarter": (early := least(run.descriptors.get(daemon) for run in second)),
-                "last_quarter": (late := least(run.descriptors.get(daemon) for run in last)),
+                "second_quarter": (early := median(second, "descriptors", daemon)),
+                "last_quarter": (late := median(last, "descriptors", daemon)),
                 "held": late <= early,
             }
             for daemon in rss
@@ -88,6 +88,7 @@ class Soak:
             "held": not wrong and all(one["held"] for table in (rss, descriptors) for one in table.values()),
             "faults": dict(sorted(Counter(run.name for run in self.runs).items())),
             "minutes": round((time.monotonic() - self.began_s) / 60, 1),
+            "at_rest": [{"rss_bytes": run.rss_bytes, "descriptors": run.descriptors} for run in self.runs],
         }
 
 
@@ -95,12 +96,16 @@ def quarter(runs: Sequence[Run], number: int) -> Sequence[Run]:
     return runs[len(runs) * number // 4 : len(runs) * (number + 1) // 4] or runs
 
 
-def median(values: Iterable[int | None]) -> float:
-    return float(statistics.median([value for value in values if value is not None] or [0]))
+def role(daemon: str) -> str:
+    """Return what a daemon is. The agents are looked at as one: the EVM is now on this node and now on that one, and an
+    agent that a fault has restarted begins small."""
+    return daemon.partition(" of ")[0]
 
 
-def least(values: Iterable[int | None]) -> int:
-    return min((value for value in values if value is not None), default=0)
+def median(runs: Sequence[Run], figure: str, daemon: str) -> float:
+    """Return the median of a figure over those runs and every daemon of that role."""
+    values = [value for run in runs for name, value in getattr(run, figure).items() if role(name) == daemon]
+    return float(statistics.median(values or [0]))
 
 
 def undisturbed(stage: Stage) -> Script:

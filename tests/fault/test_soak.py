@@ -32,7 +32,7 @@ def soaked(*, wrong: str | None = None, growth_bytes: int = 0, leak: int = 0) ->
 def test_a_sound_soak_holds() -> None:
     record = soaked().record()
     assert (record["held"], record["violations"], record["outcomes"]) == (True, 0, {"C": 40})
-    assert record["rss"]["agent of n1"]["second_quarter_bytes"] == 61 * MIB
+    assert record["rss"]["agent"]["second_quarter_bytes"] == 61 * MIB
 
 
 @pytest.mark.parametrize("bad", [{"wrong": "two copies ran"}, {"growth_bytes": 5 * MIB}, {"leak": 1}])
