@@ -1,6 +1,6 @@
 """The simulated cloud as a daemon: an attached volume is readable at its node, at no other, and outlives a kill."""
 
-# ruff: noqa: ASYNC110, ASYNC220, ASYNC221 - the daemon is a process, and this loop has nothing else to do
+# ruff: noqa: ASYNC110, ASYNC220 - the daemon is a process, and this loop has nothing else to do
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from emp.model.volume import NbdEndpoint, Volume, VolumeType
 from emp.volumes.ebs import EbsVolumeDriver
 from emp.wire.pki import Identity, Role
 from emp.wire.sockets import listen
+from emp.wire.tls import mutual_client
 from tests.cloud.served import GIB, CloudPool, at
 
 SHORT = Latency(attach_s=1.0, detach_s=1.0, create_s=0.5, delete_s=1.0)
@@ -263,6 +265,9 @@ async def test_the_history_speaks_of_the_owners_epochs(daemon: Daemon) -> None:
         ("fence", None, 13), ("close", "n1", 12),
     ]  # fmt: skip
     log = daemon.pool.cloud.state_dir / "epochs.log"
+    await daemon.restart()
+    await daemon.driver.attach(volume.id, node="n2", epoch=14)
+    assert [line["event"] for line in daemon.pool.log(volume.id)][len(noted) :] == ["fence", "tag"]
     assert epochs.violations(log, volume.id) == []
     assert epochs.violations(log, volume.id, single=True), "both had it for a while"
     with pytest.raises(StaleEpoch):
@@ -305,10 +310,10 @@ async def test_metrics_count_what_is_there(daemon: Daemon) -> None:
     await daemon.driver.attach(volume.id, node="n1", epoch=1)
     async with daemon.pool.caller(Identity(Role.CONTROLLER, "main")) as caller:
         assert await caller.request("GET", "/healthz") == {"status": "ok"}
-    text = subprocess.run(
-        ["curl", "-sk", "--cert", str(daemon.pool.credentials(Identity(Role.AGENT, "n1")) / "identity.pem"),
-         f"https://127.0.0.1:{daemon.pool.port}/metrics"], capture_output=True, text=True, check=True, timeout=10,
-    ).stdout  # fmt: skip
+    tls = mutual_client(daemon.pool.credentials(Identity(Role.AGENT, "n1")))
+    with contextlib.closing(HTTPSConnection("127.0.0.1", daemon.pool.port, context=tls, timeout=10)) as plain:
+        plain.request("GET", "/metrics")
+        text = plain.getresponse().read().decode()
     assert "emp_cloud_volumes 1.0" in text
     assert "emp_cloud_exports 1.0" in text
     assert 'emp_cloud_requests_total{action="AttachVolume"} 1.0' in text

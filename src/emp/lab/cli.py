@@ -19,7 +19,8 @@ from emp.lab import partition, verbs
 from emp.lab import power as power_switch
 from emp.lab.down import down as clear_lab
 from emp.lab.preflight import become_root
-from emp.lab.state import LabFiles, chosen, lab_names
+from emp.lab.region import Profile, instance_of, zone_of
+from emp.lab.state import LabFiles, LabState, chosen, lab_names
 from emp.lab.up import Options, broken_parts
 from emp.lab.up import up as make_lab
 from emp.model.errors import BadInput, NotFound
@@ -77,10 +78,13 @@ def up(
     memory: Annotated[str, typer.Option(help="That each node offers to EVMs.")] = "4GiB",
     vcpus: Annotated[int, typer.Option(min=1, help="That each node offers to EVMs.")] = 8,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Start a daemon that ends again, after 1 s.")] = False,
+    cloud: Annotated[Profile | None, typer.Option(help="Volumes from a simulated cloud, as slow as said.")] = None,
+    zone_of: Annotated[list[str] | None, typer.Option(hidden=True, metavar="NODE=LETTER")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a lab; when this returns, its pool can be used."""
-    options = Options(name, nodes, port, parse_size(memory, field="memory"), vcpus, keep=keep)
+    zones = dict(_zone(text) for text in zone_of or ())
+    options = Options(name, nodes, port, parse_size(memory, field="memory"), vcpus, keep=keep, cloud=cloud, zones=zones)
     with _progress() as say:
         state = make_lab(options, say)
     if as_json:
@@ -91,6 +95,11 @@ def up(
     print(f"  emp --context {name} evm create web")
     print(f"  emp --context {name} migrate web")
     print(f"  emp lab down --name {name}")
+
+
+def _zone(text: str) -> tuple[str, str]:
+    node, _, letter = text.partition("=")
+    return node, letter
 
 
 @app.command()
@@ -122,10 +131,22 @@ def _summary(name: str) -> dict[str, Any]:
     try:
         state = files.load()
     except NotFound:
-        return {"name": name, "nodes": None, "url": None, "state": "half made", "dead": []}
+        return {"name": name, "nodes": None, "url": None, "state": "half made", "dead": [], "cloud": None}
     dead = broken_parts(files, state)
     url = f"https://127.0.0.1:{state.port}"
-    return {"name": name, "nodes": state.nodes, "url": url, "state": "broken" if dead else "up", "dead": dead}
+    health = {"state": "broken" if dead else "up", "dead": dead}
+    return {"name": name, "nodes": state.nodes, "url": url} | health | {"cloud": _cloud(state)}
+
+
+def _cloud(state: LabState) -> dict[str, Any] | None:
+    """Return the lab's cloud: its latencies, and which instance in which zone each node is. None: it has none."""
+    if state.cloud is None:
+        return None
+    instances = {
+        place.name: {"instance": instance_of(place), "zone": zone_of(state, place)}
+        for place in state.topology.node_places
+    }
+    return {"latency": state.cloud, "instances": instances}
 
 
 def _places(files: LabFiles) -> list[dict[str, Any]]:
@@ -157,6 +178,10 @@ def status(ctx: typer.Context, name: Name = None, as_json: Json = False) -> None
         for place in places
     ]
     print_table(("PLACE", "ADDRESS", "DAEMON", "STATE", "PID", "RESTARTS", "EVMS"), rows, empty="It has no places.")
+    if cloud := summary["cloud"]:
+        print(f"volumes are of a simulated cloud; latencies: {cloud['latency']}")
+        for node, there in cloud["instances"].items():
+            print(f"  {node} is {there['instance']} in {there['zone']}")
     for one in cuts:
         print(f"cut: {one.source} -> {one.target} ({one.how})")
     print(f"logs are in {files.directory / 'logs'}")

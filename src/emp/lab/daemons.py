@@ -21,7 +21,7 @@ from typing import Any
 
 from emp import faults
 from emp.host.processes import Process
-from emp.lab import keeper, scan
+from emp.lab import keeper, region, scan
 from emp.lab.images import KERNEL_COMMAND_LINE, Image
 from emp.lab.places import NAMESPACES, enter_argv, init_of, source_directory
 from emp.lab.state import LabFiles, LabState
@@ -55,6 +55,7 @@ MODULES = {
     Role.VOLUMES: "emp.volumes.server",
     Role.POWER: "emp.lab.bmc",
 }
+_VOLUME_SERVER = {"driver": "nbd", "url": f"https://{VOL.address}:{VOLUMES_PORT}", "server_name": "volumes-main"}
 HOST = "127.0.0.1"
 HOME = Path("/var/lib/emp")
 """of every daemon, as seen from its place"""
@@ -66,6 +67,8 @@ FIRST_PORT, LAST_PORT = 7440, 7539
 def prepare(files: LabFiles, state: LabState, image: Image) -> bytes:
     """Give each place its own credentials, configuration and guest image; return the CA's certificate (PEM)."""
     authority = CertificateAuthority.create(files.ca, state.name)
+    if state.cloud:
+        region.make_credentials(files)
     for place in state.topology.places:
         home = files.data(place.name)
         home.mkdir(parents=True, exist_ok=True)
@@ -101,29 +104,35 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
         return {"pool": state.name, "address": place.address, "port": POWER_PORT, "credentials": credentials}
     common = {"pool": state.name, "address": place.address, "credentials": f"{HOME}/pki", "state_dir": str(HOME)}
     if place.role is Role.VOLUMES:
-        return common | {"port": VOLUMES_PORT, "nbd_ports": list(NBD_PORTS)}
+        cloud = region.cloud_part(files, state) if state.cloud else {}
+        return common | {"port": VOLUMES_PORT, "nbd_ports": list(NBD_PORTS)} | cloud
     if place.role is Role.CONTROLLER:
         return common | {
             "port": CONTROLLER_PORT,
             "token_file": f"{HOME}/token",
             "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST},
-            "volumes": {"driver": "nbd", "url": f"https://{VOL.address}:{VOLUMES_PORT}", "server_name": "volumes-main"},
+            "volumes": region.controller_part(state, HOME) if state.cloud else _VOLUME_SERVER,
             "fencing": {"driver": "lab", "url": f"https://{BMC.address}:{POWER_PORT}", "server_name": "power-main"},
         }
-    return common | {
-        "node": place.name,
-        "port": AGENT_PORT,
-        "link_port": LINK_PORT,
-        "controller_url": f"https://{CTL.address}:{CONTROLLER_PORT}",
-        "controller_name": "controller-main",
-        "qemu_credentials": f"{HOME}/pki-qemu",
-        "run_dir": "/run/emp",
-        "images_dir": f"{HOME}/images",
-        "memory_bytes": state.memory_bytes,
-        "vcpus": state.vcpus,
-        "network": {"driver": "l2", "bridge": BRIDGE, "uplink": UPLINK},
-        "qemu": state.qemu,
-    }
+    devices = {"devices": region.agent_part()} if state.cloud else {}
+    return (
+        common
+        | devices
+        | {
+            "node": place.name,
+            "port": AGENT_PORT,
+            "link_port": LINK_PORT,
+            "controller_url": f"https://{CTL.address}:{CONTROLLER_PORT}",
+            "controller_name": "controller-main",
+            "qemu_credentials": f"{HOME}/pki-qemu",
+            "run_dir": "/run/emp",
+            "images_dir": f"{HOME}/images",
+            "memory_bytes": state.memory_bytes,
+            "vcpus": state.vcpus,
+            "network": {"driver": "l2", "bridge": BRIDGE, "uplink": UPLINK},
+            "qemu": state.qemu,
+        }
+    )
 
 
 def _config_name(role: Role) -> str:
@@ -161,7 +170,7 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
             people = opened = people_socket(state.port)
         passed = (people.fileno(),)
         _write_config(files, place, _config(files, state, place) | {"people": {"fd": people.fileno()}})
-    daemon = [sys.executable, *_arguments(files, place)]
+    daemon = [sys.executable, *_arguments(files, state, place)]
     # setsid --fork leaves it to process 1 of its place, which reaps it: nothing of ours stays behind.
     leave = [*_enter_argv(files, state, place), "setsid", "--fork"]
     argv = [*leave, *(keeper.command(daemon) if state.keep else daemon)]
@@ -187,10 +196,14 @@ def _enter_argv(files: LabFiles, state: LabState, place: Place) -> list[str]:
     return enter_argv(init_of(files, place.name))
 
 
-def _arguments(files: LabFiles, place: Place) -> list[str]:
+def _arguments(files: LabFiles, state: LabState, place: Place) -> list[str]:
     assert place.role is not None
     home = files.data(place.name) if place.role is Role.POWER else HOME
-    return ["-m", MODULES[place.role], "--config", str(home / _config_name(place.role))]
+    return ["-m", _module_of(state, place.role), "--config", str(home / _config_name(place.role))]
+
+
+def _module_of(state: LabState, role: Role) -> str:
+    return region.MODULE if role is Role.VOLUMES and state.cloud else MODULES[role]
 
 
 def _environment(state: LabState, place: Place) -> dict[str, str]:
@@ -203,7 +216,7 @@ def _environment(state: LabState, place: Place) -> dict[str, str]:
 def daemons(files: LabFiles, place: Place) -> list[scan.Running]:
     """Return the live processes of a place's keeper, daemon and QEMUs, parents first."""
     if place.role is Role.POWER:
-        wanted = tuple(_arguments(files, place))
+        wanted = tuple(_arguments(files, files.load(), place))
         return [found for found in scan.running(_may_be_bmc) if found.argv[-len(wanted) :] == wanted]
     inode = scan.namespace_inode(f"/proc/{init_of(files, place.name).pid}/ns/pid")
     return [] if inode is None else scan.in_pid_namespace(inode)
@@ -219,7 +232,7 @@ def _may_be_bmc(path: str) -> bool:
 def started(files: LabFiles, place: Place) -> bool:
     """Whether the daemon of a place is running, or about to be: also if its keeper will start it again."""
     assert place.role is not None
-    module = MODULES[place.role]
+    module = _module_of(files.load(), place.role)
     return any(("-m", module) in pairwise(found.argv) for found in daemons(files, place))
 
 
@@ -228,13 +241,14 @@ def find(files: LabFiles, where: str, role: str) -> Process | None:
 
     Raises ``BadInput`` for a role that is none, ``NotFound`` for a place that has no such daemon.
     """
-    place = files.load().topology.place(where)
+    state = files.load()
+    place = state.topology.place(where)
     kind, _, evm = role.partition(":")
     if kind == "qemu" and evm and place.is_node:
         matching = [found for found in daemons(files, place) if evm_of(found.argv) == evm]
     else:
-        daemon = daemon_role(place, role)
-        matching = [found for found in daemons(files, place) if _module(found.argv) == MODULES[daemon]]
+        module = _module_of(state, daemon_role(place, role))
+        matching = [found for found in daemons(files, place) if _module(found.argv) == module]
     pids = {found.pid for found in matching}
     leaders = [found.process for found in matching if found.parent not in pids]
     return leaders[0] if leaders else None

@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from emp.lab.topology import Topology
@@ -59,6 +59,10 @@ class LabState:
     """the daemons have their fault points on"""
     keep: bool = False
     """a daemon that ends is started again (``emp.lab.keeper``)"""
+    cloud: str | None = None
+    """volumes come from a simulated cloud with this latency profile (``emp.lab.region``); None: from a volume server"""
+    zones: dict[str, str] = field(default_factory=dict)
+    """node -> letter of its zone, where it is not the one of the others"""
     off: tuple[str, ...] = ()
     """nodes that somebody has switched off: their absence is no defect"""
     complete: bool = False
@@ -69,7 +73,7 @@ class LabState:
         return Topology(self.name, self.nodes)
 
 
-_FIELDS = {field.name for field in fields(LabState)}
+_FIELDS = {each.name for each in fields(LabState)}
 
 
 class LabFiles:

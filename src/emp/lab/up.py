@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from emp.client import context as contexts
@@ -16,6 +16,7 @@ from emp.lab import bytecode, daemons, places, preflight
 from emp.lab.down import clear
 from emp.lab.images import Image, ensure_image
 from emp.lab.ready import wait_ready
+from emp.lab.region import Profile, check_zones
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import Topology
 from emp.model.errors import AlreadyExists, NotFound
@@ -37,6 +38,10 @@ class Options:
     """give every daemon its fault points (``emp.faults``)"""
     keep: bool = False
     """start a daemon that ends again, as systemd would"""
+    cloud: Profile | None = None
+    """take volumes from a simulated cloud, with these latencies"""
+    zones: Mapping[str, str] = field(default_factory=dict)
+    """node -> letter of its zone in the cloud; ``a`` if left out"""
 
 
 def up(options: Options, say: Say = lambda line: None) -> LabState:
@@ -47,6 +52,7 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
     nothing is left.
     """
     topology = Topology(options.name, options.nodes)
+    zones = check_zones(options.zones, [place.name for place in topology.node_places])
     preflight.check_programs()
     qemu, version = preflight.check_qemu()
     files = LabFiles(options.name)
@@ -70,9 +76,12 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                     created_at=time.time(),
                     faults=options.faults,
                     keep=options.keep,
+                    cloud=options.cloud,
+                    zones=zones,
                 )
                 files.save(state)
-                say(f"making {counted(options.nodes, 'node')}, a controller, a volume server (QEMU {version})")
+                volumes = "a simulated cloud" if options.cloud else "a volume server"
+                say(f"making {counted(options.nodes, 'node')}, a controller, {volumes} (QEMU {version})")
                 context = _make(files, state, image, people, lock)
             say("waiting for the agents to report")
             wait_ready(files, state, context)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from emp.client.client import Client
-from emp.lab import daemons
+from emp.lab import daemons, region
 from emp.lab.state import LabFiles
 from emp.lab.topology import CTL
 from emp.model.migration import Outcome, Stage
@@ -41,6 +41,8 @@ def check_secrets(files: LabFiles) -> list[str]:
 
 def _secrets(files: LabFiles) -> Iterator[tuple[str, bytes]]:
     yield "the token for people", (files.data(CTL.name) / "token").read_bytes().strip()
+    if files.load().cloud:
+        yield "the secret key of the cloud", region.secret(files).encode()
     for place in files.load().topology.places:
         for path in files.data(place.name).glob("pki*/*.pem"):
             yield from ((f"the key {place.name}/{path.name}", key) for key in _key(path))

@@ -65,6 +65,8 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
         await service.start()
         if before := memory.read():
             cloud.recall(before)
+            for volume in filter(None, map(cloud.shown, cloud.volumes)):
+                log.recall(volume)
         app = make_app(face, [_devices(cloud, plane, instances), _health(face, service)])
         with listen(config.address, config.port, field="port") as socket:
             async with Server(app, [Listener(socket, public_server(config.credentials))], pool=config.pool):

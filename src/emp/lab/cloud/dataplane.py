@@ -43,6 +43,15 @@ class OwnersLog(EpochLog):
             what |= {"export": what["epoch"], "epoch": owner, "tag": owner}
         super().note(event, volume, **what)
 
+    def recall(self, volume: PlaneVolume) -> None:
+        """Know a volume that an earlier process had. It may have died before it noted a fence; twice does no harm."""
+        self._known[volume.id] = volume.tags
+        if fence := _number(volume.tags.get(FENCE)):
+            super().note("fence", volume.id, epoch=fence)
+
+    def forget(self, volume: str) -> None:
+        self._known.pop(volume, None)
+
     def tagged(self, volume: PlaneVolume) -> None:
         """Note what is new of a volume's tags."""
         before, self._known[volume.id] = self._known.get(volume.id, {}), volume.tags
@@ -70,6 +79,7 @@ class ExportPlane:
 
     async def on_deleted(self, volume: PlaneVolume) -> None:
         await self._service.delete(volume.id)
+        self._log.forget(volume.id)
 
     def on_tagged(self, volume: PlaneVolume) -> None:
         self._log.tagged(volume)

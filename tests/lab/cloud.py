@@ -1,0 +1,65 @@
+"""What a test does to a lab's simulated cloud: as an operator of the cloud, and as one who has its credentials."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from emp.lab import region
+from emp.lab.cloud.knobs import Knobs
+from emp.lab.topology import CTL
+from tests.lab.conftest import Pool
+
+_TURN = """
+import asyncio, json, sys
+from pathlib import Path
+from emp.wire.http import WireClient
+from emp.wire.identity import Identity
+from emp.wire.tls import mutual_client
+
+async def turn(url, knobs):
+    tls = mutual_client(Path("/var/lib/emp/pki"))
+    async with WireClient(url, tls=tls, server=Identity.parse("volumes-main")) as client:
+        await client.request("PUT", "/knobs", json.loads(knobs))
+
+asyncio.run(turn(*sys.argv[1:]))
+"""
+_CALL = """
+import json, sys
+from pathlib import Path
+from botocore.exceptions import ClientError
+from emp.volumes.ec2 import make_client
+
+region, url, call, parameters = sys.argv[1:]
+home = Path("/var/lib/emp")
+client = make_client(
+    region, endpoint_url=url, ca_file=home / "pki/ca-cert.pem", credentials_file=home / "aws-credentials", read_s=5.0
+)
+try:
+    print(json.dumps(getattr(client, call)(**json.loads(parameters)), default=str))
+except ClientError as error:
+    print(json.dumps({"Refused": error.response["Error"]["Code"]}))
+"""
+
+
+def turn(pool: Pool, **knobs: Any) -> None:
+    """Set the cloud's knobs; what is not named is as it is by default."""
+    _run(pool, _TURN, region.url(), Knobs(**knobs).model_dump_json())
+
+
+def call(pool: Pool, action: str, **parameters: Any) -> Any:
+    """Return EC2's answer to ``action``, or ``{"Refused": code}``."""
+    return json.loads(_run(pool, _CALL, region.REGION, region.url(), action, json.dumps(parameters)))
+
+
+def _run(pool: Pool, code: str, *arguments: str) -> str:
+    done = pool.run_in(CTL.name, sys.executable, "-c", code, *arguments, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def attached(pool: Pool, volume: str) -> dict[str, str]:
+    """Return instance -> state of its attachment, as the cloud describes the volume."""
+    (found,) = call(pool, "describe_volumes", VolumeIds=[volume])["Volumes"]
+    return {held["InstanceId"]: held["State"] for held in found["Attachments"]}
