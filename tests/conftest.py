@@ -21,3 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="quick",
         help="cells of the fault matrix: a selection, or all (which writes build/faults.json)",
     )
+    parser.addoption(
+        "--fault-cloud",
+        choices=("none", "instant", "aws"),
+        default="none",
+        help="volumes of the fault matrix's EVMs: of the pool's own volume server, or of a simulated cloud",
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from emp.lab.region import Profile
 from tests.fault.record import RECORD, SHOWN, FaultRecord
 from tests.fault.stage import Stages
 
@@ -19,11 +20,12 @@ def fault_record(request: pytest.FixtureRequest) -> FaultRecord:
 
 
 @pytest.fixture(scope="module")
-def stages() -> Iterator[Stages]:
+def stages(request: pytest.FixtureRequest) -> Iterator[Stages]:
     """Gives a stage that is whole; one that a cell has broken is replaced."""
     if os.geteuid() != 0:
         pytest.skip("a lab needs root")
-    made = Stages()
+    cloud = request.config.getoption("--fault-cloud")
+    made = Stages(None if cloud == "none" else Profile(cloud))
     yield made
     made.close()
 

@@ -30,6 +30,7 @@ from emp.lab.journal_check import check_journal
 from emp.lab.partition import How
 from emp.lab.power import Power
 from emp.lab.ready import wait_ready
+from emp.lab.region import Profile
 from emp.lab.topology import CTL, VOL
 from emp.lab.up import Options, up
 from emp.model.errors import Conflict, EmpError, NotFound
@@ -46,6 +47,10 @@ REWRITTEN_BYTES = 4 << 20
 REWRITE_BYTES_PER_S = 16 << 20
 JOURNAL_HZ = 40
 VOLUME = "io2:64MiB"
+CLOUD_VOLUME = "io2:4GiB"
+"""the smallest there is; the records fill no more of it than of the other"""
+CLOUD_POINTS = {"volumes.fence": "volumes.tag"}
+"""what a cloud is asked instead: it knows no fence, and the driver writes a tag"""
 CRASHES = 3
 HEALED_S = 30.0
 """in which a healed pool must have one healthy EVM again"""
@@ -84,9 +89,9 @@ class Before:
 class Stage:
     """One lab, one EVM. ``source`` and ``target`` are the ends of the migration that is being played."""
 
-    def __init__(self, name: str, nodes: int = 3) -> None:
+    def __init__(self, name: str, nodes: int = 3, *, cloud: Profile | None = None) -> None:
         with outliving(f"the lab {name}"):
-            self.pool = Pool(up(Options(name, nodes, faults=True)))
+            self.pool = Pool(up(Options(name, nodes, faults=True, cloud=cloud)))
         self.files = self.pool.files
         self.client = Client(self.pool.context)
         self.evm: Subject | None = None
@@ -112,6 +117,11 @@ class Stage:
         down(self.files)
 
     # -- places
+
+    @property
+    def volume(self) -> str:
+        """What the EVM's volume is asked for as."""
+        return CLOUD_VOLUME if self.pool.state.cloud else VOLUME
 
     @property
     def third(self) -> str:
@@ -158,7 +168,7 @@ class Stage:
         name = f"evm-{next(_numbers)}"
         with outliving(f"the lab {self.pool.name}"):
             made = self.client.evms.create(
-                {"name": name, "memory_bytes": MEMORY_BYTES, "node": "n1", "volumes": [VOLUME]}
+                {"name": name, "memory_bytes": MEMORY_BYTES, "node": "n1", "volumes": [self.volume]}
             )
         self.evm = Subject(self.pool, self.client, made.spec)
         self.acked = {}
@@ -198,7 +208,12 @@ class Stage:
 
     def arm(self, party: str, point: str, action: str, *, nth: int = 1, times: int = 1) -> None:
         """Arm a point of the daemon of a party (C, S, T, V)."""
-        faults.arm(self.files.faults(self.place_of(party)), point, action, nth=nth, times=times)
+        faults.arm(self.files.faults(self.place_of(party)), self._point(point), action, nth=nth, times=times)
+
+    def _point(self, point: str) -> str:
+        """Return the point's name in the daemons of this lab."""
+        order, _, moment = point.rpartition(".")
+        return f"{CLOUD_POINTS[order]}.{moment}" if self.pool.state.cloud and order in CLOUD_POINTS else point
 
     def hits(self, place: str) -> list[Hit]:
         """Return what a place's daemon has reached since the cell began."""
@@ -207,7 +222,8 @@ class Stage:
 
     def reached(self, party: str, point: str, action: str | None = None) -> Hit | None:
         """Return the last time that a point was reached in this cell, by the daemon that the party has."""
-        found = [hit for hit in self.hits(self.place_of(party)) if hit.point == point and action in (None, hit.action)]
+        name, hits = self._point(point), self.hits(self.place_of(party))
+        found = [hit for hit in hits if hit.point == name and action in (None, hit.action)]
         return found[-1] if found else None
 
     def wait_point(self, party: str, point: str, action: str | None = None, *, timeout_s: float = WAIT_S) -> Hit:
@@ -474,9 +490,10 @@ def volume_file(pool: Pool, volume: str) -> Path:
 
 
 class Stages:
-    """Hands out one stage again and again, a new one after it was found broken."""
+    """Hands out one stage again and again, a new one after it was found broken. ``cloud``: where its volumes are of."""
 
-    def __init__(self) -> None:
+    def __init__(self, cloud: Profile | None = None) -> None:
+        self._cloud = cloud
         self._made = itertools.count(1)
         self._stage: Stage | None = None
 
@@ -488,7 +505,7 @@ class Stages:
             except (EmpError, AssertionError):
                 self.discard()
         if self._stage is None:
-            self._stage = Stage(f"faults-{next(self._made)}")
+            self._stage = Stage(f"faults-{next(self._made)}", cloud=self._cloud)
             self._stage.ready()
         return self._stage
 

@@ -145,3 +145,17 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
 def test_a_volume_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         check_journal(tmp_path / "missing")
+
+
+def test_a_record_behind_gibibytes_of_nothing_is_found(tmp_path: Path) -> None:
+    """A volume of a cloud is sparse: its holes are passed over, and what lies between them is not."""
+    path, records = tmp_path / "volume", chain(3)
+    path.write_bytes(b"".join(records))
+    with path.open("r+b") as sparse:
+        sparse.truncate(4 << 30)
+        assert check_journal(path).ok
+        sparse.seek((2 << 30) + RECORD_BYTES)
+        sparse.write(record(9, 0))
+        sparse.flush()
+    found = check_journal(path)
+    assert (found.records, found.errors) == (3, ("record 3: empty", "1 more records lie behind record 3"))
