@@ -21,8 +21,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from emp.controller.agents import AgentClient, Agents
 from emp.controller.nodes import Nodes
@@ -103,28 +104,19 @@ class Moves:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _try(self, volume: str, tries: int) -> None:
-        live, began_s = self.migration, time.monotonic()
-        relayed = detached_s = None
+        live, steps, relayed = self.migration, _Steps(), None
         if await self._is_at(volume, live.source):
-            relayed = await self._hold(volume)
-            await self._unless_down(live.source, lambda: self._take_back((volume,)))
-            ended_s = time.monotonic()
-            await self.volumes.release((volume,), node=live.source, unheld=True)
-            detached_s = time.monotonic() - ended_s
-        attaching_s = time.monotonic()
-        (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)
-        attached_s = time.monotonic() - attaching_s
-        order = GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant)
-        landed = await self._target.go_on(live.id, order)
-        held_s = time.monotonic() - began_s
-        self.made[volume] = _report(volume, landed if landed.round_trips else relayed or landed).model_copy(
-            update={
-                "held_ms": round(held_s * 1000, 1),
-                "detach_s": detached_s and round(detached_s, 3),
-                "attach_s": round(attached_s, 3),
-                "tries": tries,
-            }
-        )
+            with steps.timed("hold_s"):
+                relayed = await self._hold(volume)
+                await self._unless_down(live.source, lambda: self._take_back((volume,)))
+            with steps.timed("detach_s"):
+                await self.volumes.release((volume,), node=live.source, unheld=True)
+        with steps.timed("attach_s"):
+            (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)
+        with steps.timed("land_s"):
+            order = GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant)
+            landed = await self._target.go_on(live.id, order)
+        self.made[volume] = VolumeMove(volume=volume, tries=tries, **steps.figures, **_relayed(relayed or landed))
         self.alarms.pop(volume, None)
         await self.say()
 
@@ -207,11 +199,22 @@ class Moves:
         return self.agents.of(self.nodes.get(self.migration.target))
 
 
-def _report(volume: str, relayed: Relayed) -> VolumeMove:
-    return VolumeMove(
-        volume=volume,
-        read_bytes=relayed.read_bytes,
-        written_bytes=relayed.written_bytes,
-        mean_ms=relayed.mean_ms,
-        max_ms=relayed.max_ms,
-    )
+class _Steps:
+    """How long each step of a move took, and all of them together."""
+
+    def __init__(self) -> None:
+        self._took_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        began_s = time.monotonic()
+        yield
+        self._took_s[step] = round(time.monotonic() - began_s, 4)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return self._took_s | {"held_ms": round(sum(self._took_s.values()) * 1000, 1)}
+
+
+def _relayed(last: Relayed) -> dict[str, Any]:
+    return last.model_dump(include={"read_bytes", "written_bytes", "mean_ms", "max_ms"})

@@ -5,6 +5,7 @@ Each is called by ``supervise`` when the supervisor's ``step`` asks for it, and 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -147,9 +148,23 @@ class Steps:
 
     async def detach(self, role: Role) -> None:
         """Shut out the side that no longer has the EVM, until the volume service has done it."""
+        single, multi = self._volumes()
         if role is Role.TARGET:
-            await self.moves.take_back(self._volumes()[0])
-        live, volumes, node = self._live, self._evm().spec.volumes, self.node_of(role)
+            await self.moves.take_back(single)
+            await self._shut_out(role, (*single, *multi))
+        else:
+            # Not the one for the other's failure: a volume whose move is broken off stands still.
+            both = self._shut_out(role, multi), self._move_away(single)
+            for ended in await asyncio.gather(*both, return_exceptions=True):
+                if isinstance(ended, BaseException):
+                    raise ended
+
+    async def _move_away(self, volumes: Sequence[str]) -> None:
+        await self.moves.finish(volumes)
+        await self._shut_out(Role.SOURCE, volumes)
+
+    async def _shut_out(self, role: Role, volumes: Sequence[str]) -> None:
+        live, node = self._live, self.node_of(role)
 
         async def detach() -> None:
             unheld = self._tools.nodes.get(node).fence is not None  # else its QEMU may have them open still

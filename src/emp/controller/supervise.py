@@ -281,9 +281,7 @@ class Supervision:
 
     async def _detach(self, role: Role) -> None:
         await self._answered("attach")
-        if role is Role.SOURCE and self._state.outcome is Outcome.COMPLETED:
-            await self._answered("move")
-            await self._move()
+        await self._answered("move")
         await self._until_done(lambda: self._steps.detach(role))
         self._feed(supervisor.Detached())
 

@@ -123,9 +123,13 @@ class VolumeMove(Model):
     volume: str
     held_ms: float | None = None
     """how long the guest's I/O on it was held, by the controller's clock; what the cloud took is in it"""
+    hold_s: float | None = None
+    """of that: until all that was on its way was answered and flushed, and the source's relay had ended; None, as in
+    the next: it was not attached to the source any more"""
     detach_s: float | None = None
-    """None: it was not attached to the source any more"""
     attach_s: float | None = None
+    land_s: float | None = None
+    """until the target's machine had it itself; the guest's I/O goes on before that"""
     tries: int = 1
     read_bytes: int = 0
     """through the relay, as are the next three"""

@@ -44,8 +44,8 @@ IOPS_PER_GIB = 50
 """what io1 takes at most; io2 takes more"""
 DEVICES = [f"/dev/xvd{first}{second}" for first in "bc" for second in "abcdefghijklmnopqrstuvwxyz"]
 """https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/device_naming.html; a node's kernel takes no notice of them"""
-_LOOKS = Pace(first_s=0.1, share=0.03)
-"""a guest may be waiting: of 7 s that detaching and attaching take, a look is late by 0.2 s"""
+_LOOKS = Pace(first_s=0.05, share=0.01)
+"""a guest may be waiting: of 7 s that detaching and attaching take, a look is late by 0.1 s"""
 _INSTANCE_ID = re.compile(r"i-[0-9a-f]{8,17}")
 
 

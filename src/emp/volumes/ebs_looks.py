@@ -14,9 +14,11 @@ from emp.volumes.ebs_view import EbsView
 from emp.volumes.ec2 import Ec2Api
 from emp.volumes.patience import Time
 
-GAP_S = 0.1
-"""from one call to the next: half of what DescribeVolumes may be asked for good
+CALLS_PER_S = 15.0
+"""of the 20 that DescribeVolumes may be asked for good
 (https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-throttling.html)"""
+BURST = 10.0
+"""calls at once, of its 100: who begins to move a volume does not wait to look at it"""
 _VOLUME_ID = re.compile(r"vol-([0-9a-f]{8}|[0-9a-f]{17})")
 
 
@@ -29,7 +31,7 @@ class Looks:
         self._nodes = nodes
         self._asked: dict[str, list[asyncio.Future[EbsView]]] = {}
         self._asking: asyncio.Task[None] | None = None
-        self._last_s: float | None = None
+        self._allowed, self._counted_s = BURST, times.clock()
 
     async def see(self, volume: str) -> EbsView:
         """Return ``volume`` as EC2 describes it in a call that begins after this one.
@@ -51,13 +53,18 @@ class Looks:
     async def _answer_all(self) -> None:
         try:
             while self._asked:
-                if self._last_s is not None and (early_s := self._last_s + GAP_S - self._times.clock()) > 0:
-                    await self._times.sleep(early_s)
+                await self._until_allowed()
                 asked, self._asked = self._asked, {}
-                self._last_s = self._times.clock()
                 await self._answer(asked)
         finally:
             self._asking = None
+
+    async def _until_allowed(self) -> None:
+        now_s = self._times.clock()
+        self._allowed = min(BURST, self._allowed + (now_s - self._counted_s) * CALLS_PER_S) - 1
+        self._counted_s = now_s
+        if self._allowed < 0:
+            await self._times.sleep(-self._allowed / CALLS_PER_S)
 
     async def _answer(self, asked: Mapping[str, Sequence[asyncio.Future[EbsView]]]) -> None:
         outcomes: Mapping[str, EbsView | BaseException]
