@@ -195,6 +195,18 @@ def test_a_volume_is_not_deleted_under_a_migration(cloud: Pool, evm: Subject) ->
     check_only_on(evm, moving.target)
 
 
+def test_a_volume_of_one_node_moves_behind_its_evm(cloud: Pool) -> None:
+    """gp3: the cloud refuses a second attachment, so it is detached and attached once the EVM runs at the target."""
+    turn(cloud)
+    with subject(cloud, node="n1", volumes=["gp3:1GiB"]) as evm:
+        (volume,) = evm.volumes
+        evm.start_journal(volume, JOURNAL_HZ)
+        for _ in range(2):
+            check_moves(evm)
+        check_disk(evm)
+        assert epochs.violations(cloud.files.data(VOL.name) / "epochs.log", volume.id, single=True) == []
+
+
 def test_an_evm_that_is_stopped_starts_elsewhere_and_one_that_is_deleted_leaves_nothing(cloud: Pool) -> None:
     turn(cloud)
     with subject(cloud, node="n1", volumes=[VOLUME]) as evm:
