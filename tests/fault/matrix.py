@@ -178,7 +178,10 @@ def _messages() -> Iterator[Cell]:
     lost = (
         ("B", "T", "agent.prepare.answered"), ("B", "S", "agent.hand_over.answered"),
         ("B", "V", "volumes.attach.answered"),
+        ("B", "S", "agent.lend.answered"),
         ("M", "T", "link.answer.send"), ("M", "S", "link.go.send"), ("T", "V", "volumes.fence.answered"),
+        ("T", "T", "agent.hold.answered"), ("T", "S", "agent.take_back.answered"), ("T", "T", "agent.go_on.answered"),
+        ("T", "V", "volumes.detach.answered"),
     )  # fmt: skip
     begun = {"B": holds.BEGUN}
     for column, party, point in (("B", "T", "agent.prepare.received"), ("B", "S", "agent.hand_over.received")):
@@ -189,7 +192,8 @@ def _messages() -> Iterator[Cell]:
         ("B", "T", "agent.prepare.received"), ("B", "S", "agent.hand_over.received"),
         ("B", "V", "volumes.attach.received"),
         ("D", "T", "link.loaded.send"), ("M", "S", "link.go.send"), ("M", "T", "link.answer.send"),
-        ("T", "V", "volumes.fence.received"),
+        ("T", "V", "volumes.fence.received"), ("B", "S", "agent.lend.received"),
+        ("T", "T", "agent.hold.received"), ("T", "S", "agent.take_back.received"), ("T", "T", "agent.go_on.received"),
     )  # fmt: skip
     for column, party, point in twice:
         yield from _row(23, breaks.at(party, point, "dup"), {column: "C"}, case=point, hold={**begun, **_GIVEN})

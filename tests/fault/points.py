@@ -108,13 +108,15 @@ _RECORDS: dict[str, tuple[str, str]] = {
 }
 _ORDERS: dict[str, str] = {
     "agent.go": "M", "agent.answer": "M", "volumes.claim": "BPDHMT",
+    "agent.lend": "BT", "agent.take_back": "BPDHMT", "agent.hold": "T", "agent.go_on": "T",
     "agent.prepare": "B", "agent.hand_over": "B", "agent.abort": "BPDHMT", "agent.status": "BPDHMT",
     "agent.watch": "BPDHMT", "agent.start": "BPDHMT", "agent.stop": "BPDHMT", "agent.retire": "BPDHMT",
     "volumes.attach": "B", "volumes.detach": "BPDHMT", "volumes.fence": "BPDHMT",
 }  # fmt: skip
 # No part of a migration: asked at any time, and nothing follows from a lost answer.
 _APART = {
-    "agent.healthz", "agent.metrics", "agent.node", "agent.console_output", "agent.console_input",
+    "agent.change_volumes", "agent.healthz", "agent.metrics", "agent.node", "agent.console_output",
+    "agent.console_input", "volumes.resize",
     "volumes.list_volumes", "volumes.describe", "volumes.create", "volumes.delete",
 }  # fmt: skip
 # Steps that the other role takes, or that no state asks for: ``test_points`` sees to it that no daemon passes one.

@@ -46,8 +46,9 @@ MEMORY_BYTES = 96 << 20
 REWRITTEN_BYTES = 4 << 20
 REWRITE_BYTES_PER_S = 16 << 20
 JOURNAL_HZ = 40
-VOLUME = "io2:64MiB"
-CLOUD_VOLUME = "io2:4GiB"
+VOLUMES = ["io2:64MiB", "gp3:64MiB"]
+"""one that moves before the switchover, and one that is relayed and moves after it"""
+CLOUD_VOLUMES = ["io2:4GiB", "gp3:1GiB"]
 """the smallest there is; the records fill no more of it than of the other"""
 CLOUD_POINTS = {"volumes.fence": "volumes.tag"}
 """what a cloud is asked instead: it knows no fence, and the driver writes a tag"""
@@ -119,9 +120,9 @@ class Stage:
     # -- places
 
     @property
-    def volume(self) -> str:
-        """What the EVM's volume is asked for as."""
-        return CLOUD_VOLUME if self.pool.state.cloud else VOLUME
+    def volumes(self) -> list[str]:
+        """What the EVM's volumes are asked for as."""
+        return CLOUD_VOLUMES if self.pool.state.cloud else VOLUMES
 
     @property
     def third(self) -> str:
@@ -168,7 +169,7 @@ class Stage:
         name = f"evm-{next(_numbers)}"
         with outliving(f"the lab {self.pool.name}"):
             made = self.client.evms.create(
-                {"name": name, "memory_bytes": MEMORY_BYTES, "node": "n1", "volumes": [self.volume]}
+                {"name": name, "memory_bytes": MEMORY_BYTES, "node": "n1", "volumes": self.volumes}
             )
         self.evm = Subject(self.pool, self.client, made.spec)
         self.acked = {}
@@ -417,9 +418,7 @@ class Stage:
             "double run: vCPU threads": self.vcpus.violations(),
             "double run: QMP events": resumes.violations(self.before.source, nodes, self.vcpus.ended),
             "double run: journals": owners.violations(held),
-            "double run: volume server": epochs.violations(
-                self.files.data(VOL.name) / "epochs.log", self.subject.spec.volumes[0]
-            ),
+            "double run: volume server": self._epochs(),
             "network": frames.violations(self.frames.seen, held),
             "disk": self._disk(),
             "memory": self._memory(),
@@ -428,12 +427,18 @@ class Stage:
             "records": records.check_ends(self.client, self.subject.name) + records.check_secrets(self.files),
         }
 
+    def _epochs(self) -> list[str]:
+        log = self.files.data(VOL.name) / "epochs.log"
+        each = (epochs.violations(log, v.id, single=not v.type.multi_attach) for v in self.subject.volumes)
+        return [wrong for volume in each for wrong in volume]
+
     def _disk(self) -> list[str]:
         wrong = []
         for volume in self.subject.volumes:
             self.note_acked()
             with contextlib.suppress(EmpError):
-                for journal in self.subject.guest().ask(f"journal stop {volume.serial}"):
+                journals = self.subject.guest().ask(f"journal stop {volume.serial}")
+                for journal in (journal for journal in journals if journal["serial"] == volume.serial):
                     acked = int(journal["acked_seq"])
                     self.acked[volume.serial] = max(self.acked.get(volume.serial, -1), acked)
                     wrong += [f"{journal['errors']} writes of the guest failed"] if journal["errors"] else []
