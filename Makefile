@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models lock clean
+.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models bench-relay lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -60,6 +60,9 @@ bench-abort: setup ## Measure aborts in each stage before the commit, write buil
 bench-disk-models: setup ## Measure what volumes cost in the blackout by kind of disk, write build/bench/disk-models.json
 	@mkdir -p build/bench
 	@$(AS_ROOT) unshare --net --mount sh -c 'ip link set lo up && exec $(PY) bench/disk_models.py'
+
+bench-relay: setup-dev ## Measure what a relay of a volume costs, write build/bench/relay.json
+	@$(AS_ROOT) $(PY) -m bench.relay
 
 lock: ## Pin the requirements anew (needs uv)
 	@uv --version >/dev/null || { echo "make lock needs uv: install it first" >&2; exit 1; }

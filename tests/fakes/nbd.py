@@ -59,11 +59,10 @@ class FakeVolume:
         self.is_open = True
         self.connections += 1
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        task = asyncio.create_task(self._serve(await Stream.over(ours, tls=None, is_server=True)))
+        task = asyncio.create_task(self._serve(ours))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        theirs.setblocking(False)
         return Export(await Stream.over(theirs, tls=None), self.size_bytes, self.flags)
 
     async def close(self) -> None:
@@ -92,7 +91,9 @@ class FakeVolume:
                 self._news.clear()
                 await self._news.wait()
 
-    async def _serve(self, stream: Stream) -> None:
+    async def _serve(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        stream = await Stream.over(connection, tls=None, is_server=True)
         self._streams.add(stream)
         try:
             with contextlib.suppress(OSError, EOFError):

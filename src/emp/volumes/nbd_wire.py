@@ -143,24 +143,36 @@ class Stream:
         server_hostname: str | None = None,
         is_server: bool = False,
     ) -> Stream:
-        """Take the socket over; raise ``OSError`` when TLS does not come about."""
+        """Take the socket over, also to close it; raise ``OSError`` when TLS does not come about."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=_BUFFER_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         limit_s = None if tls is None else TLS_S
-        transport: asyncio.Transport
         if is_server:
-            transport, _ = await loop.connect_accepted_socket(
-                lambda: protocol, connection, ssl=tls, ssl_handshake_timeout=limit_s
+            making = asyncio.ensure_future(
+                loop.connect_accepted_socket(lambda: protocol, connection, ssl=tls, ssl_handshake_timeout=limit_s)
             )
         else:
-            transport, _ = await loop.create_connection(
-                lambda: protocol,
-                sock=connection,
-                ssl=tls,
-                server_hostname=server_hostname if tls else None,
-                ssl_handshake_timeout=limit_s,
+            hostname = server_hostname if tls else None
+            making = asyncio.ensure_future(
+                loop.create_connection(
+                    lambda: protocol,
+                    sock=connection,
+                    ssl=tls,
+                    server_hostname=hostname,
+                    ssl_handshake_timeout=limit_s,
+                )
             )
+        try:
+            transport, _ = await asyncio.shield(making)
+        except asyncio.CancelledError:
+            # Cancelled before TLS has begun, asyncio 3.11 forgets the transport and leaves it open.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            await asyncio.wait({making})
+            if not making.cancelled() and making.exception() is None:
+                making.result()[0].abort()
+            raise
         return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     async def write(self, data: bytes) -> None:
@@ -203,12 +215,8 @@ def pack_request(kind: int, cookie: int, *, flags: int = 0, offset: int = 0, len
 async def open_tls(host: str, port: int, *, export: str, tls: ssl.SSLContext, tls_hostname: str) -> Export:
     """Open an export under TLS. Raise ``OSError`` or ``EOFError``, saying why."""
     connection = await _connect(host, port)
-    try:
-        keep_alive(connection)
-        return await _negotiate(connection, export, tls, tls_hostname)
-    except BaseException:
-        connection.close()
-        raise
+    keep_alive(connection)
+    return await _negotiate(connection, export, tls, tls_hostname)
 
 
 async def open_unix(path: Path, *, export: str = "") -> Export:
@@ -218,10 +226,10 @@ async def open_unix(path: Path, *, export: str = "") -> Export:
         connection.setblocking(False)
         with reachable(path) as name:
             await asyncio.get_running_loop().sock_connect(connection, name)
-        return await _negotiate(connection, export, None, None)
     except BaseException:
         connection.close()
         raise
+    return await _negotiate(connection, export, None, None)
 
 
 def keep_alive(connection: socket.socket) -> None:
@@ -256,13 +264,19 @@ async def _connect(host: str, port: int) -> socket.socket:
 async def _negotiate(
     connection: socket.socket, export: str, tls: ssl.SSLContext | None, tls_hostname: str | None
 ) -> Export:
+    """Come into the transmission phase; the connection is closed when that fails."""
     wire = SocketWire(connection)
-    if await wire.readexactly(len(GREETING)) != GREETING:
-        raise OSError("no NBD server answers there")
-    await wire.readexactly(2)
-    await wire.write(struct.pack(">I", CLIENT_FLAGS))
-    if tls is not None:
-        await _option(wire, Option.STARTTLS)
+    try:
+        if await wire.readexactly(len(GREETING)) != GREETING:
+            raise OSError("no NBD server answers there")
+        await wire.readexactly(2)
+        await wire.write(struct.pack(">I", CLIENT_FLAGS))
+        if tls is not None:
+            await wire.write(_option_request(Option.STARTTLS))
+            await _answers(wire)
+    except BaseException:
+        connection.close()
+        raise
     stream = await Stream.over(connection, tls=tls, server_hostname=tls_hostname)
     try:
         name = export.encode()
@@ -277,12 +291,7 @@ async def _negotiate(
     return Export(stream, size_bytes, flags)
 
 
-async def _option(wire: Wire, option: int, data: bytes = b"") -> list[bytes]:
-    await wire.write(_option_request(option, data))
-    return await _answers(wire)
-
-
-def _option_request(option: int, data: bytes) -> bytes:
+def _option_request(option: int, data: bytes = b"") -> bytes:
     return OPTION_MAGIC + struct.pack(">II", option, len(data)) + data
 
 

@@ -81,20 +81,22 @@ class Door:
         finally:
             if stream is not None:
                 stream.abort()
-            connection.close()
 
     async def _receive(self, connection: socket.socket) -> tuple[Stream, int]:
         """Return the stream and the client's flags; under TLS where that is asked for."""
-        connection.setblocking(False)
-        keep_alive(connection)
-        wire = SocketWire(connection)
-        async with asyncio.timeout(3 * READ_S):
-            flags = await greet(wire)
-            tls = None
-            if isinstance(self._listen, TlsListen):
-                await until_tls(wire)
-                tls = mutual_server(self._tls_dir)  # read anew each time: certificates are renewed in place
-            return await Stream.over(connection, tls=tls, is_server=True), flags
+        wire, tls = SocketWire(connection), None
+        try:
+            connection.setblocking(False)
+            keep_alive(connection)
+            async with asyncio.timeout(3 * READ_S):
+                flags = await greet(wire)
+                if isinstance(self._listen, TlsListen):
+                    await until_tls(wire)
+                    tls = mutual_server(self._tls_dir)  # read anew each time: certificates are renewed in place
+        except BaseException:
+            connection.close()
+            raise
+        return await Stream.over(connection, tls=tls, is_server=True), flags
 
     async def _serve(self, stream: Stream, client_flags: int) -> None:
         export, refusal = "", None

@@ -57,6 +57,8 @@ class Relay:
         self._is_holding = False
         self._connectable = asyncio.Event()
         self._known = asyncio.Event()
+        self._told = asyncio.Event()
+        """set at each news of whether the volume can be reached"""
         self._settled = asyncio.Event()
         self._orders = asyncio.Lock()
         self._source = None if config.upstream is None else self._make_source(config.upstream)
@@ -136,6 +138,7 @@ class Relay:
     def failed(self, error: Exception) -> None:
         """Remember why the volume could not be connected to."""
         self.problem = error if isinstance(error, EmpError) else _unreachable(error)
+        self._told.set()
 
     def about_to_write(self, session: Session) -> None:
         """Between nodes the newest client that writes is the only one.
@@ -167,7 +170,11 @@ class Relay:
         """Return once the volume has been reached; raise why it has not (``Refused``: it is not the right one)."""
         try:
             async with asyncio.timeout(within_s):
-                await self._known.wait()
+                while not self._known.is_set():
+                    if isinstance(self.problem, Refused):
+                        raise self.problem
+                    self._told.clear()
+                    await self._told.wait()
         except TimeoutError:
             raise self.problem or Unreachable("the volume does not answer") from None
 
@@ -324,6 +331,7 @@ class Relay:
         if self.config.flags is None:
             self._save(flags=export.flags & PASSED_ON)
         self._known.set()
+        self._told.set()
         self._push()
 
     async def _until_settled(self) -> None:

@@ -115,9 +115,9 @@ class Session:
     async def run(self) -> None:
         """Serve the client until it goes; return when nothing that it wrote is on its way any more."""
         upstream = asyncio.create_task(self._keep_connected(), name="upstream")
+        client = asyncio.create_task(self._listen(), name="requests")
         try:
-            with contextlib.suppress(OSError, EOFError):  # it went without a word
-                await self._listen()
+            await asyncio.wait({upstream, client}, return_when=asyncio.FIRST_COMPLETED)
             self.leave()
             # What has been sent cannot be called back: nobody else may write before it is known to be over. What was
             # on a connection that is lost is over, as far as anybody here can know.
@@ -126,12 +126,17 @@ class Session:
         finally:
             self.leave()
             upstream.cancel()
-            await asyncio.wait({upstream})
+            client.cancel()
+            await asyncio.wait({upstream, client})
             for request in self.outstanding.values():
                 if request.result is not None and not request.result.done():
                     request.result.set_result(_ESHUTDOWN)
             self.outstanding.clear()
             self._hub.settled()
+        for task in (upstream, client):
+            if not task.cancelled():
+                with contextlib.suppress(OSError, EOFError):  # the client went without a word
+                    task.result()
 
     def leave(self) -> None:
         """The client is gone, or sent away: what it had waiting is never done."""
