@@ -230,11 +230,11 @@ class Writer:
             block, byte = number % self.BLOCKS, 1 + number // self.BLOCKS % 255
             while block in self._asked or len(self._asked) >= self.AT_ONCE:
                 await asyncio.sleep(0.001)
-            if self._stopping:
-                return
             # It takes a line at a time: what comes before its prompt stays in its buffer.
             while not self._prompts:
                 await asyncio.sleep(0.0005)
+            if self._stopping:
+                return
             self._prompts -= 1
             self._asked[block] = (byte, loop.time())
             self._process.stdin.write(f"aio_write -P {byte} {block * BLOCK_BYTES} {BLOCK_BYTES}\n".encode())
