@@ -263,6 +263,25 @@ async def test_nobody_writes_before_the_writes_of_a_client_that_is_gone_are_over
     assert bench.volume.content[:512] == b"\2" * 512
 
 
+async def test_what_waits_behind_such_writes_is_not_done_when_its_client_goes_too(bench: Bench) -> None:
+    await bench.start()
+    first, second = await bench.client(), await bench.client()
+    bench.volume.answering.clear()
+    for client in (first, second):
+        client.send(Kind.WRITE, 0, data=b"\1" * 512)
+    await bench.volume.until_asked(2)
+    first.close()
+    await until(bench.relay, clients=1)
+    second.send(Kind.WRITE, 0, data=b"\2" * 512)
+    await until(bench.relay, waiting=1)
+    second.close()
+    await until(bench.relay, clients=0)
+    bench.volume.answering.set()
+    await until(bench.relay, outstanding=0)
+    assert await (await bench.client()).read(0, 512) == b"\1" * 512
+    assert len(bench.volume.of_kind(Kind.WRITE)) == 2
+
+
 async def test_between_nodes_the_newest_client_that_writes_is_the_only_one(bench: Bench) -> None:
     """An older one is a connection that is dead for its other end, whatever the network thinks of it."""
     await bench.start(listen=TlsListen("127.0.0.1", 0, "agent-n2", "v"), writes_open=False)
