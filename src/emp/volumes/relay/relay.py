@@ -36,6 +36,8 @@ END_S = 1.0
 
 
 class Mode(StrEnum):
+    """``emp.volumes.base.RelayState``, without what makes that slow to import."""
+
     CONNECTING = "connecting"
     """it has not reached the volume yet, and clients wait in the handshake"""
     RUNNING = "running"
