@@ -18,7 +18,8 @@ class FakeVolumes:
     ``failing[verb]`` is raised while it is there; ``log`` has what was done, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "vol-") -> None:
+        self._prefix = prefix
         self.volumes: dict[str, Volume] = {}
         self.fences: dict[str, int] = {}
         self.failing: dict[str, EmpError] = {}
@@ -28,7 +29,7 @@ class FakeVolumes:
 
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002
         self._check("create")
-        name = f"vol-{len(self.volumes) + 1:04}"
+        name = f"{self._prefix}{len(self.volumes) + 1:04}"
         self.volumes[name] = Volume(id=name, type=type, size_bytes=size_bytes, serial=name)
         return self.volumes[name]
 

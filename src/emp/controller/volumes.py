@@ -19,7 +19,8 @@ from emp.volumes.base import VolumeDriver
 
 log = logging.getLogger(__name__)
 
-MIGRATABLE_TYPES = tuple(VolumeType)
+MIGRATABLE_TYPES = tuple(kind for kind in VolumeType if kind is not VolumeType.SHARED)
+"""What the pool makes."""
 SMALLEST_BYTES = 1 << 20
 SECTOR_BYTES = 4096
 

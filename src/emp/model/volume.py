@@ -15,10 +15,17 @@ class VolumeType(StrEnum):
     IO1 = "io1"
     GP3 = "gp3"
     GP2 = "gp2"
+    SHARED = "shared"
+    """storage that every node reaches by one URL: nothing is attached or detached, and nobody can be shut out"""
 
     @property
     def multi_attach(self) -> bool:
-        return self in (VolumeType.IO2, VolumeType.IO1)
+        return self in (VolumeType.IO2, VolumeType.IO1, VolumeType.SHARED)
+
+    @property
+    def fenceable(self) -> bool:
+        """Whether its service can shut out a node that does not let go by itself (``VolumeDriver.fence``)."""
+        return self is not VolumeType.SHARED
 
 
 class NbdEndpoint(Model):

@@ -11,6 +11,7 @@ from emp.model.volume import Attachment, Volume, VolumeType
 GIB = 1 << 30
 MAX_NODES = 16
 """of a Multi-Attach volume: https://docs.aws.amazon.com/ebs/latest/userguide/ebs-volumes-multi.html"""
+TYPES = tuple(kind for kind in VolumeType if kind is not VolumeType.SHARED)
 POOL, FENCE, EPOCH = "emp:pool", "emp:fence", "emp:epoch:"
 """tags: the pool that made it; the oldest epoch that may be served; with an instance: for whom it was attached"""
 
@@ -32,8 +33,8 @@ class EbsView:
     @property
     def volume(self) -> Volume:
         kind = self._record["VolumeType"]
-        if kind not in set(VolumeType):
-            hint = f"EMP moves {', '.join(VolumeType)}"
+        if kind not in TYPES:
+            hint = f"EMP moves {', '.join(TYPES)}"
             raise Refused(f"{self.id} is of the type {kind}", field="volume", hint=hint)
         return Volume(
             id=self.id,

@@ -1,0 +1,61 @@
+"""Several drivers as one: each order goes to the driver that the volume's id belongs to.
+
+A pool has one driver that makes volumes, and always the one for storage that every node reaches (``shared``), whose ids
+begin with a word of its own. Nobody else needs to know that there are two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from emp.model.errors import BadInput
+from emp.model.volume import Attachment, Volume, VolumeType
+from emp.volumes.base import VolumeDriver
+
+
+class VolumeRouter:
+    """See ``emp.volumes.base.VolumeDriver``. ``others``: how their ids begin -> driver; all else is ``main``'s.
+
+    ``create`` is ``main``'s alone: what the others have was not made by the pool.
+    """
+
+    def __init__(self, main: VolumeDriver, others: Mapping[str, VolumeDriver]) -> None:
+        self._main = main
+        self._others = dict(others)
+
+    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
+        """Raise ``BadInput`` for a type that no driver makes."""
+        if type is VolumeType.SHARED:
+            hint = "emp volume create shared --url URL tells the pool of one that is there"
+            raise BadInput("shared storage is not made by the pool", field="type", hint=hint)
+        return await self._main.create(type=type, size_bytes=size_bytes)
+
+    async def describe(self, volume: str) -> Volume:
+        return await self._of(volume).describe(volume)
+
+    async def list(self) -> tuple[Volume, ...]:
+        """Raise what any of them raises: a part would pass for the whole."""
+        found = [await driver.list() for driver in (self._main, *self._others.values())]
+        return tuple(volume for part in found for volume in part)
+
+    async def delete(self, volume: str) -> None:
+        await self._of(volume).delete(volume)
+
+    async def resize(self, volume: str, size_bytes: int) -> Volume:
+        return await self._of(volume).resize(volume, size_bytes)
+
+    async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
+        return await self._of(volume).attach(volume, node=node, epoch=epoch)
+
+    async def detach(self, volume: str, *, node: str, epoch: int, unheld: bool = False) -> None:
+        await self._of(volume).detach(volume, node=node, epoch=epoch, unheld=unheld)
+
+    async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
+        await self._of(volume).fence(volume, epoch=epoch, unheld=unheld)
+
+    async def aclose(self) -> None:
+        for driver in (self._main, *self._others.values()):
+            await driver.aclose()
+
+    def _of(self, volume: str) -> VolumeDriver:
+        return next((driver for begin, driver in self._others.items() if volume.startswith(begin)), self._main)
