@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from emp.model.volume import Attachment, NbdEndpoint
+from emp.model.volume import Attachment, NbdEndpoint, Volume
 from emp.volumes.server.config import Config
+from emp.volumes.server.tls import write_tls_directory
 from emp.wire.http import WireClient
 from emp.wire.pki import CertificateAuthority, Identity, Role
 from emp.wire.tls import mutual_client
@@ -18,7 +23,7 @@ SERVER = Identity(Role.VOLUMES, "v1")
 
 def endpoint_of(attachment: Attachment) -> NbdEndpoint:
     """Return where the pool's own volume service serves an attachment: it always says."""
-    assert attachment.endpoint is not None
+    assert isinstance(attachment.endpoint, NbdEndpoint)
     return attachment.endpoint
 
 
@@ -34,6 +39,23 @@ class NbdPool:
         if not where.exists():
             self._ca.issue(identity.role, identity.name).write(where)
         return where
+
+    @contextlib.contextmanager
+    def serving(self, image: Path, *, name: str = "disk", names: Sequence[str] = ("127.0.0.1",)) -> Iterator[str]:
+        """Serve a raw file as anybody might: an NBD server under TLS, its certificate for ``names``. Yield its URL."""
+        tls = self.directory / f"store-{name}"
+        write_tls_directory(self._ca.issue(Role.VOLUMES, f"store-{name}", names), tls)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        creds = {"qom-type": "tls-creds-x509", "id": "tls", "endpoint": "server", "verify-peer": True, "dir": str(tls)}
+        argv = ["qemu-nbd", "--persistent", "--shared", "0", "--object", json.dumps(creds), "--tls-creds", "tls"]
+        argv += ["--bind", "127.0.0.1", "--port", str(port), "--export-name", name, "--format", "raw", str(image)]
+        with subprocess.Popen(argv) as server:
+            try:
+                _await_port(port, server)
+                yield f"nbds://127.0.0.1:{port}/{name}"
+            finally:
+                server.kill()
 
     def config(self, state_dir: Path, port: int, nbd_ports: tuple[int, int]) -> Config:
         return Config(
@@ -72,3 +94,31 @@ class NbdPool:
 
     def is_open(self, attachment: Attachment, identity: Identity | None = None) -> bool:
         return self.io(attachment, "read 0 4k", identity=identity) is not None
+
+
+class MemoryRegistry:
+    """See ``emp.volumes.shared.Registry``."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Volume] = {}
+
+    def all(self) -> Sequence[Volume]:
+        return list(self.held.values())
+
+    def find(self, volume: str) -> Volume | None:
+        return self.held.get(volume)
+
+    async def change(self, volume: str, update: Callable[[Volume | None], Volume | None]) -> None:
+        if (made := update(self.held.get(volume))) is None:
+            self.held.pop(volume, None)
+        else:
+            self.held[volume] = made
+
+
+def _await_port(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s and server.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=5):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"qemu-nbd does not listen at port {port}: {server.poll()}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from emp.hypervisor.base import BlockDevice, BlockSource, RelaySocket
 from emp.hypervisor.qemu.run_directory import DH_PARAMS
-from emp.model.volume import HostDevice, NbdEndpoint
+from emp.model.volume import HostDevice, NbdEndpoint, RbdImage
 from emp.wire.pki import Role
 from tests.qemu_bench import LOOPBACK, Bench
 
@@ -81,6 +81,8 @@ class Storage:
                 return self.export(device.volume)
             case RelaySocket():
                 return self.relay(device.volume)
+            case RbdImage():
+                raise AssertionError("there is no Ceph here")
 
     def absent(self, device: BlockDevice) -> BlockDevice:
         """A source that nobody serves."""

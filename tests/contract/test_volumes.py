@@ -4,10 +4,14 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import statistics
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,14 +20,16 @@ from emp.model.errors import AlreadyExists, BadInput, Conflict, Forbidden, NotFo
 from emp.model.volume import Attachment, Volume, VolumeType
 from emp.volumes.base import VolumeClaims, VolumeDriver
 from emp.volumes.nbd import NbdVolumeClaims, NbdVolumeDriver
+from emp.volumes.nbd_probe import export_size_bytes
 from emp.volumes.server.app import make_app
 from emp.volumes.server.protocol import CreateVolume, new_volume_id
 from emp.volumes.server.service import VolumeService
+from emp.volumes.shared import SharedVolumeDriver
 from emp.wire.pki import CertificateAuthority, Credentials, Identity, Role
 from emp.wire.serve import Listener, Server
 from emp.wire.sockets import listen
 from emp.wire.tls import mutual_client, mutual_server
-from tests.nbd_pool import POOL, SERVER, NbdPool, endpoint_of
+from tests.nbd_pool import POOL, SERVER, MemoryRegistry, NbdPool, endpoint_of
 
 CONTROLLER = Identity(Role.CONTROLLER, "main")
 SIZE_BYTES = 64 << 20
@@ -36,8 +42,8 @@ def pool(tmp_path: Path) -> NbdPool:
     return NbdPool(tmp_path / "credentials")
 
 
-@pytest.fixture(params=["nbd"])
-async def connect(pool: NbdPool, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Connect]:
+@asynccontextmanager
+async def nbd_service(pool: NbdPool, tmp_path: Path) -> AsyncIterator[Connect]:
     """Give a driver that speaks to one and the same service, in the name of whom one likes."""
     with listen("127.0.0.1", 0) as socket:
         port = socket.getsockname()[1]
@@ -58,8 +64,55 @@ async def connect(pool: NbdPool, tmp_path: Path, request: pytest.FixtureRequest)
 
 
 @pytest.fixture
+async def connect(pool: NbdPool, tmp_path: Path) -> AsyncIterator[Connect]:
+    async with nbd_service(pool, tmp_path) as connect:
+        yield connect
+
+
+@pytest.fixture
 def driver(connect: Connect) -> VolumeDriver:
     return connect(CONTROLLER)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A driver, and how a volume of its comes to be."""
+
+    driver: VolumeDriver
+    new: Callable[[], Awaitable[Volume]]
+    closes: bool
+    """a node that is detached cannot use it any more"""
+
+
+@asynccontextmanager
+async def nbd_kind(pool: NbdPool, tmp_path: Path) -> AsyncIterator[Kind]:
+    async with nbd_service(pool, tmp_path) as connect:
+        driver = connect(CONTROLLER)
+        yield Kind(driver, lambda: driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES), closes=True)
+
+
+@asynccontextmanager
+async def shared_kind(pool: NbdPool, tmp_path: Path) -> AsyncIterator[Kind]:
+    """Each volume is an NBD server of its own."""
+    tls = mutual_client(pool.credentials(CONTROLLER))
+    driver = SharedVolumeDriver(MemoryRegistry(), lambda endpoint: export_size_bytes(endpoint, tls))
+    names = (f"disk{number}" for number in itertools.count(1))
+    with ExitStack() as servers:
+
+        async def new() -> Volume:
+            name = next(names)
+            image = tmp_path / name
+            image.touch()
+            os.truncate(image, SIZE_BYTES)
+            return await driver.register(servers.enter_context(pool.serving(image, name=name)))
+
+        yield Kind(driver, new, closes=False)
+
+
+@pytest.fixture(params=[nbd_kind, shared_kind], ids=["nbd", "shared"])
+async def kind(pool: NbdPool, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Kind]:
+    async with request.param(pool, tmp_path) as kind:
+        yield kind
 
 
 @pytest.fixture
@@ -81,11 +134,11 @@ async def volume(driver: VolumeDriver) -> Volume:
     return await driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)
 
 
-async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: VolumeDriver) -> None:
+async def test_a_volume_is_known_from_its_making_to_its_deletion(kind: Kind) -> None:
+    driver = kind.driver
     assert await driver.list() == ()
-    made = await driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)
-    other = await driver.create(type=VolumeType.IO2, size_bytes=2 * SIZE_BYTES)
-    assert (made.type, made.size_bytes, made.attachments) == (VolumeType.IO2, SIZE_BYTES, ())
+    made, other = await kind.new(), await kind.new()
+    assert (made.size_bytes, made.attachments) == (SIZE_BYTES, ())
     assert made.id != other.id
     assert made.serial != other.serial
     assert len(made.serial) <= 20, "a disk has room for no more"
@@ -123,8 +176,9 @@ async def test_a_volume_grows_and_what_is_attached_from_then_on_has_the_new_size
         await driver.resize(volume.id, 2 * SIZE_BYTES + 512)
 
 
-async def test_bad_input_names_the_field(driver: VolumeDriver, volume: Volume) -> None:
-    for wrong in ("../x", "vol-1", "vol-" + "0" * 300, "a,b=c", ""):
+async def test_bad_input_names_the_field(kind: Kind) -> None:
+    driver, volume = kind.driver, await kind.new()
+    for wrong in ("../x", "vol-1", "vol-" + "0" * 300, "shared-" + "0" * 300, "a,b=c", ""):
         with pytest.raises(BadInput) as caught:
             await driver.describe(wrong)
         assert caught.value.field == "volume"
@@ -137,7 +191,8 @@ async def test_bad_input_names_the_field(driver: VolumeDriver, volume: Volume) -
     assert caught.value.field == "epoch"
 
 
-async def test_an_attached_volume_is_usable_by_its_node(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+async def test_an_attached_volume_is_usable_by_its_node(kind: Kind, pool: NbdPool) -> None:
+    driver, volume = kind.driver, await kind.new()
     attachment = await driver.attach(volume.id, node="n1", epoch=7)
     assert (attachment.volume, attachment.node, attachment.epoch) == (volume.id, "n1", 7)
     assert await driver.attach(volume.id, node="n1", epoch=7) == attachment
@@ -146,7 +201,8 @@ async def test_an_attached_volume_is_usable_by_its_node(driver: VolumeDriver, po
     assert not pool.io(attachment, f"read {SIZE_BYTES} 4k"), "and no more than that"
 
 
-async def test_what_one_node_writes_the_other_reads(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+async def test_what_one_node_writes_the_other_reads(kind: Kind, pool: NbdPool) -> None:
+    driver, volume = kind.driver, await kind.new()
     first = await driver.attach(volume.id, node="n1", epoch=1)
     second = await driver.attach(volume.id, node="n2", epoch=2)
     assert (await driver.describe(volume.id)).attachments == (first, second)
@@ -194,14 +250,17 @@ async def test_detaching_closes_it_to_who_still_has_it_open(
     assert (await driver.describe(volume.id)).attachments == (kept,)
 
 
-async def test_detaching_is_idempotent_and_exact(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+async def test_detaching_is_idempotent_and_exact(kind: Kind, pool: NbdPool) -> None:
+    driver, volume = kind.driver, await kind.new()
     attachment = await driver.attach(volume.id, node="n1", epoch=5)
     for node, epoch in (("n1", 4), ("n1", 6), ("n2", 5)):
         await driver.detach(volume.id, node=node, epoch=epoch)
     assert pool.is_open(attachment)
+    assert (await driver.describe(volume.id)).attachments == (attachment,)
     for _ in range(2):
         await driver.detach(volume.id, node="n1", epoch=5)
-    assert not pool.is_open(attachment)
+    assert pool.is_open(attachment) is not kind.closes
+    assert (await driver.describe(volume.id)).attachments == ()
     again = await driver.attach(volume.id, node="n1", epoch=5)
     assert pool.is_open(again)
 
@@ -278,7 +337,8 @@ async def test_an_agent_claims_for_its_own_node_alone(
     assert (await driver.describe(volume.id)).attachments[0].tag == 9
 
 
-async def test_an_attached_volume_is_not_deleted(driver: VolumeDriver, pool: NbdPool, volume: Volume) -> None:
+async def test_an_attached_volume_is_not_deleted(kind: Kind, pool: NbdPool) -> None:
+    driver, volume = kind.driver, await kind.new()
     attachment = await driver.attach(volume.id, node="n1", epoch=1)
     with pytest.raises(Conflict, match="n1"):
         await driver.delete(volume.id)

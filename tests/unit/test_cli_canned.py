@@ -39,6 +39,10 @@ VOL = Volume(
         ),
     ),
 )  # fmt: skip
+SHARED = Volume(
+    id="shared-0123456789ab", type=VolumeType.SHARED, size_bytes=1 << 30, serial="shared0123456789ab",
+    url="rbd:vms/web",
+)  # fmt: skip
 PLAN = Migration(
     id=ID, evm="web", source="n1", target="n2", epoch_target=8, epoch_source=9,
     placement="the only node that fits (3.5 GiB free)", created_at=1_700_000_000.0,

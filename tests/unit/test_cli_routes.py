@@ -12,7 +12,7 @@ from emp.model.errors import BadInput, Conflict, NotFound
 from emp.model.evm import EvmState
 from emp.model.migration import MigrationRequest
 from emp.model.node import Fence
-from tests.unit.test_cli_canned import ABORTED, VOL, WEB
+from tests.unit.test_cli_canned import ABORTED, SHARED, VOL, WEB
 
 if TYPE_CHECKING:
     from tests.unit.test_cli_pool import Controller
@@ -125,7 +125,7 @@ def routes(pool: Controller) -> None:
 
     @app.post("/v1/volumes", status_code=201)
     def create_volume(request: dict[str, Any]) -> Any:
-        return VOL
+        return SHARED if request["type"] == "shared" else VOL
 
     @app.post("/v1/volumes/{name}/resize")
     def resize_volume(name: str, request: dict[str, Any]) -> Any:

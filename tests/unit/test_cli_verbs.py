@@ -11,7 +11,7 @@ import pytest
 
 from emp.model.errors import Refused
 from emp.model.migration import Check
-from tests.unit.test_cli_canned import ABORTED, COMPLETED, ID, N1, PLAN, VOL, WEB
+from tests.unit.test_cli_canned import ABORTED, COMPLETED, ID, N1, PLAN, SHARED, VOL, WEB
 from tests.unit.test_cli_pool import Controller, serving
 from tests.unit.test_cli_run import POOL, Emp, in_process
 
@@ -40,6 +40,11 @@ READ: dict[str, tuple[str, list[str], Any]] = {
     "volume list": ("volume list", ["vol-1", "io2", "1 GiB", "web", "n1"], [VOL]),
     "volume show": ("volume show vol-1", ["vol-1", "s1", "n1 (epoch 7)"], VOL),
     "volume create": ("volume create io2:1GiB", ["volume vol-1 is made: io2, 1 GiB"], VOL),
+    "volume create shared": (
+        "volume create shared --url rbd:vms/web --size 1GiB",
+        ["volume shared-0123456789ab is known: shared, 1 GiB"],
+        SHARED,
+    ),
     "migration list": ("migration list", [ID, "n1 -> n2", "completed", "18.2 ms"], [COMPLETED]),
     "migration show": (f"migration show {ID}", ["completed", "14.1 ms", "540 MiB"], COMPLETED),
     "migration of an EVM": ("migration show web", [ID, "n1 -> n2"], COMPLETED),

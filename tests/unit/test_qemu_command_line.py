@@ -17,7 +17,7 @@ from emp.hypervisor.qemu.command_line import Descriptors, command_line
 from emp.hypervisor.qemu.guest_config import guest_config
 from emp.model.errors import BadInput
 from emp.model.evm import EvmSpec, Nic, Pod
-from emp.model.volume import HostDevice, NbdEndpoint
+from emp.model.volume import HostDevice, NbdEndpoint, RbdImage
 
 SPEC = EvmSpec(
     name="web",
@@ -193,6 +193,22 @@ def test_what_a_volume_is_called_elsewhere_stays_inside_its_json(text: str) -> N
     assert len(words) == len(argv(PLAN))
     nbd = next(json.loads(word) for word in words if '"driver":"nbd"' in word)
     assert nbd["export"] == text
+
+
+def test_a_ceph_image_is_opened_by_the_clusters_own_names_and_keys() -> None:
+    image = RbdImage(pool="vms", image="web", user="emp")
+    words = argv(replace(PLAN, volumes=(replace(PLAN.volumes[0], source=image), PLAN.volumes[1])))
+    node = json.loads(next(word for word in words if '"driver":"rbd"' in word))
+    assert node.pop("node-name") in next(word for word in words if '"node-name":"volume0"' in word)
+    assert node == {
+        "driver": "rbd",
+        "pool": "vms",
+        "image": "web",
+        "user": "emp",
+        "cache": {"direct": True, "no-flush": False},
+    }
+    disks = [word for word in words if word.startswith('{"driver":"scsi-hd"')]
+    assert disks and disks == [word for word in argv(PLAN) if word.startswith('{"driver":"scsi-hd"')]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from emp.hypervisor.base import BlockDevice
 from emp.model.errors import HostError, Refused, Unavailable
 from emp.model.names import format_size
 from emp.model.orders import VolumeGrant
-from emp.model.volume import HostDevice, NbdEndpoint, Volume
+from emp.model.volume import HostDevice, NbdEndpoint, RbdImage, Volume
 from emp.volumes.base import DeviceResolver, VolumeProbe
 
 PATIENCE_S = 20.0
@@ -40,11 +40,14 @@ class Devices:
 
         Raises ``HostError`` for a device that does not show, ``Refused`` for one that is not the volume.
         """
-        volume = grant.volume
-        return BlockDevice(volume.id, volume.serial, volume.size_bytes, await self.source(grant, deadline_s=deadline_s))
+        volume, endpoint = grant.volume, grant.endpoint
+        source = endpoint if isinstance(endpoint, RbdImage) else await self.source(grant, deadline_s=deadline_s)
+        return BlockDevice(volume.id, volume.serial, volume.size_bytes, source)
 
     async def source(self, grant: VolumeGrant, *, deadline_s: float | None = None) -> Source:
-        """Return where this node reaches a volume. Raises as ``open``."""
+        """Return where this node reaches a volume, for others than QEMU. Raises as ``open``."""
+        if isinstance(grant.endpoint, RbdImage):
+            raise Refused(f"{grant.volume.id} is a Ceph image, which QEMU alone opens", field="volumes")
         if grant.endpoint is not None:  # of the volume service, or of the relay of the node that has it
             return grant.endpoint
         return await self._resolve(grant.volume, deadline_s or self._deadline_s())

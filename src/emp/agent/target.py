@@ -27,6 +27,7 @@ from emp.migration.way_back import VOLUME_UNREAD
 from emp.model.errors import Conflict, EmpError, OutcomeUnknown
 from emp.model.orders import Prepared
 from emp.model.orders import Role as RoleName
+from emp.model.volume import RbdImage
 from emp.wire.link import Link
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,9 @@ class TargetRole(Role[Target]):
 
     def _health_of(self, assembly: Assembly) -> Health:
         if self._health is None:
-            probes = {grant.volume.id: self._probe(grant) for grant in self.entry.volumes if self._probe}
+            # a Ceph image has been opened by the QEMU that waits here, and nothing else of this node could read it
+            read = (grant for grant in self.entry.volumes if not isinstance(grant.endpoint, RbdImage))
+            probes = {grant.volume.id: self._probe(grant) for grant in read if self._probe}
             self._health = Health(assembly, self._assembler.network, probes)
         return self._health
 

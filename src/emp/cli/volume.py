@@ -21,23 +21,42 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="Id of the volume.")]
 @app.command()
 def create(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="TYPE:SIZE", help="Such as io2:1GiB.")],
+    what: Annotated[str, typer.Argument(metavar="TYPE:SIZE|shared", help="Such as io2:1GiB; shared with --url.")],
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Of storage that every node reaches: nbds://... or rbd:...")
+    ] = None,
+    wanted: Annotated[
+        str | None, typer.Option("--size", metavar="SIZE", help="Of shared storage; left out, it is read if it can be.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a volume; an EVM gets it by emp evm create --volume ID."""
+    """Make a volume, or name shared storage; an EVM gets it by emp evm create --volume ID."""
     from emp.model.names import parse_size
 
     session: Session = ctx.obj
     kind, colon, amount = what.partition(":")
-    if not colon:
-        raise BadInput(f"{what[:40]!r} is not a type and a size", field="TYPE:SIZE", hint="like io2:1GiB")
-    size_bytes = parse_size(amount, field="size")
-    with session.client() as client:
-        volume = client.volumes.create(size_bytes, type=kind)
+    if what == "shared":
+        if url is None:
+            raise BadInput(
+                "shared storage is named by its URL", field="url", hint="--url nbds://HOST/EXPORT or rbd:..."
+            )
+        size_bytes = None if wanted is None else parse_size(wanted, field="size")
+        with session.client() as client:
+            volume = client.volumes.register(url, size=size_bytes)
+    else:
+        if url is not None or wanted is not None:
+            field = "url" if url is not None else "size"
+            raise BadInput("only shared storage takes it", field=field, hint="emp volume create shared --url URL")
+        if not colon:
+            raise BadInput(f"{what[:40]!r} is not a type and a size", field="TYPE:SIZE", hint="like io2:1GiB")
+        size_bytes = parse_size(amount, field="size")
+        with session.client() as client:
+            volume = client.volumes.create(size_bytes, type=kind)
     if as_json:
         print_json(volume)
     else:
-        print(f"volume {volume.id} is made: {volume.type}, {size(volume.size_bytes)}")
+        verb = "known" if volume.url else "made"
+        print(f"volume {volume.id} is {verb}: {volume.type}, {size(volume.size_bytes)}")
 
 
 @app.command(name="list")

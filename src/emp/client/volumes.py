@@ -28,6 +28,13 @@ class Volumes(Noun):
         path = f"/v1/volumes/{part(id, field='volume')}/resize"
         return self.ask(_volume, "POST", path, {"size_bytes": size}, timeout_s=ORDER_S)
 
+    def register(self, url: str, *, size: int | str | None = None) -> Volume:
+        """Tell the pool of storage that every node reaches; ``size``: None where it can be read.
+
+        Raises ``BadInput``, ``AlreadyExists``, ``Refused`` or ``Unavailable``.
+        """
+        return self.ask(_volume, "POST", "/v1/volumes", {"type": "shared", "url": url, "size_bytes": size})
+
     def delete(self, id: str) -> None:  # noqa: A002
         """Raises ``NotFound``, or ``Conflict`` while an EVM has it."""
         self.transport.send("DELETE", f"/v1/volumes/{part(id, field='volume')}").answer()

@@ -181,6 +181,8 @@ class Book:
         self.evms = Table(store, "/evms/", Evm, "evm")
         self.migrations = Table(store, "/migrations/", Migration, "migration")
         self.volumes = Table(store, "/volumes/", Volume, "volume")
+        self.shared = Table(store, "/shared/", Volume, "shared volume")
+        """the own records of the driver for storage that every node reaches"""
         self.upkeep = Table(store, "/upkeep/", Upkeep, "upkeep record")
         self.claims = Table(store, "/addresses/", Claim, "address")
         self.epochs = Counter(store, _EPOCHS)
@@ -195,7 +197,7 @@ class Book:
 
     @property
     def tables(self) -> tuple[Table[Any], ...]:
-        return self.nodes, self.evms, self.migrations, self.volumes, self.upkeep, self.claims
+        return self.nodes, self.evms, self.migrations, self.volumes, self.shared, self.upkeep, self.claims
 
     async def write(self, *edits: Edit[Any]) -> None:
         """Carry out all edits in one transaction, or raise and do none. Edits that change nothing cost nothing."""

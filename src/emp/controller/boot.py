@@ -109,6 +109,7 @@ class Boot:
         node, epoch = intent.node, intent.epoch
         await self._hold(name, node)
         spec = self._book.evms.get(name).spec
+        self._volumes.check_given_up(spec.volumes, node=node)
         volumes = self._volumes  # nobody has them open: all that could have are retired, or fenced (rule R8)
         await self._patiently(
             name, None, lambda: volumes.release(spec.volumes, keep_node=node, unheld=True), sent=resumed
@@ -153,11 +154,14 @@ class Boot:
     async def _retire_holders(self, name: str) -> None:
         """Have every node that could hold authority give it up: RETIRED(k) in its journal, or a fence (rule R8).
 
-        A fenced node writes RETIRED(k) before its fence is lifted.
+        A fenced node writes RETIRED(k) before its fence is lifted. What no service can shut a node out of is given up
+        by this proof alone.
         """
         order = RetireOrder(epoch=self._intent(name).retire_epoch)
         holders = self._upkeep(name).holders
         await all_of(self._retire(name, node, order) for node in holders)
+        unfenceable = self._volumes.unfenceable(self._book.evms.get(name).spec.volumes)
+        await all_of(self._volumes.release(unfenceable, node=node) for node in holders)
         await self._book.update(self._book.upkeep, name, lambda u: u.model_copy(update={"holders": ()}))
 
     async def _retire(self, name: str, node: str, order: RetireOrder) -> None:
@@ -210,7 +214,7 @@ class Boot:
         await self._finish(
             name, lambda e: e.model_copy(update={"state": EvmState.STOPPED, "reason": reason, "want_running": False})
         )
-        await self._tidy(name, keep_epoch=None)
+        await self._tidy(name, keep_epoch=None, unheld=report is not None)
 
     async def _stop_at_owner(self, evm: Evm, grace_s: float) -> EvmReport | None:
         """Return the owner's report; None where there is nothing to stop."""
@@ -277,11 +281,17 @@ class Boot:
             await self._failed(name, undo, second)
 
     async def _tidy(self, name: str, *, keep_epoch: int | None, unheld: bool = False) -> None:
-        """Detach what older epochs left behind. Nothing depends on it: the fence has shut them out."""
+        """Detach what older epochs left behind. Nothing depends on it: the fence has shut them out.
+
+        Unless they are known to be ``unheld``, what nobody can be shut out of stays noted as theirs.
+        """
         evm = self._book.evms.find(name)
         if evm is not None and evm.spec.volumes:
+            kept = () if unheld else self._volumes.unfenceable(evm.spec.volumes)
             try:
-                await self._volumes.release(evm.spec.volumes, keep_epoch=keep_epoch, unheld=unheld)
+                await self._volumes.release(
+                    [v for v in evm.spec.volumes if v not in kept], keep_epoch=keep_epoch, unheld=unheld
+                )
             except EmpError as error:
                 log.warning("old attachments of EVM %s are left: %s", name, error)
 

@@ -92,8 +92,19 @@ class Fences:
         return (
             f"node {name} ({how}): fencing it {self._driver.describe(name)}. "
             f"EVMs there: {', '.join(evms) or 'none'}; migrations that are open: {', '.join(moves) or 'none'}. "
-            "Afterwards emp evm recover starts each elsewhere"
+            f"Afterwards emp evm recover starts each elsewhere{self._without_a_second_wall(name)}"
         )
+
+    def _without_a_second_wall(self, name: str) -> str:
+        """Name what the node would go on writing to if it were not off after all, as no service shuts it out."""
+        held = [
+            volume.id
+            for volume in self._book.volumes.all()
+            if not volume.type.fenceable and any(attachment.node == name for attachment in volume.attachments)
+        ]
+        if not held:
+            return ""
+        return f". It must be off for certain: nothing else keeps it from writing to {', '.join(held)}"
 
     async def readmit(self, name: str, *, confirm: bool) -> Node:
         """Take the journal that a quarantined node has now for its own. Raises as ``fence``, or ``Conflict``."""

@@ -15,7 +15,7 @@ from emp.model.errors import BadInput, Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.names import format_size, parse_size
 from emp.model.orders import VolumeGrant
 from emp.model.volume import Attachment, Volume, VolumeType
-from emp.volumes.base import VolumeDriver
+from emp.volumes.base import SharedStorage, VolumeDriver
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +56,10 @@ def parse_wishes(texts: Sequence[str]) -> tuple[VolumeWish, ...]:
 
 
 class Volumes:
-    def __init__(self, book: Book, driver: VolumeDriver) -> None:
+    def __init__(self, book: Book, driver: VolumeDriver, shared: SharedStorage) -> None:
         self._book = book
         self._driver = driver
+        self._shared = shared
 
     async def load(self) -> None:
         """Take over what the service has. Where it does not answer, the records stand as they are."""
@@ -78,6 +79,10 @@ class Volumes:
         volume = made.model_copy(update={"evm": evm})
         await self._book.write(put(self._book.volumes, volume.id, volume))
         return volume
+
+    async def register(self, url: str, size_bytes: int | None) -> Volume:
+        """Take in storage that every node reaches. Raises as ``SharedStorage.register`` does."""
+        return await self._note(await self._shared.register(url, size_bytes=size_bytes))
 
     async def get(self, volume: str, *, field: str = "volume") -> Volume:
         """Return the record; a volume that only the service knows gets one. Raises ``NotFound``."""
@@ -126,6 +131,22 @@ class Volumes:
         record = await self._change_attachments(volume, add=attachment)
         return VolumeGrant(volume=record, attachment=attachment)
 
+    def unfenceable(self, volumes: Sequence[str]) -> tuple[str, ...]:
+        """Return those of which only a node's own word, or proof that it is off, says that it has let go."""
+        known = (self._book.volumes.find(volume) for volume in volumes)
+        return tuple(volume.id for volume in known if volume is not None and not volume.type.fenceable)
+
+    def check_given_up(self, volumes: Sequence[str], *, node: str) -> None:
+        """Raise ``Conflict`` if another node may still write to one of those that it cannot be shut out of."""
+        for volume in self.unfenceable(volumes):
+            held = sorted({a.node for a in self._book.volumes.get(volume).attachments} - {node})
+            if held:
+                raise Conflict(
+                    f"{', '.join(held)} may still write to {volume}, and nothing can shut a node out of it",
+                    field="volumes",
+                    hint=f"its EVM must be stopped there, or the node proven off: emp node fence {held[0]}",
+                )
+
     async def release(
         self,
         volumes: Sequence[str],
@@ -168,7 +189,9 @@ class Volumes:
     async def fence(self, volumes: Sequence[str], *, epoch: int, unheld: bool = False) -> None:
         """Have the service refuse every attachment older than ``epoch``, whoever holds it. What is gone needs none.
 
-        ``unheld``: no QEMU has any of those open any more.
+        ``unheld``: no QEMU has any of those open any more. Of a volume that nobody can be shut out of this promises
+        nothing: its older holders have sworn that they let go (RETIRED), or are proven off, before the new one was
+        given it, as rule R8 demands for every EVM.
         """
         await all_of(self._fence(volume, epoch, unheld=unheld) for volume in volumes)
 
@@ -194,6 +217,8 @@ class Volumes:
             log.warning("a newer owner has it: %s", error)
 
     async def _fence(self, volume: str, epoch: int, *, unheld: bool) -> None:
+        if (known := self._book.volumes.find(volume)) is not None and not known.type.fenceable:
+            return
         with contextlib.suppress(NotFound):
             await self._driver.fence(volume, epoch=epoch, unheld=unheld)
             await self._note(await self._driver.describe(volume))  # its nodes may have claimed newer epochs

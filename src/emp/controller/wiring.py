@@ -21,6 +21,7 @@ from emp.controller.nodes import Nodes
 from emp.controller.reports import Reports
 from emp.controller.restart import Restarts
 from emp.controller.services import Services
+from emp.controller.shared import SharedRecords
 from emp.controller.steps import Tools
 from emp.controller.sweep import Sweep
 from emp.controller.volumes import Volumes
@@ -34,6 +35,10 @@ from emp.store.sqlite import SqliteStore
 from emp.volumes.base import VolumeDriver
 from emp.volumes.ebs import EbsVolumeDriver
 from emp.volumes.nbd import NbdVolumeDriver
+from emp.volumes.nbd_probe import export_size_bytes
+from emp.volumes.router import VolumeRouter
+from emp.volumes.shared import PREFIX as SHARED_PREFIX
+from emp.volumes.shared import SharedVolumeDriver
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity
 from emp.wire.secret import Secret
@@ -82,7 +87,10 @@ async def wire(
     driver = driver or _volume_driver(config, tls)
     nodes = Nodes(book, down_after_s=config.node_down_s)
     agents, hub, metrics = Agents(tls), Hub(), Metrics(book, nodes)
-    volumes, capacity = Volumes(book, driver), Capacity(book, nodes)
+    shared = SharedVolumeDriver(SharedRecords(book), lambda endpoint: export_size_bytes(endpoint, tls))
+    driver = VolumeRouter(driver, {SHARED_PREFIX: shared})
+    volumes = Volumes(book, driver, shared)
+    capacity = Capacity(book, nodes)
     blueprints = Blueprints(book, nodes, capacity, volumes, config.network)
     fences = Fences(book, nodes, agents, fence_driver or _fence_driver(config, tls))
     migrations = Migrations(Tools(book, nodes, agents, volumes, hub, metrics), capacity, config.network)

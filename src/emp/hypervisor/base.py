@@ -15,7 +15,7 @@ from typing import Protocol
 
 from emp.model.errors import HypervisorError
 from emp.model.evm import EvmSpec
-from emp.model.volume import HostDevice, NbdEndpoint
+from emp.model.volume import HostDevice, NbdEndpoint, RbdImage
 
 QUIET_S = 2.0
 """for so long the guest must have left a disk alone before it is taken away"""
@@ -47,7 +47,7 @@ class RelaySocket:
     path: Path
 
 
-BlockSource = NbdEndpoint | HostDevice | RelaySocket
+BlockSource = NbdEndpoint | HostDevice | RbdImage | RelaySocket
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,12 @@ class AbortRequest(Model):
 
 
 class VolumeCreate(Model):
-    """Body of ``POST /v1/volumes``."""
+    """Body of ``POST /v1/volumes``: one to make (``size_bytes``), or ``shared`` storage that is there (``url``)."""
 
     type: VolumeType = VolumeType.IO2
-    size_bytes: SizeBytes
+    size_bytes: SizeBytes | None = None
+    """with ``url``: None where it can be read"""
+    url: str | None = Field(default=None, max_length=512)
 
 
 class VolumeAttach(Model):

@@ -38,7 +38,7 @@ from emp.model.evm import EvmSpec
 from emp.model.migration import Policy, Progress, Stage, WatchLine
 from emp.model.names import Ip, Name
 from emp.model.node import NodeReport
-from emp.model.volume import Attachment, NbdEndpoint, Volume
+from emp.model.volume import Attachment, NbdEndpoint, RbdImage, Volume
 
 PROTOCOL_VERSION = 1
 
@@ -61,7 +61,7 @@ class VolumeGrant(Model):
         return self
 
     @property
-    def endpoint(self) -> NbdEndpoint | None:
+    def endpoint(self) -> NbdEndpoint | RbdImage | None:
         """Where the node reaches it; None: it is a device of the node itself."""
         return self.relay or (self.attachment.endpoint if self.attachment else None)
 

@@ -38,6 +38,18 @@ class NbdEndpoint(Model):
     """The name that the server's certificate must carry."""
 
 
+class RbdImage(Model):
+    """An image of a Ceph cluster, reached by every node with the cluster's own configuration and keys."""
+
+    pool: str
+    image: str
+    namespace: str | None = None
+    user: str | None = None
+    """None: librados' default, ``admin``"""
+    conf: str | None = None
+    """path of the cluster's configuration on each node; None: librados' default, ``/etc/ceph/ceph.conf``"""
+
+
 class HostDevice(Model):
     """A block device of the node itself, found by its serial (``emp.volumes.base.DeviceResolver``)."""
 
@@ -62,7 +74,7 @@ class Attachment(Model):
     node: Name
     epoch: int
     """of the owner that it was opened for"""
-    endpoint: NbdEndpoint | None = None
+    endpoint: NbdEndpoint | RbdImage | None = None
     """None: the node finds the device by the volume's serial (``emp.volumes.base.DeviceResolver``)"""
     claimed: int = 0
     """the newest epoch that its node has claimed it under since; 0: none"""
@@ -84,3 +96,5 @@ class Volume(Model):
     serial: str
     evm: Name | None = None
     attachments: tuple[Attachment, ...] = ()
+    url: str | None = None
+    """of storage that every node reaches (type ``shared``)"""

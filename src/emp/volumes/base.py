@@ -79,11 +79,20 @@ class VolumeDriver(Protocol):
     async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
         """Persist that only attachments of ``epoch`` or newer are served, and close all others.
 
-        ``unheld``: see ``detach``; of all that are older.
+        ``unheld``: see ``detach``; of all that are older. Raises ``Refused`` where nobody can be shut out
+        (``VolumeType.fenceable``).
         """
         ...
 
     async def aclose(self) -> None: ...
+
+
+class SharedStorage(Protocol):
+    """What is told of storage that every node reaches, besides being a ``VolumeDriver`` for it."""
+
+    async def register(self, url: str, *, size_bytes: int | None = None) -> Volume:
+        """Raises ``BadInput``, ``AlreadyExists``, ``Refused`` or ``Unreachable``, naming ``url`` or ``size``."""
+        ...
 
 
 class VolumeClaims(Protocol):

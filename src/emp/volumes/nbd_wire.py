@@ -66,6 +66,10 @@ class Answer(IntEnum):
 INFO_EXPORT = 0
 
 
+class NoSuchExport(OSError):
+    """The server answers, and has no export of that name."""
+
+
 class Flag(IntFlag):
     """What an export can do: its transmission flags."""
 
@@ -304,7 +308,8 @@ async def _answers(wire: Wire) -> list[bytes]:
             raise OSError("it does not speak NBD")
         said.append(await wire.readexactly(length))
         if kind not in (Answer.ACK, Answer.INFO):
-            raise OSError(f"refused ({kind:#x}): {said[-1].decode(errors='replace')}")
+            refusal = NoSuchExport if kind == Answer.UNKNOWN else OSError
+            raise refusal(f"refused ({kind:#x}): {said[-1].decode(errors='replace')}")
         if kind == Answer.ACK:
             return said
 

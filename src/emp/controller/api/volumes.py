@@ -7,7 +7,8 @@ from fastapi import APIRouter, status
 from emp.controller.services import Services
 from emp.controller.volumes import check_size
 from emp.model.api import Listing, VolumeCreate, VolumeResize
-from emp.model.volume import Volume
+from emp.model.errors import BadInput
+from emp.model.volume import Volume, VolumeType
 
 
 def router(services: Services) -> APIRouter:
@@ -20,6 +21,14 @@ def router(services: Services) -> APIRouter:
 
     @router.post("", status_code=status.HTTP_201_CREATED)
     async def create_volume(request: VolumeCreate) -> Volume:
+        if request.type is VolumeType.SHARED:
+            if request.url is None:
+                raise BadInput("shared storage is named by its URL", field="url", hint="nbds://HOST/EXPORT or rbd:...")
+            return await volumes.register(request.url, request.size_bytes)
+        if request.url is not None:
+            raise BadInput(f"a volume of the type {request.type} has no URL", field="url", hint="the type is shared")
+        if request.size_bytes is None:
+            raise BadInput("a volume to be made needs a size", field="size_bytes", hint="such as 1GiB")
         return await volumes.create(request.type, check_size(request.size_bytes, field="size_bytes"))
 
     @router.get("/{id}")

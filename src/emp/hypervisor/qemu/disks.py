@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from emp.hypervisor.base import BlockDevice, RelaySocket
+from emp.hypervisor.qemu.rbd import rbd_options
 from emp.model.errors import BadInput
 from emp.model.evm import MAX_VOLUMES
-from emp.model.volume import HostDevice, NbdEndpoint
+from emp.model.volume import HostDevice, NbdEndpoint, RbdImage
 
 CONTROLLER = "scsi0"
 CREDENTIALS = "volumes"
@@ -139,6 +140,8 @@ def source_node(slot: int, device: BlockDevice, handles: Handles) -> dict[str, A
                 "tls-hostname": endpoint.tls_hostname,
                 "reconnect-delay": NBD_RECONNECT_DELAY_S,
             }
+        case RbdImage() as image:
+            return node | rbd_options(image)
         case RelaySocket(path=path):
             return node | {
                 "driver": "nbd",

@@ -12,7 +12,7 @@ from pathlib import Path
 from emp.lab.cloud.knobs import Shown
 from emp.lab.cloud.plane import PlaneVolume
 from emp.model.errors import NotFound
-from emp.model.volume import VolumeType
+from emp.model.volume import NbdEndpoint, VolumeType
 from emp.volumes.devices import Device
 from emp.volumes.ebs_view import EPOCH, FENCE
 from emp.volumes.server.epochs import EPOCH_LOG, EpochLog
@@ -88,7 +88,7 @@ class ExportPlane:
         """Return what ``node`` sees of a volume that shows there. Raises ``NotFound`` if it is gone again."""
         found = self._service.describe(volume)
         for held in found.attachments:
-            if held.node == node and held.endpoint is not None:
+            if held.node == node and isinstance(held.endpoint, NbdEndpoint):
                 return Device(
                     serial=found.serial if shown.serial is None else shown.serial,
                     size_bytes=found.size_bytes if shown.size_bytes is None else shown.size_bytes,
