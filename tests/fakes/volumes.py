@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from emp.model.errors import BadInput, Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.volume import Attachment, ClaimPoint, NbdEndpoint, Volume, VolumeType
 
@@ -18,6 +20,8 @@ class FakeVolumes:
     ``failing[verb]`` is raised while it is there; ``log`` has what was done, in order.
     """
 
+    name = "fake"
+
     def __init__(self, prefix: str = "vol-") -> None:
         self._prefix = prefix
         self.volumes: dict[str, Volume] = {}
@@ -26,6 +30,9 @@ class FakeVolumes:
         self.attached: Attachments = []
         self.log: list[tuple[str, str, int, bool]] = []
         """(verb, node, epoch, unheld)"""
+        self.hold = asyncio.Event()
+        """while it is clear, a deletion does not end"""
+        self.hold.set()
 
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002
         self._check("create")
@@ -44,6 +51,8 @@ class FakeVolumes:
         return tuple(self.volumes.values())
 
     async def delete(self, volume: str) -> None:
+        self._check("delete")
+        await self.hold.wait()
         if (await self.describe(volume)).attachments:
             raise Conflict(f"{volume} is attached")
         del self.volumes[volume]

@@ -7,7 +7,7 @@ from uuid import UUID
 from emp.model.evm import Evm, EvmSpec, EvmState, Nic, Pod
 from emp.model.migration import Check, Migration, Outcome, Progress, Report, Stage, StageTimes
 from emp.model.node import EvmReport, Node, NodeReport, Versions
-from emp.model.volume import Attachment, NbdEndpoint, Volume, VolumeType
+from emp.model.volume import Attachment, Handover, MoveOrder, NbdEndpoint, Volume, VolumeState, VolumeType
 
 ID = "m-0123456789"
 VERSIONS = Versions(
@@ -38,10 +38,31 @@ VOL = Volume(
             endpoint=NbdEndpoint(host="10.77.0.2", port=10809, export="vol-1", tls_hostname="volumes-main"),
         ),
     ),
+    state=VolumeState.IN_USE, driver="nbd",
 )  # fmt: skip
 SHARED = Volume(
     id="shared-0123456789ab", type=VolumeType.SHARED, size_bytes=1 << 30, serial="shared0123456789ab",
-    url="rbd:vms/web",
+    url="rbd:vms/web", state=VolumeState.AVAILABLE, driver="shared",
+)  # fmt: skip
+RELAYED = VOL.model_copy(
+    update={
+        "id": "vol-2", "type": VolumeType.GP3, "state": VolumeState.RELAYED, "driver": "ebs",
+        "attachments": (Attachment(volume="vol-2", node="n2", epoch=7, claimed=9),),
+        "handover": Handover(
+            migration=ID, order=MoveOrder.RELAY, source="n2", target="n1", began_at=1_700_000_004.0,
+            relayed_bytes=12 << 20, relayed_s=41.5, tries=3, alarm="vol-2 is still detaching at n2",
+        ),
+    }
+)  # fmt: skip
+MOVED = RELAYED.model_copy(
+    update={
+        "id": "vol-3", "state": VolumeState.ERROR, "fault": "EC2 says that its hardware has failed: error",
+        "handover": Handover(
+            migration=ID, order=MoveOrder.RELAY, source="n2", target="n1", began_at=1_700_000_004.0,
+            ended_at=1_700_000_012.0, io_stall_ms=7123.4, detach_ms=4600.0, attach_ms=2400.0, relayed_bytes=3 << 20,
+            relayed_s=0.9,
+        ),
+    }
 )  # fmt: skip
 PLAN = Migration(
     id=ID, evm="web", source="n1", target="n2", epoch_target=8, epoch_source=9,

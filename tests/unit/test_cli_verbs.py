@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from emp.model.errors import Refused
 from emp.model.migration import Check
-from tests.unit.test_cli_canned import ABORTED, COMPLETED, ID, N1, PLAN, SHARED, VOL, WEB
+from emp.model.volume import Volume
+from tests.unit.test_cli_canned import ABORTED, COMPLETED, ID, MOVED, N1, PLAN, RELAYED, SHARED, VOL, WEB
 from tests.unit.test_cli_pool import Controller, serving
 from tests.unit.test_cli_run import POOL, Emp, in_process
 
@@ -37,8 +39,8 @@ READ: dict[str, tuple[str, list[str], Any]] = {
     "evm recover": ("evm recover web --node n1", ["EVM web runs on n1"], WEB),
     "evm stop": ("evm stop web --grace 0", ["EVM web is running"], WEB),
     "evm create": ("evm create web", ["EVM web runs on n1", "10.77.1.1", "10.77.1.2  shop"], WEB),
-    "volume list": ("volume list", ["vol-1", "io2", "1 GiB", "web", "n1"], [VOL]),
-    "volume show": ("volume show vol-1", ["vol-1", "s1", "n1 (epoch 7)"], VOL),
+    "volume list": ("volume list", ["vol-1", "io2", "1 GiB", "in-use", "web", "n1"], [VOL]),
+    "volume show": ("volume show vol-1", ["vol-1", "s1", "n1 (epoch 7)", "nbd", "in-use"], VOL),
     "volume create": ("volume create io2:1GiB", ["volume vol-1 is made: io2, 1 GiB"], VOL),
     "volume create shared": (
         "volume create shared --url rbd:vms/web --size 1GiB",
@@ -70,6 +72,45 @@ def test_a_verb_prints_the_model_as_json(pool: Controller, emp: Emp, verb: str) 
     else:
         wanted = model.model_dump(mode="json")
     assert (code, json.loads(out), err) == (0, wanted, "")
+
+
+@pytest.mark.parametrize(
+    ("volume", "said"),
+    [
+        (
+            RELAYED,
+            [
+                "state      relayed",
+                "attached   n2 (epoch 7, claimed under 9)",
+                f"n2 -> n1 by relay, under way since 2023-11-14 22:13 ({ID})",
+                "relayed 12 MiB, in 41.5 s",
+                "ALARM after 3 tries: vol-2 is still detaching at n2",
+            ],
+        ),
+        (
+            MOVED,
+            [
+                "state      error: EC2 says that its hardware has failed: error",
+                f"n2 -> n1 by relay, done 2023-11-14 22:13 ({ID})",
+                "I/O stall 7.12 s, detach 4.6 s, attach 2.4 s, relayed 3 MiB, in 0.9 s",
+            ],
+        ),
+        (SHARED, ["type       shared", "url        rbd:vms/web", "state      available", "attached   to no node"]),
+    ],
+    ids=["relayed", "moved", "shared"],
+)
+def test_a_volume_is_shown_with_how_it_stands_and_came_there(
+    pool: Controller, emp: Emp, monkeypatch: pytest.MonkeyPatch, volume: Volume, said: list[str]
+) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    pool.volumes = {volume.id: volume}
+    code, out, _ = emp(f"volume show {volume.id}")
+    assert (code, [line for line in said if line not in out]) == (0, [])
+    assert ("last move" in out) is (volume.handover is not None)
+    assert json.loads(emp(f"volume show {volume.id} --json")[1]) == volume.model_dump(mode="json")
+    monkeypatch.undo()
+    time.tzset()
 
 
 def test_an_empty_pool_says_so(pool: Controller, emp: Emp) -> None:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emp.cli.output import print_facts, print_json, print_table, size
+from emp.cli.output import clock, milliseconds, print_facts, print_json, print_table, seconds, size
 from emp.cli.session import Json, Session
 from emp.model.errors import BadInput, Conflict
 
 if TYPE_CHECKING:
-    from emp.model.volume import Volume
+    from emp.model.volume import Attachment, Handover, Volume
 
 app = typer.Typer(help="Volumes that EVMs can be given.", no_args_is_help=True, add_completion=False)
 
@@ -68,13 +68,15 @@ def list_(ctx: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(volumes)
         return
-    rows = [(v.id, v.type.value, size(v.size_bytes), v.evm or "-", _nodes(v) or "-") for v in volumes.items]
-    print_table(("VOLUME", "TYPE", "SIZE", "EVM", "ATTACHED TO"), rows, empty="There is no volume.")
+    rows = [
+        (v.id, v.type.value, size(v.size_bytes), v.state or "-", v.evm or "-", _nodes(v) or "-") for v in volumes.items
+    ]
+    print_table(("VOLUME", "TYPE", "SIZE", "STATE", "EVM", "ATTACHED TO"), rows, empty="There is no volume.")
 
 
 @app.command()
 def show(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A002
-    """Show one volume, and where it is attached."""
+    """Show one volume: how it is, where it is attached, how it last went over with its EVM."""
     session: Session = ctx.obj
     with session.client() as client:
         volume = client.volumes.get(id)
@@ -87,8 +89,12 @@ def show(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A0
             ("type", volume.type.value),
             ("size", size(volume.size_bytes)),
             ("serial", volume.serial),
+            ("driver", volume.driver),
+            ("url", volume.url),
+            ("state", f"{volume.state or 'unknown'}{f': {volume.fault}' if volume.fault else ''}"),
             ("evm", volume.evm or "none"),
-            ("attached", "\n".join(f"{a.node} (epoch {a.epoch})" for a in volume.attachments) or "to no node"),
+            ("attached", "\n".join(map(_attached, volume.attachments)) or "to no node"),
+            ("last move", _handover(volume.handover) if volume.handover else None),
         ]
     )
 
@@ -166,4 +172,30 @@ def resize(
 
 
 def _nodes(volume: Volume) -> str:
-    return " ".join(attachment.node for attachment in volume.attachments)
+    return " ".join(dict.fromkeys(attachment.node for attachment in volume.attachments))
+
+
+def _attached(attachment: Attachment) -> str:
+    claimed = f", claimed under {attachment.claimed}" if attachment.claimed > attachment.epoch else ""
+    return f"{attachment.node} (epoch {attachment.epoch}{claimed})"
+
+
+def _handover(move: Handover) -> str:
+    """Return lines: what moved and when, what it cost, and what is wrong."""
+    when = f"done {clock(move.ended_at)}" if move.ended_at else f"under way since {clock(move.began_at)}"
+    lines = [f"{move.source} -> {move.target} by {move.order}, {when} ({move.migration})"]
+    figures = [
+        f"{name} {text}"
+        for name, value, text in (
+            ("I/O stall", move.io_stall_ms, milliseconds(move.io_stall_ms)),
+            ("detach", move.detach_ms, milliseconds(move.detach_ms)),
+            ("attach", move.attach_ms, milliseconds(move.attach_ms)),
+            ("relayed", move.relayed_bytes, size(move.relayed_bytes)),
+            ("in", move.relayed_s, seconds(move.relayed_s)),
+        )
+        if value is not None
+    ]
+    lines += [", ".join(figures)] if figures else []
+    if move.alarm is not None:
+        lines.append(f"ALARM after {move.tries} {'try' if move.tries == 1 else 'tries'}: {move.alarm}")
+    return "\n".join(lines)

@@ -5,12 +5,14 @@ The volume service is the truth about a volume; the record adds the EVM that it 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
 
 from emp.controller.book import Book, Edit, VolumeWish, gone, put
 from emp.controller.tasks import all_of
+from emp.controller.volume_states import state_of
 from emp.model.errors import BadInput, Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.names import format_size, parse_size
 from emp.model.orders import VolumeGrant
@@ -21,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MIGRATABLE_TYPES = tuple(kind for kind in VolumeType if kind is not VolumeType.SHARED)
 """What the pool makes."""
+SHOW_S = 5.0
+"""for the service to say how one volume is; then its record is shown"""
 SMALLEST_BYTES = 1 << 20
 SECTOR_BYTES = 4096
 
@@ -60,6 +64,7 @@ class Volumes:
         self._book = book
         self._driver = driver
         self._shared = shared
+        self._deleting: set[str] = set()
 
     async def load(self) -> None:
         """Take over what the service has. Where it does not answer, the records stand as they are."""
@@ -70,6 +75,44 @@ class Volumes:
             return
         for volume in found:
             await self._note(volume)
+        listed = {volume.id for volume in found}
+        for record in self._book.volumes.all():
+            if record.id not in listed:  # a cloud lists what the pool has made, and it may be used for others too
+                await self._look_at(record.id)
+
+    async def _look_at(self, volume: str) -> None:
+        """Take over what the service says of one that has a record. Where it does not answer, that stands."""
+        try:
+            update = _merged(await self._driver.describe(volume))
+        except NotFound as error:
+            update = _faulty(f"its service does not know it any more: {error.message}")
+        except EmpError as error:
+            log.warning("the service of volume %s could not be asked: %s", volume, error)
+            return
+        # one that has been deleted meanwhile does not come back
+        await self._book.write(Edit(self._book.volumes, volume, lambda old: update(old) if old else None))
+
+    # -------------------------------------------------------------- showing
+
+    def shown(self, volume: Volume) -> Volume:
+        """Return a record with what is worked out for people: its state, its driver."""
+        evm = self._book.evms.find(volume.evm) if volume.evm else None
+        migration = self._book.migrations.find(evm.migration) if evm and evm.migration else None
+        state = state_of(volume, evm, migration, deleting=volume.id in self._deleting)
+        driver = "shared" if volume.type is VolumeType.SHARED else self._driver.name
+        return volume.model_copy(update={"state": state, "driver": driver})
+
+    def all(self) -> tuple[Volume, ...]:
+        """Return every record as it is shown."""
+        return tuple(self.shown(volume) for volume in self._book.volumes.all())
+
+    async def show(self, volume: str) -> Volume:
+        """Ask its service, which should answer within ``SHOW_S``, and return it as it is shown. Raises ``NotFound``."""
+        await self.get(volume)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHOW_S):
+                await self._look_at(volume)
+        return self.shown(await self.get(volume))
 
     async def create(self, type: VolumeType, size_bytes: int, *, evm: str | None = None) -> Volume:  # noqa: A002
         if type not in MIGRATABLE_TYPES:
@@ -110,11 +153,13 @@ class Volumes:
         await self._destroy(volume)
 
     async def _destroy(self, volume: str) -> None:
+        self._deleting.add(volume)
         try:
-            await self._driver.delete(volume)
-        except NotFound:
-            log.info("volume %s was gone already", volume)
-        await self._book.write(gone(self._book.volumes, volume))
+            with contextlib.suppress(NotFound):  # it was gone already
+                await self._driver.delete(volume)
+            await self._book.write(gone(self._book.volumes, volume))
+        finally:
+            self._deleting.discard(volume)
 
     async def resize(self, volume: str, size_bytes: int) -> Volume:
         return await self._note(await self._driver.resize(volume, size_bytes))
@@ -246,15 +291,20 @@ class Volumes:
         return await self._book.update(self._book.volumes, volume, apply)
 
     async def _note(self, found: Volume) -> Volume:
-        """Take over the service's word, keeping whose it is."""
-
-        def merge(old: Volume | None) -> Volume:
-            return found.model_copy(update={"evm": old.evm if old else None})
-
-        await self._book.write(Edit(self._book.volumes, found.id, merge))
+        """Take over the service's word, keeping whose it is and how it came there."""
+        merged = _merged(found)
+        await self._book.write(Edit(self._book.volumes, found.id, lambda old: merged(old) if old else found))
         return self._book.volumes.get(found.id)
 
 
 def _replaces(named: Attachment, other: Attachment) -> bool:
     """Whether ``named`` is the same attachment: a device of a node is attached there once, whatever its epoch."""
     return named.node == other.node and (named.epoch == other.epoch or named.endpoint is None)
+
+
+def _merged(found: Volume) -> Callable[[Volume], Volume]:
+    return lambda old: found.model_copy(update={"evm": old.evm, "handover": old.handover})
+
+
+def _faulty(fault: str) -> Callable[[Volume], Volume]:
+    return lambda old: old.model_copy(update={"fault": fault})

@@ -87,6 +87,61 @@ class Attachment(Model):
         return max(self.epoch, self.claimed)
 
 
+class VolumeState(StrEnum):
+    """How a volume stands, worked out of the records for each answer."""
+
+    AVAILABLE = "available"
+    """no EVM has it"""
+    IDLE = "idle"
+    """an EVM has it, and no node: the EVM does not run"""
+    IN_USE = "in-use"
+    """attached"""
+    MOVING = "moving"
+    """its EVM is being migrated"""
+    RELAYED = "relayed"
+    """its EVM runs on one node, and it is attached to the one before, which relays"""
+    DELETING = "deleting"
+    ERROR = "error"
+    """its service says that it cannot be used, or does not know it any more"""
+
+
+class MoveOrder(StrEnum):
+    """In what order a volume goes over with its EVM."""
+
+    MULTI_ATTACH = "multi-attach"
+    """attached to the target beforehand, detached from the source afterwards"""
+    RELAY = "relay"
+    """the guest resumes with its I/O relayed; detached and attached after that"""
+    CLASSIC = "classic"
+    """detached and attached in the blackout"""
+    SHARED = "shared"
+    """nothing to attach or detach"""
+
+
+class Handover(Model):
+    """How a volume went over to another node. Figures are None where they were not measured."""
+
+    migration: str
+    order: MoveOrder
+    source: Name
+    target: Name
+    began_at: float
+    """seconds since the Unix epoch, for people only"""
+    ended_at: float | None = None
+    """None: it is not over"""
+    io_stall_ms: float | None = None
+    """the longest that the guest's I/O on it stood still for the move"""
+    detach_ms: float | None = None
+    attach_ms: float | None = None
+    relayed_bytes: int | None = None
+    """read and written by way of the source"""
+    relayed_s: float | None = None
+    tries: int = 1
+    """above 1: an earlier one failed, and the relay went on"""
+    alarm: str | None = None
+    """why it is being tried again"""
+
+
 class Volume(Model):
     """A volume's record. ``serial`` is what the guest sees at its disk and what is checked before use."""
 
@@ -98,3 +153,11 @@ class Volume(Model):
     attachments: tuple[Attachment, ...] = ()
     url: str | None = None
     """of storage that every node reaches (type ``shared``)"""
+    fault: str | None = None
+    """why it cannot be used, by its service's last word"""
+    handover: Handover | None = None
+    """the last one, or the one under way"""
+    state: VolumeState | None = None
+    """in answers of the REST API; None in records, which it is worked out of"""
+    driver: str | None = None
+    """as ``state``"""

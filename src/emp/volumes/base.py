@@ -41,6 +41,11 @@ class DeviceResolver(Protocol):
 
 
 class VolumeDriver(Protocol):
+    @property
+    def name(self) -> str:
+        """As in the controller's configuration; for people."""
+        ...
+
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002, the field's name
         ...
 

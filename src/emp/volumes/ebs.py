@@ -70,6 +70,8 @@ class EbsVolumeDriver:
     ``credentials_file``: see ``emp.volumes.ec2.make_client``.
     """
 
+    name = "ebs"
+
     def __init__(
         self,
         instances: Mapping[str, str],

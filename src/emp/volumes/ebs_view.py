@@ -41,6 +41,7 @@ class EbsView:
             type=VolumeType(kind),
             size_bytes=self._record["Size"] * GIB,
             serial=serial_of(self.id),
+            fault="EC2 says that its hardware has failed: error" if self.state == "error" else None,
             attachments=tuple(
                 attachment_of(self.id, self._nodes.get(instance, instance), self.epoch_on(instance))
                 for instance in self.instances()

@@ -28,6 +28,8 @@ class NbdVolumeDriver:
     ``Unreachable`` and ``Unavailable``, after which the same order may be given again.
     """
 
+    name = "nbd"
+
     def __init__(self, client: WireClient) -> None:
         self._client = client
 

@@ -23,6 +23,10 @@ class VolumeRouter:
         self._main = main
         self._others = dict(others)
 
+    @property
+    def name(self) -> str:
+        return self._main.name
+
     async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
         """Raise ``BadInput`` for a type that no driver makes."""
         if type is VolumeType.SHARED:

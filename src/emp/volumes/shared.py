@@ -41,6 +41,8 @@ class Registry(Protocol):
 class SharedVolumeDriver:
     """See ``emp.volumes.base.VolumeDriver``. ``size_of`` asks an NBD server how large an export is."""
 
+    name = "shared"
+
     def __init__(self, registry: Registry, size_of: Callable[[NbdEndpoint], Awaitable[int]]) -> None:
         self._registry = registry
         self._size_of = size_of
