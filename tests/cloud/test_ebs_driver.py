@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
+from emp.lab.cloud.knobs import Fault, Harm
 from emp.model.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch
 from emp.model.volume import Volume, VolumeType
 from emp.volumes.base import VolumeDriver
 from emp.volumes.ebs import EbsVolumeDriver
+from emp.volumes.ebs_view import TYPES
 from emp.volumes.patience import Time
 from tests.cloud.aws import WHY_NOT_AWS
-from tests.cloud.simulator import FAR, NODES, POOL, REGION, ZONE, HandClock, Simulator
+from tests.cloud.simulator import FAR, NODES, OTHER_ZONE, POOL, REGION, ZONE, HandClock, Simulator
 
 SIZE_BYTES = 4 << 30
 
@@ -82,7 +84,7 @@ def test_it_is_a_volume_driver(driver: EbsVolumeDriver) -> None:
     assert takes(driver) is driver
 
 
-@pytest.mark.parametrize("kind", list(VolumeType))
+@pytest.mark.parametrize("kind", TYPES)
 async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: EbsVolumeDriver, kind: VolumeType) -> None:
     made = await driver.create(type=kind, size_bytes=SIZE_BYTES)
     assert (made.type, made.size_bytes, made.attachments) == (kind, SIZE_BYTES, ())
@@ -126,6 +128,9 @@ async def test_bad_input_names_the_field(driver: EbsVolumeDriver, io2: Volume) -
         with pytest.raises(BadInput) as caught:
             await driver.create(type=kind, size_bytes=size_bytes)
         assert caught.value.field == "size_bytes"
+    with pytest.raises(BadInput, match="no volumes of the type shared") as caught:
+        await driver.create(type=VolumeType.SHARED, size_bytes=SIZE_BYTES)
+    assert caught.value.field == "type"
     with pytest.raises(BadInput, match="no instance is named for node n99") as caught:
         await driver.attach(io2.id, node="n99", epoch=1)
     assert caught.value.field == "node"
@@ -272,3 +277,63 @@ async def test_who_has_it_outside_the_pool_is_shown_and_can_be_sent_away(
     await few.fence(volume.id, epoch=1)
     assert await held(few, volume) == {}
     await few.aclose()
+
+
+# ------------------------------------------------------------------ before a migration
+
+
+async def test_nothing_stands_in_the_way_of_a_node_in_the_zone_with_room(
+    lab: EbsVolumeDriver, simulator: Simulator
+) -> None:
+    volumes = [await lab.create(type=kind, size_bytes=SIZE_BYTES) for kind in (VolumeType.IO2, VolumeType.GP3)]
+    ids = [volume.id for volume in volumes]
+    for volume in ids:
+        await lab.attach(volume, node="n1", epoch=1)
+    found = await lab.obstacles(ids, nodes=["n1", "n2"])
+    assert found == {"n1": {}, "n2": {}}
+    asked = len(simulator.asked("DescribeVolumes"))
+    await lab.obstacles(ids, nodes=["n1", "n2"])
+    assert len(simulator.asked("DescribeVolumes")) == asked + 1, "one question about all volumes"
+
+
+async def test_what_stands_in_the_way_is_said_for_each_volume_and_node(
+    lab: EbsVolumeDriver, simulator: Simulator
+) -> None:
+    simulator.turn(limits=None)
+    moving = [(await lab.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)).id for _ in range(3)]
+    for _ in range(25):  # of 27
+        held = await lab.create(type=VolumeType.GP3, size_bytes=SIZE_BYTES)
+        await lab.attach(held.id, node="n2", epoch=1)
+    gone = "vol-0123456789abcdef0"
+    found = await lab.obstacles([*moving, gone], nodes=["n1", "n2", "far", "n99"])
+    unknown = {gone: "EC2 does not know it"}
+    assert found["n1"] == unknown
+    assert found["n2"] == unknown | {
+        moving[2]: "n2 (m5.metal) takes 27 volumes: 25 are there and the EVM's others take the rest"
+    }
+    assert found["far"] == unknown | dict.fromkeys(moving, f"it is in {ZONE}, far in {OTHER_ZONE}")
+    assert set(found["n99"].values()) == {"n99: no instance is named for it in the controller's configuration"}
+    for volume in moving[:2]:
+        await lab.attach(volume, node="n2", epoch=1)
+    found = await lab.obstacles(moving, nodes=["n2"])
+    assert found["n2"] == {moving[2]: "n2 (m5.metal) takes 27 volumes: 27 are there"}, "what is there needs no room"
+    with pytest.raises(Refused, match="AttachmentLimitExceeded"):
+        await lab.attach(moving[2], node="n2", epoch=1)
+
+
+async def test_an_instance_that_is_gone_or_whose_limit_may_not_be_asked_stops_nothing_else(
+    simulator: Simulator, clock: HandClock
+) -> None:
+    nodes = NODES | {"lost": "i-00000000000000bad"}
+    driver = EbsVolumeDriver(
+        nodes, pool=POOL, region=REGION, zone=ZONE, endpoint_url=simulator.url, ca_file=simulator.ca_file,
+        times=Time(clock=clock, sleep=clock.sleep),
+    )  # fmt: skip
+    volume = (await driver.create(type=VolumeType.IO2, size_bytes=SIZE_BYTES)).id
+    simulator.turn(faults=(Fault(action="DescribeInstanceTypes", harm=Harm.DENIED, times=9),))
+    found = await driver.obstacles([volume], nodes=["lost", "n1"])
+    assert found == {
+        "lost": {volume: "EC2 does not know i-00000000000000bad, the instance of lost"},
+        "n1": {},
+    }
+    await driver.aclose()

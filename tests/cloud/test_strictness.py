@@ -347,6 +347,12 @@ def test_instances_and_their_devices(ec2: Any) -> None:
     assert far["Instances"][0]["InstanceId"] == FAR["far"]
 
 
+def test_an_instance_type_says_how_many_volumes_it_takes(ec2: Any) -> None:
+    (kind,) = ec2.describe_instance_types(InstanceTypes=["m5.metal"])["InstanceTypes"]
+    assert (kind["InstanceType"], kind["EbsInfo"]["MaximumEbsAttachments"]) == ("m5.metal", 27)
+    assert refused(lambda: ec2.describe_instance_types(InstanceTypes=["m5.metal", "m5.large"])) == "InvalidInstanceType"
+
+
 def test_what_is_not_there_is_not_found_and_what_is_no_id_is_malformed(ec2: Any) -> None:
     volume = create(ec2)
     nowhere, nobody = "vol-0123456789abcdef0", "i-0123456789abcdef0"

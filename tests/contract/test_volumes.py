@@ -201,6 +201,16 @@ async def test_an_attached_volume_is_usable_by_its_node(kind: Kind, pool: NbdPoo
     assert not pool.io(attachment, f"read {SIZE_BYTES} 4k"), "and no more than that"
 
 
+async def test_nothing_stands_in_the_way_of_a_volume_that_can_be_attached(kind: Kind) -> None:
+    volume, nodes = await kind.new(), ("n1", "n2")
+    found = await kind.driver.obstacles([volume.id], nodes=nodes)
+    assert [found.get(node, {}) for node in nodes] == [{}, {}]
+    for node in nodes:
+        await kind.driver.attach(volume.id, node=node, epoch=1)
+    assert kind.driver.name
+    assert kind.driver.move_s is None or 0 < kind.driver.move_s < 600
+
+
 async def test_what_one_node_writes_the_other_reads(kind: Kind, pool: NbdPool) -> None:
     driver, volume = kind.driver, await kind.new()
     first = await driver.attach(volume.id, node="n1", epoch=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from emp.model.errors import BadInput, Conflict, EmpError, NotFound, StaleEpoch
 from emp.model.volume import Attachment, ClaimPoint, NbdEndpoint, Volume, VolumeType
@@ -21,6 +22,7 @@ class FakeVolumes:
     """
 
     name = "fake"
+    move_s: float | None = 2.0
 
     def __init__(self, prefix: str = "vol-") -> None:
         self._prefix = prefix
@@ -30,6 +32,11 @@ class FakeVolumes:
         self.attached: Attachments = []
         self.log: list[tuple[str, str, int, bool]] = []
         """(verb, node, epoch, unheld)"""
+        self.obstructed: dict[str, dict[str, str]] = {}
+        """node -> volume -> why it could not be attached there"""
+        self.silent: set[str] = set()
+        """verbs that are not answered before ``go_on``; ``asked``: one has come"""
+        self.asked, self.go_on = asyncio.Event(), asyncio.Event()
         self.hold = asyncio.Event()
         """while it is clear, a deletion does not end"""
         self.hold.set()
@@ -102,6 +109,14 @@ class FakeVolumes:
         self._set(volume, tuple(a for a in found.attachments if a.tag >= self.fences[volume]))
 
     async def aclose(self) -> None: ...
+
+    async def obstacles(self, volumes: Sequence[str], *, nodes: Sequence[str]) -> dict[str, dict[str, str]]:
+        self._check("obstacles")
+        self.asked.set()
+        if "obstacles" in self.silent:
+            await self.go_on.wait()
+        there = {node: self.obstructed.get(node, {}) for node in nodes}
+        return {node: {v: why[v] for v in volumes if v in why} for node, why in there.items()}
 
     def holders(self, volume: str) -> dict[str, int]:
         """Node -> epoch under which it may use the volume."""

@@ -201,6 +201,22 @@ def test_a_dry_run_prints_the_plan_and_every_check(pool: Controller, emp: Emp) -
     assert json.loads(emp("migrate web --dry-run --json")[1])["dry_run"] is True
 
 
+def test_a_dry_run_shows_each_volume_below_the_other_checks(pool: Controller, emp: Emp) -> None:
+    free = Check(name="volume vol-1", ok=True, message="io2, 1 GiB: attached to n2 before the pause")
+    stuck = Check(name="volume shared-0123456789ab", ok=False, message="shared, 1 GiB: it is attached to n3 as well")
+    pool.plan = PLAN.model_copy(update={"checks": (*PLAN.checks, free, stuck)})
+    code, out, err = emp("migrate web --to n2 --dry-run")
+    assert code == 5
+    assert (
+        "checks\n"
+        "  ok  memory  3.5 GiB free on n2, 512 MiB needed\n"
+        "volumes\n"
+        "  ok  vol-1                io2, 1 GiB: attached to n2 before the pause\n"
+        "  NO  shared-0123456789ab  shared, 1 GiB: it is attached to n3 as well\n"
+    ) in out
+    assert "volume shared-0123456789ab: shared, 1 GiB: it is attached to n3 as well" in err
+
+
 def test_a_dry_run_that_would_be_refused_says_so(pool: Controller, emp: Emp) -> None:
     bad = Check(name="qemu", ok=False, message="9.2 on n2 is older")
     pool.plan = PLAN.model_copy(update={"checks": (*PLAN.checks, bad)})

@@ -6,10 +6,29 @@ import dataclasses
 
 import pytest
 
-from emp.migration.preflight import CHECKS, Facts, failed, preflight
+from emp.migration.preflight import CHECKS, Facts, VolumeFacts, failed, preflight
+from emp.model.migration import VolumeOrder
 from emp.model.node import NodeReport
-from emp.model.volume import Volume, VolumeType
+from emp.model.volume import Attachment, Volume, VolumeType
 from tests.fakes.values import GIB, MIB, a_report, a_spec, versions
+
+
+def of(
+    kind: VolumeType = VolumeType.IO2,
+    *nodes: str,
+    obstacle: str | None = None,
+    move_ms: float | None = None,
+    **changes: object,
+) -> VolumeFacts:
+    made = Volume(
+        id="vol-1",
+        type=kind,
+        size_bytes=GIB,
+        serial="vol1",
+        evm="web",
+        attachments=tuple(Attachment(volume="vol-1", node=node, epoch=1) for node in nodes or ("n1",)),
+    )
+    return VolumeFacts(made.model_copy(update=changes), obstacle=obstacle, move_ms=move_ms)
 
 
 def facts(target: NodeReport | None = None, **changes: object) -> Facts:
@@ -18,7 +37,7 @@ def facts(target: NodeReport | None = None, **changes: object) -> Facts:
         source=a_report("n1"),
         target=target or a_report("n2"),
         target_free_bytes=GIB,
-        volumes=(Volume(id="vol-1", type=VolumeType.IO2, size_bytes=MIB, serial="vol1"),),
+        volumes=(of(),),
         subnet="10.77.0.0/16",
     )
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
@@ -30,7 +49,7 @@ def failures(given: Facts) -> dict[str, str]:
 
 def test_two_equal_nodes_pass_every_check() -> None:
     checks = preflight(facts())
-    assert len(checks) == len(CHECKS)
+    assert len(checks) == len(CHECKS) + 1
     assert all(check.ok and check.message for check in checks)
 
 
@@ -100,5 +119,73 @@ def test_nodes_whose_own_addresses_are_elsewhere_say_nothing_of_the_segment() ->
     assert failures(apart) == {}
 
 
-def test_an_evm_without_volumes_passes() -> None:
-    assert failures(facts(volumes=())) == {}
+# ------------------------------------------------------------------ volumes, one line each
+
+SIXTEEN = tuple(f"m{number}" for number in range(16))
+
+
+def lines(*volumes: VolumeFacts, volume_order: VolumeOrder = VolumeOrder.RESUME_FIRST) -> list[tuple[str, bool, str]]:
+    checks = preflight(facts(volumes=volumes, volume_order=volume_order))
+    return [(c.name, c.ok, c.message) for c in checks if c.name.startswith("volume")]
+
+
+@pytest.mark.parametrize(
+    ("volume", "message"),
+    [
+        (of(VolumeType.IO2), "io2, 1 GiB: attached to n2 before the pause; no I/O stall beyond it"),
+        (of(VolumeType.IO1), "io1, 1 GiB: attached to n2 before the pause; no I/O stall beyond it"),
+        (of(VolumeType.SHARED), "shared, 1 GiB: nothing to attach; no I/O stall beyond the pause"),
+        (
+            of(VolumeType.GP3, move_ms=7040.0),
+            "gp3, 1 GiB: its I/O stalls for about 7.0 s after the pause, while it is detached and attached; "
+            "with io2 it would not",
+        ),
+        (
+            of(VolumeType.GP2),
+            "gp2, 1 GiB: its I/O stalls for a time not known yet after the pause, while it is detached and attached; "
+            "with io2 it would not",
+        ),
+        (of(VolumeType.IO2, "n1", "n2", "n3"), "io2, 1 GiB: attached to n2 before the pause; no I/O stall beyond it"),
+        (of(VolumeType.IO2, *SIXTEEN[:15]), "io2, 1 GiB: attached to n2 before the pause; no I/O stall beyond it"),
+    ],
+)
+def test_a_volume_that_can_move_says_what_that_costs(volume: VolumeFacts, message: str) -> None:
+    assert lines(volume) == [("volume vol-1", True, message)]
+
+
+@pytest.mark.parametrize(
+    ("volume", "message"),
+    [
+        (of(obstacle="it is in eu-west-1b, n2 in eu-west-1a"), "io2, 1 GiB: it is in eu-west-1b, n2 in eu-west-1a"),
+        (of(fault="EC2 says error"), "io2, 1 GiB: EC2 says error"),
+        (of(serial=""), "io2, 1 GiB: its serial or size is not known, so nothing on n2 could be told to be it"),
+        (of(size_bytes=0), "io2, 0 B: its serial or size is not known, so nothing on n2 could be told to be it"),
+        (of(VolumeType.IO2, *SIXTEEN), "io2, 1 GiB: it is attached to 16 nodes, and takes 16 at once"),
+        (of(VolumeType.GP3, "n3"), "gp3, 1 GiB: it is attached to n3, not to n1"),
+        (of(VolumeType.GP3, attachments=()), "gp3, 1 GiB: it is attached nowhere, not to n1"),
+        (of(VolumeType.GP3, "n1", "n3"), "gp3, 1 GiB: it is attached to n3 as well"),
+        (of(VolumeType.SHARED, "n1", "n3"), "shared, 1 GiB: it is attached to n3 as well"),
+        (
+            of(VolumeType.GP3, "n3", fault="EC2 says error", obstacle="no room"),
+            "gp3, 1 GiB: EC2 says error; it is attached to n3, not to n1; no room",
+        ),
+    ],
+)
+def test_a_volume_that_cannot_move_says_every_reason(volume: VolumeFacts, message: str) -> None:
+    assert lines(volume) == [("volume vol-1", False, message)]
+
+
+def test_in_the_classic_order_the_guest_pays_instead() -> None:
+    kinds = (VolumeType.GP3, VolumeType.IO2, VolumeType.SHARED)
+    single, *others = lines(*(of(kind, move_ms=7000.0) for kind in kinds), volume_order=VolumeOrder.CLASSIC)
+    assert single[2] == (
+        "gp3, 1 GiB: the pause lasts about 7.0 s longer, while it is detached and attached; "
+        "resume-first or io2 would not need it"
+    )
+    assert others == lines(*(of(kind) for kind in kinds[1:]))
+
+
+def test_each_volume_has_its_line() -> None:
+    other = of(VolumeType.SHARED, id="shared-1")
+    assert [name for name, _, _ in lines(of(), other)] == ["volume vol-1", "volume shared-1"]
+    assert lines() == [("volumes", True, "none")]

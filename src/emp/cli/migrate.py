@@ -11,9 +11,14 @@ from emp.cli.values import parse_duration_s, parse_rate_bytes_per_s
 from emp.model.errors import Refused
 
 if TYPE_CHECKING:
-    from emp.model.migration import Migration
+    from collections.abc import Sequence
+
+    from emp.model.migration import Check, Migration
 
 app = typer.Typer(add_completion=False)
+
+VOLUME = "volume "
+"""how the names of the checks of single volumes begin; the id follows"""
 
 
 @app.command()
@@ -75,6 +80,17 @@ def _print_detached(session: Session, migration: Migration, as_json: bool) -> No
     print(f"watch it: {session.command(f'migration watch {migration.id}')}", file=sys.stderr)
 
 
+def _print_checks(title: str, checks: Sequence[tuple[Check, str]]) -> None:
+    from emp.cli.output import print_hanging
+
+    if not checks:
+        return
+    print(title)
+    width = max(len(name) for _, name in checks)
+    for check, name in checks:
+        print_hanging(f"  {'ok' if check.ok else 'NO':2}  {name:{width}}  ", check.message)
+
+
 def _print_plan(plan: Migration, as_json: bool) -> None:
     from emp.cli.output import print_facts, print_json, rate, seconds
 
@@ -94,10 +110,11 @@ def _print_plan(plan: Migration, as_json: bool) -> None:
                 ("bandwidth", rate(cap) if cap else "uncapped"),
             ]
         )
-        print("checks")
-        width = max((len(check.name) for check in plan.checks), default=0)
-        for check in plan.checks:
-            print(f"  {'ok' if check.ok else 'NO':2}  {check.name:{width}}  {check.message}")
+        of_volumes = [
+            (check, check.name.removeprefix(VOLUME)) for check in plan.checks if check.name.startswith(VOLUME)
+        ]
+        _print_checks("checks", [(check, check.name) for check in plan.checks if not check.name.startswith(VOLUME)])
+        _print_checks("volumes", of_volumes)
     if failed:
         reasons = "; ".join(f"{check.name}: {check.message}" for check in failed)
         raise Refused(f"EVM {plan.evm} cannot move to {plan.target}: {reasons}", field="target")

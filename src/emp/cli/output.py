@@ -47,6 +47,19 @@ def print_facts(facts: Sequence[tuple[str, str | None]]) -> None:
             print(f"{'' if index else name:{width}}  {line}")
 
 
+def print_hanging(begin: str, text: str) -> None:
+    """Print ``text`` behind ``begin``; at a terminal, what does not fit goes on below itself."""
+    if not sys.stdout.isatty():
+        print(f"{begin}{text}")
+        return
+    import shutil
+    import textwrap
+
+    room = max(20, shutil.get_terminal_size().columns - len(begin))
+    for index, line in enumerate(textwrap.wrap(text, room, break_on_hyphens=False)):
+        print(f"{' ' * len(begin) if index else begin}{line}")
+
+
 def clock(at_s: float) -> str:
     """Return a wall-clock time for people: today's without the date."""
     if not at_s:

@@ -20,13 +20,13 @@ from emp.controller.hub import Snapshot
 from emp.controller.placement import Candidate, Placed, Unfit, cordoned, excluded, not_there, place, place_on, untrusted
 from emp.controller.steps import Tools
 from emp.controller.supervise import Supervision
+from emp.controller.survey import Survey
 from emp.controller.tasks import Tasks
 from emp.migration.preflight import Facts, failed, preflight
 from emp.model.errors import BadInput, Conflict, EmpError, OutcomeUnknown, Refused
 from emp.model.evm import Evm, EvmState
 from emp.model.migration import Check, Migration, MigrationRequest, Outcome, Stage
 from emp.model.node import Node
-from emp.model.volume import Volume
 from emp.store.base import Compacted, EventKind, FutureRevision
 
 log = logging.getLogger(__name__)
@@ -115,11 +115,13 @@ class Migrations:
 
         Raises ``NotFound``, ``BadInput``, ``Conflict``, ``NodeDown``, ``Refused`` or ``NoPlacement``.
         """
+        survey = await self._survey(self._movable(name), request.target)
         async with self._capacity.lock:
             evm = self._movable(name)
             source = self._tools.nodes.need_ready(evm.owner or "", field="evm")
-            volumes = tuple(self._book.volumes.get(volume) for volume in evm.spec.volumes)
-            placed, checks = self._target(evm, source, volumes, request)
+            if tuple(volume.id for volume in survey.volumes) != evm.spec.volumes:
+                raise Conflict(f"the volumes of EVM {name} have changed in the meantime", field="evm", hint="try again")
+            placed, checks = self._target(evm, source, survey, request)
             if request.dry_run:
                 return self._plan("dry-run", evm, placed, checks, request, (0, 0))
             epochs = await self._book.epochs.issue(), await self._book.epochs.issue()
@@ -127,6 +129,11 @@ class Migrations:
             await self._record(migration)
         self._supervise(migration, resumed=False)
         return migration
+
+    async def _survey(self, evm: Evm, target: str | None) -> Survey:
+        """Ask the services of the EVM's volumes, without holding anybody up: it may take seconds."""
+        nodes = [target] if target is not None else [node.name for node in self._tools.nodes.ready()]
+        return await self._tools.volumes.survey(evm.spec.volumes, nodes=nodes)
 
     def _movable(self, name: str) -> Evm:
         evm = self._book.evms.get(name, field="evm")
@@ -146,7 +153,7 @@ class Migrations:
         return evm
 
     def _target(
-        self, evm: Evm, source: Node, volumes: tuple[Volume, ...], request: MigrationRequest
+        self, evm: Evm, source: Node, survey: Survey, request: MigrationRequest
     ) -> tuple[Placed, tuple[Check, ...]]:
         """Return the target, asked for or found, with its checks, of which none has failed unless it is a dry run."""
         name = evm.spec.name
@@ -158,8 +165,9 @@ class Migrations:
                     source=source.report,
                     target=candidate.node.report,
                     target_free_bytes=candidate.free_bytes,
-                    volumes=volumes,
+                    volumes=survey.of(candidate.node.name),
                     subnet=self._network.subnet,
+                    volume_order=request.policy.volume_order,
                 )
             )
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from emp.controller.book import Book, Edit, VolumeWish, gone, put
+from emp.controller.survey import Survey, expected_ms
 from emp.controller.tasks import all_of
 from emp.controller.volume_states import state_of
 from emp.model.errors import BadInput, Conflict, EmpError, NotFound, StaleEpoch
@@ -25,6 +26,8 @@ MIGRATABLE_TYPES = tuple(kind for kind in VolumeType if kind is not VolumeType.S
 """What the pool makes."""
 SHOW_S = 5.0
 """for the service to say how one volume is; then its record is shown"""
+SURVEY_S = 10.0
+"""for the services to say what stands in the way of a migration"""
 SMALLEST_BYTES = 1 << 20
 SECTOR_BYTES = 4096
 
@@ -163,6 +166,23 @@ class Volumes:
 
     async def resize(self, volume: str, size_bytes: int) -> Volume:
         return await self._note(await self._driver.resize(volume, size_bytes))
+
+    async def survey(self, volumes: Sequence[str], *, nodes: Sequence[str]) -> Survey:
+        """Find out what stands in the way of moving them to each of ``nodes``, within ``SURVEY_S``."""
+        obstacles: Mapping[str, Mapping[str, str]] = {}
+        unanswered: str | None = None
+        if volumes:
+            try:
+                async with asyncio.timeout(SURVEY_S):
+                    await all_of(self._look_at(volume) for volume in volumes)
+                    obstacles = await self._driver.obstacles(volumes, nodes=nodes)
+            except TimeoutError:
+                unanswered = f"its service has not said within {SURVEY_S:g} s whether it can move"
+            except EmpError as error:
+                unanswered = f"its service could not be asked whether it can move: {error.message}"
+        found = tuple(self._book.volumes.get(volume) for volume in volumes)
+        usual = expected_ms(self._book.volumes.all(), usual_s=self._driver.move_s)
+        return Survey(found, obstacles, usual, unanswered)
 
     # -------------------------------------------------------------- attaching
 

@@ -7,6 +7,7 @@ everything older. A target's attachment is a candidate that changes nothing unti
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -87,6 +88,20 @@ class VolumeDriver(Protocol):
         ``unheld``: see ``detach``; of all that are older. Raises ``Refused`` where nobody can be shut out
         (``VolumeType.fenceable``).
         """
+        ...
+
+    async def obstacles(self, volumes: Sequence[str], *, nodes: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+        """Return node -> volume -> why it could not be attached there; what could is left out.
+
+        What only the service knows of the place: zones, room. Nothing is kept free, so a later ``attach`` may be
+        refused all the same. Raises ``Unavailable`` or ``Forbidden`` where it cannot be asked.
+        """
+        ...
+
+    @property
+    def move_s(self) -> float | None:
+        """How long detaching a volume from one node and attaching it to another usually takes, before one has been
+        measured; None: there is nothing to attach."""
         ...
 
     async def aclose(self) -> None: ...

@@ -22,7 +22,7 @@ import logging
 import re
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from emp.model.errors import BadInput, EmpError, NotFound, OutcomeUnknown, Refus
 from emp.model.names import format_size
 from emp.model.volume import Attachment, Volume, VolumeType
 from emp.volumes.ebs_looks import Looks, check_volume_id
+from emp.volumes.ebs_obstacles import obstacles
 from emp.volumes.ebs_view import EPOCH, FENCE, GIB, MAX_NODES, POOL, EbsView, attachment_of
 from emp.volumes.ec2 import READ_S, Ec2Api, code_of, make_client
 from emp.volumes.patience import Pace, Time
@@ -71,6 +72,8 @@ class EbsVolumeDriver:
     """
 
     name = "ebs"
+    move_s = 7.0
+    """of gp2 and gp3, as the seed of this project states"""
 
     def __init__(
         self,
@@ -298,6 +301,14 @@ class EbsVolumeDriver:
                 raise
             log.info("%s", error)  # it has changed since the last look: the next one says to what
 
+    # ------------------------------------------------------------------ before a move
+
+    async def obstacles(self, volumes: Sequence[str], *, nodes: Sequence[str]) -> dict[str, dict[str, str]]:
+        known = {node: self._instances[node] for node in nodes if node in self._instances}
+        hint = "no instance is named for it in the controller's configuration"
+        found = {node: dict.fromkeys(volumes, f"{node}: {hint}") for node in nodes if node not in known}
+        return found | await obstacles(self._api, self._looks, volumes, known)
+
     # ------------------------------------------------------------------ tags and looks
 
     async def _tag(self, seen: EbsView, key: str, epoch: int) -> None:
@@ -335,6 +346,8 @@ class EbsVolumeDriver:
 
 
 def _gib(kind: VolumeType, size_bytes: int) -> int:
+    if kind not in SMALLEST_GIB:
+        raise BadInput(f"EBS has no volumes of the type {kind}", field="type", hint=f"one of {', '.join(SMALLEST_GIB)}")
     size_gib, rest = divmod(size_bytes, GIB)
     if rest or size_gib < SMALLEST_GIB[kind]:
         hint = f"whole GiB, at least {SMALLEST_GIB[kind]} for {kind}"

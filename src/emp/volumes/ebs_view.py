@@ -27,6 +27,10 @@ class EbsView:
         self.tags = {str(tag["Key"]): str(tag["Value"]) for tag in record.get("Tags", ())}
 
     @property
+    def zone(self) -> str:
+        return str(self._record["AvailabilityZone"])
+
+    @property
     def fence(self) -> int:
         return _number(self.tags.get(FENCE))
 

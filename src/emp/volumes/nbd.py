@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping, Sequence
 
 from emp.model.errors import BadInput, Unavailable
 from emp.model.names import check_name, format_size
@@ -29,6 +30,8 @@ class NbdVolumeDriver:
     """
 
     name = "nbd"
+    move_s = 0.3
+    """an export ends and another begins; pytest -s tests/contract/test_volumes.py -k quick_enough"""
 
     def __init__(self, client: WireClient) -> None:
         self._client = client
@@ -64,6 +67,10 @@ class NbdVolumeDriver:
 
     async def fence(self, volume: str, *, epoch: int, unheld: bool = False) -> None:
         await self._client.request("PUT", f"{_path(volume)}/fence", Fence(epoch=epoch), idempotent=True)
+
+    async def obstacles(self, volumes: Sequence[str], *, nodes: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+        """Every node is as good as another."""
+        return {}
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -6,7 +6,7 @@ begin with a word of its own. Nobody else needs to know that there are two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from emp.model.errors import BadInput
 from emp.model.volume import Attachment, Volume, VolumeType
@@ -60,6 +60,18 @@ class VolumeRouter:
     async def aclose(self) -> None:
         for driver in (self._main, *self._others.values()):
             await driver.aclose()
+
+    async def obstacles(self, volumes: Sequence[str], *, nodes: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for driver in (self._main, *self._others.values()):
+            if theirs := [volume for volume in volumes if self._of(volume) is driver]:
+                for node, reasons in (await driver.obstacles(theirs, nodes=nodes)).items():
+                    found.setdefault(node, {}).update(reasons)
+        return found
+
+    @property
+    def move_s(self) -> float | None:
+        return self._main.move_s
 
     def _of(self, volume: str) -> VolumeDriver:
         return next((driver for begin, driver in self._others.items() if volume.startswith(begin)), self._main)

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
-from emp.model.errors import AlreadyExists, BadInput, Conflict, NotFound, Refused, Unreachable
+from emp.model.errors import AlreadyExists, BadInput, Conflict, NotFound, Refused, StaleEpoch, Unreachable
 from emp.model.names import check_name, format_size
 from emp.model.volume import Attachment, NbdEndpoint, Volume, VolumeType
 from emp.volumes.shared_url import format_url, parse_url, storage_of
@@ -42,6 +42,7 @@ class SharedVolumeDriver:
     """See ``emp.volumes.base.VolumeDriver``. ``size_of`` asks an NBD server how large an export is."""
 
     name = "shared"
+    move_s = None
 
     def __init__(self, registry: Registry, size_of: Callable[[NbdEndpoint], Awaitable[int]]) -> None:
         self._registry = registry
@@ -113,7 +114,7 @@ class SharedVolumeDriver:
         await self._registry.change(_check_id(volume), forget)
 
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
-        """Note who is given the URL."""
+        """Note who is given the URL: one note for each node, under its newest epoch. Raises ``StaleEpoch``."""
         if epoch < 1:
             raise BadInput(f"{epoch} is no epoch", field="epoch", hint="epochs begin at 1")
         where = parse_url((await self.describe(volume)).url or "")
@@ -122,7 +123,10 @@ class SharedVolumeDriver:
         def add(old: Volume | None) -> Volume:
             if old is None:
                 raise _unknown(volume)
-            others = (a for a in old.attachments if a != made)
+            newer = [a.epoch for a in old.attachments if a.node == node and a.epoch > epoch]
+            if newer:
+                raise StaleEpoch(f"{node} has {volume} under {newer[0]}, newer than {epoch}", field="epoch")
+            others = (a for a in old.attachments if a.node != node)
             return old.model_copy(update={"attachments": (*others, made)})
 
         await self._registry.change(volume, add)
@@ -165,6 +169,10 @@ class SharedVolumeDriver:
             field="volume",
             hint="prove the node off: emp node fence",
         )
+
+    async def obstacles(self, volumes: Sequence[str], *, nodes: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+        """Nothing is known here: a node that does not reach it finds out when its QEMU opens it."""
+        return {}
 
     async def aclose(self) -> None: ...
 

@@ -78,6 +78,7 @@ class Cloud:
             "DetachVolume": self._detach_volume,
             "DescribeVolumes": self._describe_volumes,
             "DescribeInstances": self._describe_instances,
+            "DescribeInstanceTypes": self._describe_instance_types,
             "CreateTags": self._create_tags,
             "DeleteTags": self._delete_tags,
         }
@@ -313,6 +314,15 @@ class Cloud:
         left = describing.filtered(answers, request.get("Filters", ()), describing.VOLUME_FILTERS)
         shown, token = describing.page(left, request, ids="VolumeIds")
         return {"Volumes": shown, "NextToken": token}
+
+    def _describe_instance_types(self, request: Request) -> Answer:
+        """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_DescribeInstanceTypes.html"""
+        known = {instance.type: instance for instance in self.instances.values()}
+        wanted: Sequence[str] = request.get("InstanceTypes") or list(known)
+        if strange := [name for name in wanted if name not in known]:
+            message = f"The following supplied instance types do not exist: [{', '.join(strange)}]"
+            raise CloudError("InvalidInstanceType", message)
+        return {"InstanceTypes": [describing.instance_type_answer(known[name]) for name in wanted]}
 
     def _describe_instances(self, request: Request) -> Answer:
         ids = request.get("InstanceIds")

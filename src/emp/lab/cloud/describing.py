@@ -79,6 +79,14 @@ def instance_answer(instance: Instance, volumes: Iterable[Volume], since: dateti
     }
 
 
+def instance_type_answer(instance: Instance) -> dict[str, Any]:
+    """Only what it says of volumes: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_EbsInfo.html"""
+    return {
+        "InstanceType": instance.type,
+        "EbsInfo": {"MaximumEbsAttachments": instance.max_volumes, "AttachmentLimitType": "shared"},
+    }
+
+
 VOLUME_FILTERS: Mapping[str, Callable[[Mapping[str, Any]], Texts]] = {
     "attachment.device": lambda v: [a["Device"] for a in v["Attachments"]],
     "attachment.instance-id": lambda v: [a["InstanceId"] for a in v["Attachments"]],
