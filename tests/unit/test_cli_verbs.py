@@ -83,7 +83,7 @@ def test_a_verb_prints_the_model_as_json(pool: Controller, emp: Emp, verb: str) 
                 "state      relayed",
                 "attached   n2 (epoch 7, claimed under 9)",
                 f"n2 -> n1 by relay, under way since 2023-11-14 22:13 ({ID})",
-                "relayed 12 MiB, in 41.5 s",
+                "relayed for 41.5 s, relayed 12 MiB",
                 "ALARM after 3 tries: vol-2 is still detaching at n2",
             ],
         ),
@@ -92,7 +92,7 @@ def test_a_verb_prints_the_model_as_json(pool: Controller, emp: Emp, verb: str) 
             [
                 "state      error: EC2 says that its hardware has failed: error",
                 f"n2 -> n1 by relay, done 2023-11-14 22:13 ({ID})",
-                "I/O stall 7.12 s, detach 4.6 s, attach 2.4 s, relayed 3 MiB, in 0.9 s",
+                "I/O stall 7.12 s, detach 4.6 s, attach 2.4 s, relayed for 0.9 s, relayed 3 MiB",
             ],
         ),
         (SHARED, ["type       shared", "url        rbd:vms/web", "state      available", "attached   to no node"]),

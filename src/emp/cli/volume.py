@@ -190,8 +190,8 @@ def _handover(move: Handover) -> str:
             ("I/O stall", move.io_stall_ms, milliseconds(move.io_stall_ms)),
             ("detach", move.detach_ms, milliseconds(move.detach_ms)),
             ("attach", move.attach_ms, milliseconds(move.attach_ms)),
+            ("relayed for", move.relayed_s, seconds(move.relayed_s)),
             ("relayed", move.relayed_bytes, size(move.relayed_bytes)),
-            ("in", move.relayed_s, seconds(move.relayed_s)),
         )
         if value is not None
     ]
