@@ -15,6 +15,9 @@ from tests.simulation.cases import CASES
 from tests.simulation.mutants import MUTANTS
 
 SEEDS = 200
+SEEDS_TO_FIND = 1000
+"""for the rarest planted bug, which one seed in about a hundred shows: which one depends on every message that is sent.
+It ends with the first."""
 PATIENCE_S = 900
 
 
@@ -46,7 +49,7 @@ async def test_no_seed_finds_a_violation(tmp_path: Path) -> None:
 @pytest.mark.timeout(PATIENCE_S)
 @pytest.mark.parametrize("mutant", sorted(MUTANTS))
 async def test_a_planted_bug_is_found(mutant: str) -> None:
-    status, _, errors = await simulate("--seeds", str(SEEDS), "--mutant", mutant, "--stop")
+    status, _, errors = await simulate("--seeds", str(SEEDS_TO_FIND), "--mutant", mutant, "--stop")
     assert status == 1, errors
     assert f"--mutant {mutant}" in errors  # how to see it again
 
