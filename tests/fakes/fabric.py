@@ -52,6 +52,10 @@ class Fabric:
         """bytes/s that a stream between the two gets"""
         return self.bandwidth_bytes_per_s
 
+    def opens(self, node: str, device: BlockDevice) -> bool:
+        """Whether a QEMU of ``node`` gets it open; a relay may hold what is written there yet."""
+        return self.served(node, device)
+
     def served(self, node: str, device: BlockDevice) -> bool:
         """Whether I/O of a machine on ``node`` goes through."""
         return True

@@ -275,7 +275,7 @@ class FakeHypervisor:
             await self.fabric.moment("launch", self.node)
             await self.fabric.breath(*LAUNCH_S)
             for device in plan.volumes:
-                if not self.fabric.served(self.node, device):
+                if not self.fabric.opens(self.node, device):
                     raise HypervisorError(f"blockdev {device.volume}: Connection refused")
             machine = FakeMachine(self, FakeQemu(self.fabric, self.node, plan))
         finally:

@@ -38,10 +38,10 @@ class SimRelays:
 
     # -- what the ground asks
 
-    def serves(self, path: Path) -> bool:
-        """Whether QEMU's I/O at ``path`` gets through now, writes too."""
+    def serves(self, path: Path, *, writes: bool) -> bool:
+        """Whether QEMU's I/O at ``path`` gets through now."""
         relay = next((relay for relay in self.relays.values() if relay.path == path), None)
-        return relay is not None and not relay.held and self.world.reads(self.node, relay.upstream, writes=True)
+        return relay is not None and not relay.held and self.world.reads(self.node, relay.upstream, writes=writes)
 
     def lends(self, export: str, *, writes: bool) -> bool:
         relay = self.relays.get(export)

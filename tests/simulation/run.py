@@ -110,7 +110,7 @@ class Scenario:
         await self.until(lambda s: len(s.nodes.ready()) == len(world.agents), 30, "the nodes report")
         names = ["web"] if rng.random() < 0.7 else ["web", "db"]
         for name in names:
-            volumes = tuple(f"{rng.choice(('io2', 'io2'))}:1GiB" for _ in range(rng.choice((0, 1, 1, 2))))
+            volumes = tuple(f"{rng.choice(('io2', 'gp3'))}:1GiB" for _ in range(rng.choice((0, 1, 1, 2))))
             memory_bytes = rng.choice((64, 256, 512)) << 20
             await self.person(
                 lambda s, n=name, v=volumes, m=memory_bytes: s.evms.create(  # type: ignore[misc]

@@ -221,9 +221,14 @@ class SimFabric(Fabric):
     def rate(self, one: str, other: str) -> float:
         return self.bandwidth_bytes_per_s * self.world.slow
 
+    def opens(self, node: str, device: BlockDevice) -> bool:
+        if isinstance(device.source, RelaySocket):
+            return self.world.agents[node].relays.serves(device.source.path, writes=False)
+        return self.served(node, device)
+
     def served(self, node: str, device: BlockDevice) -> bool:
         if isinstance(device.source, RelaySocket):
-            return self.world.agents[node].relays.serves(device.source.path)
+            return self.world.agents[node].relays.serves(device.source.path, writes=True)
         return self.world.reads(node, device.source, writes=True)
 
     async def lag(self) -> None:

@@ -29,7 +29,7 @@ from emp.agent.migrations import Migrations
 from emp.agent.relays import Side
 from emp.agent.residents import Residents
 from emp.agent.shelf import Entry
-from emp.hypervisor.base import ProcessId, RunState, StreamStatus
+from emp.hypervisor.base import MachineGone, ProcessId, RunState, StreamStatus
 from emp.migration.records import Record, RecordKind
 from emp.migration.recovery import resume_source, resume_target
 from emp.migration.sweep import Sweep, sweep, waits_for_its_owner
@@ -107,6 +107,11 @@ class Adoption:
                     self._residents.shelf.drop(evm)
                     return True
                 await assembly.close()
+        except MachineGone:
+            log.info("%s: its machine had no record in the journal, and has just ended", evm)
+            await self._residents.assembler.clear(evm, None)
+            self._residents.shelf.drop(evm)
+            return True
         except EmpError as error:
             log.error("%s: %s", evm, error)
         log.error("%s: machine %d has no record in the journal: not touched", evm, process.pid)
@@ -132,7 +137,7 @@ class Adoption:
         assembly = await self._residents.assembler.adopt(entry.spec, process) if process else None
         try:
             if assembly is None:
-                await self._residents.assembler.network.remove(evm)
+                await self._residents.assembler.clear(evm, None)
             match found:
                 case Sweep.OWNED:
                     await self._owned(last, entry, assembly)

@@ -26,7 +26,7 @@ from emp.migration import admission
 from emp.migration.events import AbortAsked, Event, GoArrived, Retired, SourceAborted, TargetAnswered, Word
 from emp.migration.records import RecordKind
 from emp.migration.states import Source, Target
-from emp.model.errors import BadInput, Conflict, HostError, NotFound, Refused, StaleEpoch, Unreachable
+from emp.model.errors import BadInput, Conflict, HostError, NotFound, Refused, StaleEpoch, Unavailable, Unreachable
 from emp.model.evm import EvmState
 from emp.model.migration import Stage
 from emp.model.node import EvmReport, OpenRole
@@ -168,8 +168,10 @@ class Migrations:
         if self._relays.borrows(volume):
             status = await self._relays.go_on(grant)
         if grant.relay is None:
-            if role := self._roles.get(migration):  # the classic order: its guest runs only now
-                await role.until(lambda: role.phase.final, timeout_s=_LANDS_S)
+            role = self._roles.get(migration)
+            if role is not None and not await role.until(lambda: role.phase.final, timeout_s=_LANDS_S):
+                # The classic order lets the guest run only now; or a hung machine has not said that it runs.
+                raise Unavailable(f"{order.evm} does not run here yet", field="evm", hint="ask again")
             await self._residents.land(order.evm, grant)
             self._claims.begin((grant,), epoch=order.epoch)
         return _relayed(volume, status, is_local=grant.relay is None)

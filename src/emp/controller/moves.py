@@ -96,7 +96,7 @@ class Moves:
             except EmpError as error:
                 log.error("%s: %s: %s", self.migration.id, volume, error)
                 where = await self._go_on_as_before(volume, error)
-                await self._alarm(volume, f"{where}: {error}; tried again in {pause_s:g} s")
+                await self._alarm(volume, f"{where}: {error.message}; tried again in {pause_s:g} s")
             finally:
                 moving.cancel()
                 await asyncio.gather(moving, return_exceptions=True)
@@ -140,6 +140,8 @@ class Moves:
         if isinstance(error, OutcomeUnknown) and not isinstance(error, Unavailable):
             return "its I/O waits, as the order may still be carried out"
         try:
+            if await self._is_at(volume, live.target):
+                return f"is attached to {live.target}, and its machine does not use it itself yet"
             if not await self._is_at(volume, live.source):
                 await self.volumes.attach((volume,), node=live.source, epoch=live.epoch_target)
             order = self._lend_order([await self._at_source(volume)], given=True)
