@@ -59,3 +59,10 @@ def ec2(simulator: Simulator) -> Iterator[Any]:
     client = simulator.client()
     yield client
     client.close()
+
+
+@pytest.fixture
+def efs(simulator: Simulator) -> Iterator[Any]:
+    client = simulator.efs_client()
+    yield client
+    client.close()

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emp.lab.cloud.cloud import Cloud
+from emp.lab.cloud.efs import Efs
+from emp.lab.cloud.efs_face import EfsFace
+from emp.lab.cloud.efs_plane import EfsPlane, NoEfsPlane
+from emp.lab.cloud.efs_wire import EfsModel
 from emp.lab.cloud.face import Face, make_app
 from emp.lab.cloud.knobs import Knobs
 from emp.lab.cloud.plane import DataPlane, NoDataPlane
 from emp.lab.cloud.query import Ec2Model
 from emp.lab.cloud.records import Instance
+from emp.lab.cloud.vpc import Rule, SecurityGroup, Subnet, Vpc
 from emp.volumes.ec2 import make_client
 from emp.wire.serve import Listener, Server
 from emp.wire.sockets import listen
@@ -28,6 +33,14 @@ ACCESS_KEY = "AKIASIMULATEDCLOUD00"
 NODES = {f"n{number}": f"i-{number:017x}" for number in range(1, 19)}
 FAR = {"far": "i-0000000000000fa00"}
 """a node in another zone"""
+SUBNETS = {ZONE: "subnet-0000000000000000a", OTHER_ZONE: "subnet-0000000000000000b"}
+SECOND_SUBNET = "subnet-0000000000000000c"
+"""another one in ZONE"""
+FOREIGN_SUBNET = "subnet-0000000000000000d"
+"""of another VPC"""
+VPC, FOREIGN_VPC = "vpc-0000000000000000a", "vpc-0000000000000000b"
+OPEN, CLOSED, OF_NODES = "sg-00000000000000000", "sg-0000000000000000c", "sg-0000000000000000d"
+"""the default group, which lets NFS in from everywhere inside; one that lets nothing in; the nodes' own"""
 BEGAN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
@@ -50,6 +63,27 @@ class HandClock:
         await asyncio.sleep(0)
 
 
+def network() -> Vpc:
+    subnets = [
+        Subnet(SUBNETS[ZONE], ZONE, "10.77.0.0/24", VPC),
+        Subnet(SUBNETS[OTHER_ZONE], OTHER_ZONE, "10.77.1.0/28", VPC),
+        Subnet(SECOND_SUBNET, ZONE, "10.77.2.0/24", VPC),
+        Subnet(FOREIGN_SUBNET, "eu-west-1c", "10.78.0.0/24", FOREIGN_VPC),
+    ]
+    groups = [
+        SecurityGroup(OPEN, "default", VPC, (Rule(cidr="10.77.0.0/16"),)),
+        SecurityGroup(CLOSED, "closed", VPC),
+        SecurityGroup(OF_NODES, "nodes", VPC),
+        SecurityGroup("sg-0000000000000000f", "default", FOREIGN_VPC),
+    ]
+    return Vpc.of(subnets, groups)
+
+
+@cache
+def efs_model() -> EfsModel:
+    return EfsModel(Efs(network(), clock=HandClock(), began=BEGAN).actions)
+
+
 @cache
 def service_model() -> Ec2Model:
     return Ec2Model()
@@ -58,10 +92,15 @@ def service_model() -> Ec2Model:
 class Simulator:
     """One cloud; ``clock`` is its time, ``url`` where it answers, ``ca_file`` who vouches for that."""
 
-    def __init__(self, credentials: Path, plane: DataPlane, clock: Callable[[], float], access_key: str) -> None:
-        instances = [Instance(name, ZONE) for name in NODES.values()] + [Instance(FAR["far"], OTHER_ZONE)]
-        self.cloud = Cloud(instances, clock=clock, began=BEGAN)
+    def __init__(
+        self, credentials: Path, plane: DataPlane, efs_plane: EfsPlane, clock: Callable[[], float], access_key: str
+    ) -> None:
+        instances = [*(_instance(name, ZONE) for name in NODES.values()), _instance(FAR["far"], OTHER_ZONE)]
+        self.vpc = network()
+        self.cloud = Cloud(instances, clock=clock, began=BEGAN, vpc=self.vpc)
         self.face = Face(self.cloud, plane, access_keys={access_key}, model=service_model())
+        self.efs = Efs(self.vpc, clock=clock, began=BEGAN)
+        self.efs_face = EfsFace(self.efs, efs_plane, access_keys={access_key}, model=efs_model())
         self.ca_file = credentials / "ca-cert.pem"
         self._credentials = credentials
         self._loop = asyncio.new_event_loop()
@@ -77,9 +116,17 @@ class Simulator:
     def client(self, *, read_s: float = 5.0) -> Any:
         return make_client(REGION, endpoint_url=self.url, ca_file=self.ca_file, read_s=read_s)
 
+    def efs_client(self, *, read_s: float = 5.0) -> Any:
+        return make_client(REGION, service="efs", endpoint_url=self.url, ca_file=self.ca_file, read_s=read_s)
+
     def turn(self, **knobs: Any) -> None:
         """Set the knobs; what is not named is as it is by default."""
-        self.do(lambda: self.face.turn(Knobs(**knobs)))
+
+        def turn() -> None:
+            for face in (self.face, self.efs_face):
+                face.turn(Knobs(**knobs))
+
+        self.do(turn)
 
     def do(self, what: Callable[[], T]) -> T:
         """Run ``what`` in the simulator's own thread, between two requests."""
@@ -102,7 +149,7 @@ class Simulator:
         with listen("127.0.0.1", 0) as socket:
             self.port = socket.getsockname()[1]
             listener = Listener(socket, public_server(self._credentials))
-            async with Server(make_app(self.face), [listener], pool=POOL, drain_s=0.1):
+            async with Server(make_app(self.face, others=[self.efs_face]), [listener], pool=POOL, drain_s=0.1):
                 self._ready.set()
                 await self._over.wait()
 
@@ -123,8 +170,14 @@ def simulated(
     credentials: Path,
     *,
     plane: DataPlane | None = None,
+    efs_plane: EfsPlane | None = None,
     clock: Callable[[], float] | None = None,
     access_key: str = ACCESS_KEY,
 ) -> Iterator[Simulator]:
-    with Simulator(credentials, plane or NoDataPlane(), clock or HandClock(), access_key).running() as simulator:
+    made = Simulator(credentials, plane or NoDataPlane(), efs_plane or NoEfsPlane(), clock or HandClock(), access_key)
+    with made.running() as simulator:
         yield simulator
+
+
+def _instance(name: str, zone: str) -> Instance:
+    return Instance(name, zone, subnet=SUBNETS[zone], vpc=VPC, groups=(OF_NODES,))

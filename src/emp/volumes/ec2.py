@@ -1,4 +1,4 @@
-"""The EC2 API as the EBS driver calls it: off the event loop, with patience, and with the project's own errors.
+"""An API of AWS (EC2, EFS) as a driver calls it: off the event loop, with patience, and with the project's own errors.
 
 botocore's retries are off. They would repeat an order whose reply was lost without looking at what it has done; the
 driver looks first.
@@ -7,7 +7,7 @@ driver looks first.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,27 @@ _REFUSALS: dict[str, tuple[type[EmpError], str, str]] = {
 """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html"""
 
 
-class Ec2Api:
-    """``client`` makes boto3's client on the first call: where credentials come from is boto3's affair."""
+Refusals = Mapping[str, tuple[type[EmpError], str, str]]
+"""code -> our error, the field to name, what to do"""
 
-    def __init__(self, client: Callable[[], Any], times: Time, *, throttled_s: float = THROTTLED_S) -> None:
+
+class Ec2Api:
+    """``client`` makes boto3's client on the first call: where credentials come from is boto3's affair.
+
+    ``service`` and ``refusals`` are for another service than EC2.
+    """
+
+    def __init__(
+        self,
+        client: Callable[[], Any],
+        times: Time,
+        *,
+        throttled_s: float = THROTTLED_S,
+        service: str = "EC2",
+        refusals: Refusals = _REFUSALS,
+    ) -> None:
+        self._service = service
+        self._refusals = refusals
         self._make = client
         self._made: Any = None
         self._making = asyncio.Lock()
@@ -89,13 +106,15 @@ class Ec2Api:
         try:
             answer: dict[str, Any] = await asyncio.to_thread(getattr(client, call), **parameters)
         except exceptions.ClientError as error:
-            raise _refused(call, error) from error
+            raise self._refused(call, error) from error
         except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError, exceptions.SSLError) as error:
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 hint = "name the endpoint's certificate authority in ca_file, if it is not Amazon's"
-                raise Refused(f"EC2's endpoint is not trusted: {error}", field="ca_file", hint=hint) from error
+                raise Refused(
+                    f"{self._service}'s endpoint is not trusted: {error}", field="ca_file", hint=hint
+                ) from error
             hint = "check the network, the region and the endpoint; nothing was done"
-            raise Unreachable(f"EC2 is out of reach: {error}", hint=hint) from error
+            raise Unreachable(f"{self._service} is out of reach: {error}", hint=hint) from error
         except (
             exceptions.NoCredentialsError,
             exceptions.PartialCredentialsError,
@@ -103,12 +122,12 @@ class Ec2Api:
         ) as error:
             hint = "give the controller AWS credentials: a role, or the environment"
             raise Unauthenticated(
-                f"there are no credentials for EC2: {error}", field="credentials", hint=hint
+                f"there are no credentials for {self._service}: {error}", field="credentials", hint=hint
             ) from error
         except exceptions.ParamValidationError as error:
-            raise BadInput(f"EC2 does not take that: {error}") from error
+            raise BadInput(f"{self._service} does not take that: {error}") from error
         except (exceptions.BotoCoreError, ResponseParserError) as error:
-            raise _lost(call, f"EC2 did not answer {call}: {error}") from error
+            raise _lost(call, f"{self._service} did not answer {call}: {error}") from error
         return answer
 
     async def _client(self) -> Any:
@@ -120,8 +139,25 @@ class Ec2Api:
                     self._made = await asyncio.to_thread(self._make)
                 except BotoCoreError as error:
                     hint = "check the region, the endpoint and the AWS profile"
-                    raise BadInput(f"there is no client for EC2: {error}", field="region", hint=hint) from error
+                    raise BadInput(
+                        f"there is no client for {self._service}: {error}", field="region", hint=hint
+                    ) from error
         return self._made
+
+    def _refused(self, call: str, error: Any) -> EmpError:
+        name = self._service
+        told, status = error.response.get("Error", {}), error.response["ResponseMetadata"]["HTTPStatusCode"]
+        code, message = str(told.get("Code", "")), str(told.get("Message", ""))
+        if code in _THROTTLED:
+            return Unavailable(
+                f"{name} throttles {call}: {message}", hint="ask again later; nothing was done", code=code
+            )
+        if status >= 500:
+            return _lost(call, f"{name} failed at {call}: {code or status}")
+        kind, field, hint = self._refusals.get(code, (None, None, f"{name}'s message says why"))
+        if kind is None:
+            kind = BadInput if code.startswith(("Invalid", "Missing", "Unknown", "BadRequest")) else Refused
+        return kind(f"{name} refuses {call}: {code}: {message}", field=field, hint=hint, code=code)
 
     async def aclose(self) -> None:
         if self._made is not None:
@@ -140,8 +176,9 @@ def make_client(
     ca_file: Path | None = None,
     credentials_file: Path | None = None,
     read_s: float,
+    service: str = "ec2",
 ) -> Any:
-    """Return boto3's client for EC2.
+    """Return boto3's client for ``service``.
 
     ``ca_file``: the authority of an endpoint that is not Amazon's. ``credentials_file``: as of the AWS tools, in the
     place of ``~/.aws/credentials``; what stands in the environment goes first, as with them.
@@ -159,20 +196,7 @@ def make_client(
     )
     verify = str(ca_file) if ca_file else None
     made = boto3.Session(botocore_session=session)
-    return made.client("ec2", region_name=region, endpoint_url=endpoint_url, verify=verify, config=config)
-
-
-def _refused(call: str, error: Any) -> EmpError:
-    told, status = error.response.get("Error", {}), error.response["ResponseMetadata"]["HTTPStatusCode"]
-    code, message = str(told.get("Code", "")), str(told.get("Message", ""))
-    if code in _THROTTLED:
-        return Unavailable(f"EC2 throttles {call}: {message}", hint="ask again later; nothing was done", code=code)
-    if status >= 500:
-        return _lost(call, f"EC2 failed at {call}: {code or status}")
-    kind, field, hint = _REFUSALS.get(code, (None, None, "EC2's message says why"))
-    if kind is None:
-        kind = BadInput if code.startswith(("Invalid", "Missing", "Unknown")) else Refused
-    return kind(f"EC2 refuses {call}: {code}: {message}", field=field, hint=hint, code=code)
+    return made.client(service, region_name=region, endpoint_url=endpoint_url, verify=verify, config=config)
 
 
 def _lost(call: str, message: str) -> EmpError:

@@ -22,6 +22,7 @@ from emp.lab.cloud.knobs import Knobs
 from emp.lab.cloud.memory import Memory
 from emp.lab.cloud.plane import PlaneVolume
 from emp.lab.cloud.records import Attachment, AttachmentState, Instance, Volume, check_id
+from emp.lab.cloud.vpc import Vpc
 
 RETRY_S = 1.0
 """after the data plane has failed"""
@@ -61,6 +62,7 @@ class Cloud:
         clock: Callable[[], float],
         began: datetime,
         knobs: Knobs | None = None,
+        vpc: Vpc | None = None,
         new_id: Callable[[], str] = lambda: secrets.token_hex(8),
     ) -> None:
         self.knobs = knobs or Knobs()
@@ -82,6 +84,11 @@ class Cloud:
             "CreateTags": self._create_tags,
             "DeleteTags": self._delete_tags,
         }
+        if vpc is not None:
+            self._actions |= {
+                "DescribeSubnets": vpc.describe_subnets,
+                "DescribeSecurityGroups": vpc.describe_security_groups,
+            }
 
     @property
     def actions(self) -> frozenset[str]:

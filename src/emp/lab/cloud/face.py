@@ -11,9 +11,9 @@ import contextlib
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -115,7 +115,7 @@ class Face:
             raise CloudError("NoSuchVersion", f"The requested version ({version}) of service AmazonEC2 does not exist")
         fault = self._faults.take(action)
         if fault is not None and fault.harm is Harm.LOST_ORDER:
-            return _Lost()
+            return Lost()
         self._refuse(action, fault)
         request = self._model.parse(action, parameters)
         if fault is not None and fault.harm is Harm.SLOW:
@@ -127,9 +127,9 @@ class Face:
         self._asked.set()
         match fault:
             case Fault(harm=Harm.LOST_REPLY):
-                return _Lost()
+                return Lost()
             case Fault(harm=Harm.SILENT):
-                return _Silent()
+                return Silent()
         return Response(answer, media_type="text/xml")
 
     def _remember(self, action: str, request: Mapping[str, Any]) -> None:
@@ -213,17 +213,38 @@ class Face:
                     await self._asked.wait()
 
 
-def make_app(face: Face, routers: Iterable[APIRouter] = ()) -> FastAPI:
-    """Return the app with more ``routers``; its lifespan runs ``face``. The knobs obey the controller's certificate."""
+class _Running(Protocol):
+    def running(self) -> AbstractAsyncContextManager[None]: ...
+
+    def turn(self, knobs: Knobs) -> None: ...
+
+
+class Beside(_Running, Protocol):
+    """An API of the same cloud, served by the same app under the same knobs (``efs_face.EfsFace``)."""
+
+    def mount(self, app: FastAPI) -> None: ...
+
+
+def make_app(face: Face, routers: Iterable[APIRouter] = (), others: Sequence[Beside] = ()) -> FastAPI:
+    """Return the app with more ``routers``; its lifespan runs ``face`` and the ``others`` beside it.
+
+    The knobs obey the controller's certificate alone.
+    """
+
+    together: tuple[_Running, ...] = (face, *others)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with face.running():
+        async with AsyncExitStack() as stack:
+            for each in together:
+                await stack.enter_async_context(each.running())
             yield
 
     app = FastAPI(title="EMP simulated cloud", lifespan=lifespan, openapi_url=None)
     install_error_handlers(app)
     app.add_route("/", face.api, methods=["POST"])
+    for each in others:
+        each.mount(app)
     knobs = APIRouter(prefix="/knobs", dependencies=[Depends(require_role(Role.CONTROLLER))])
 
     @knobs.get("")
@@ -232,7 +253,8 @@ def make_app(face: Face, routers: Iterable[APIRouter] = ()) -> FastAPI:
 
     @knobs.put("")
     async def turn(wanted: Knobs) -> Knobs:
-        face.turn(wanted)
+        for each in together:
+            each.turn(wanted)
         return face.cloud.knobs
 
     for router in (knobs, *routers):
@@ -240,7 +262,7 @@ def make_app(face: Face, routers: Iterable[APIRouter] = ()) -> FastAPI:
     return app
 
 
-class _Lost(Response):
+class Lost(Response):
     """Begins and never ends: the server closes the connection, and the caller cannot know what came of its order."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -248,7 +270,7 @@ class _Lost(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
-class _Silent(Response):
+class Silent(Response):
     """No answer at all, until the caller hangs up."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

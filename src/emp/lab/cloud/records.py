@@ -92,6 +92,10 @@ class Instance:
     """``running`` or ``stopped``: volumes can be attached in both"""
     type: str = "m5.metal"
     max_volumes: int = MAX_VOLUMES
+    subnet: str | None = None
+    vpc: str | None = None
+    groups: tuple[str, ...] = ()
+    """security groups of its network interface"""
 
 
 def check_id(kind: str, value: str) -> str:
