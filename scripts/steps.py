@@ -26,7 +26,7 @@ def main() -> int:
             extra = [packages.DEVELOPMENT] if arguments.dev else []
             packages.ensure(extra=[*extra, *environment.needs()])
             environment.ensure(development=arguments.dev)
-            return _guest_image()
+            return _made("emp.lab.images") or _made("emp.lab.nfs_program")
         except Refusal as refusal:
             return refuse(refusal)
         except KeyboardInterrupt:
@@ -42,15 +42,15 @@ def _alone(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def _guest_image() -> int:
-    """Build the guest image unless one of the same inputs is there; it says for itself what it does."""
-    build = [str(environment.PYTHON), "-m", "emp.lab.images"]
-    status = subprocess.run(build, stdout=subprocess.DEVNULL, check=False).returncode
+def _made(module: str) -> int:
+    """Have a module of the lab fetch and build what it needs, unless that is there; it says for itself what it does."""
+    make = [str(environment.PYTHON), "-m", module]
+    status = subprocess.run(make, stdout=subprocess.DEVNULL, check=False).returncode
     if status == MISSING_DEPENDENCY:
         say("refreshing the package lists, which may be absent or outdated, to try once more")
         with apt.only_release_sources(apt.os_release()) as options:
             apt.refresh(options)
-        status = subprocess.run(build, stdout=subprocess.DEVNULL, check=False).returncode
+        status = subprocess.run(make, stdout=subprocess.DEVNULL, check=False).returncode
     return status
 
 

@@ -23,7 +23,7 @@ def plant_kernel(cache: Path, version: str = "6.1.1-1") -> Path:
     home = images.kernels_of(cache) / version
     (home / "modules").mkdir(parents=True)
     (home / "kernel").write_bytes(b"kernel " + version.encode())
-    for name in (*images.EARLY_MODULES, *images.NIC_MODULES, *images.LATE_MODULES):
+    for name in images.MODULES:
         (home / "modules" / f"{name}.ko").write_bytes(b"\x7fELF\0name=" + name.encode() + b"\0depends=\0")
     (home / "modules" / "modules.builtin").write_text("")
     busybox = cache / "busybox" / "busybox"

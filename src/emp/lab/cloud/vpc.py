@@ -55,17 +55,14 @@ class SecurityGroup:
 
 @dataclass
 class Vpc:
-    """``handed_out``: the lab's addresses for new mount targets, where a subnet is shared with what is no cloud's."""
+    """What there is, by id."""
 
     subnets: dict[str, Subnet] = field(default_factory=dict)
     groups: dict[str, SecurityGroup] = field(default_factory=dict)
-    handed_out: tuple[str, str] | None = None
 
     @classmethod
-    def of(
-        cls, subnets: Iterable[Subnet], groups: Iterable[SecurityGroup], *, handed_out: tuple[str, str] | None = None
-    ) -> Vpc:
-        return cls({subnet.id: subnet for subnet in subnets}, {group.id: group for group in groups}, handed_out)
+    def of(cls, subnets: Iterable[Subnet], groups: Iterable[SecurityGroup]) -> Vpc:
+        return cls({subnet.id: subnet for subnet in subnets}, {group.id: group for group in groups})
 
     @property
     def zones(self) -> frozenset[str]:
@@ -78,8 +75,6 @@ class Vpc:
     def free_address(self, subnet: Subnet, taken: Iterable[str]) -> str | None:
         """Return the lowest address of ``subnet`` that nobody has."""
         first, last = subnet.usable
-        if self.handed_out is not None:
-            first, last = map(ipaddress.IPv4Address, self.handed_out)
         used = set(taken)
         candidates = (ipaddress.IPv4Address(number) for number in range(int(first), int(last) + 1))
         return next((str(address) for address in candidates if str(address) not in used), None)

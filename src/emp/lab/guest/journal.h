@@ -1,4 +1,4 @@
-/* ---- journals: checksummed 4 KiB records appended to a volume, one thread per volume ----------------------------- */
+/* ---- journals: checksummed 4 KiB records appended to a volume or a file, one thread each -------------------------- */
 
 struct record { /* little endian; crc is CRC-32 (zlib's) of the record with crc = 0; see emp.lab.journal_check */
     char magic[8];
@@ -10,6 +10,7 @@ struct record { /* little endian; crc is CRC-32 (zlib's) of the record with crc 
 _Static_assert(sizeof(struct record) == PAGE_BYTES, "a record fills a page");
 
 enum { JOURNALS = 24 };
+static const uint64_t FILE_RECORDS = 1 << 20; /* 4 GiB: a file grows, but not for ever */
 static struct journal {
     bool used;
     _Atomic bool stop, ended;
@@ -204,22 +205,27 @@ static void journal_start(struct buf *out, const char *serial, double rate_hz)
         return;
     }
     char device[40];
+    bool is_file = serial[0] == '/';
     uint64_t deadline = now_us(CLOCK_MONOTONIC) + 5000000; /* a disk may still be on its way: boot, hot-plug */
-    while (!find_device(serial, device, sizeof device)) {
+    snprintf(device, sizeof device, "%s", serial);
+    while (!is_file && !find_device(serial, device, sizeof device)) {
         if (now_us(CLOCK_MONOTONIC) > deadline) {
             put(out, "{\"error\": \"no disk with the serial %s\"}", serial);
             return;
         }
         sleep_us(20000);
     }
-    int fd = open(device, O_RDWR | O_DIRECT | O_CLOEXEC);
+    int fd = open(device, O_RDWR | O_DIRECT | O_CLOEXEC | (is_file ? O_CREAT : 0), 0644);
     uint64_t bytes = 0, low = 0;
-    if (fd < 0 || ioctl(fd, BLKGETSIZE64, &bytes)) {
+    struct stat file;
+    if (fd < 0 || (is_file ? fstat(fd, &file) : ioctl(fd, BLKGETSIZE64, &bytes))) {
         put(out, "{\"error\": \"%s: %s\"}", device, strerror(errno));
         if (fd >= 0)
             close(fd);
         return;
     }
+    if (is_file)
+        bytes = (uint64_t)file.st_size;
     /* Find the end of an existing chain: records [0, low) are valid. A volume of foreign content is left alone. */
     struct record *record = aligned_alloc(PAGE_BYTES, PAGE_BYTES);
     bool io_error = false, foreign = false;
@@ -256,7 +262,7 @@ static void journal_start(struct buf *out, const char *serial, double rate_hz)
     memset(j, 0, sizeof *j);
     snprintf(j->serial, sizeof j->serial, "%s", serial);
     snprintf(j->device, sizeof j->device, "%s", device);
-    j->fd = fd, j->capacity = capacity, j->seq = low, j->acked = (int64_t)low - 1, j->last_crc = crc;
+    j->fd = fd, j->capacity = is_file ? FILE_RECORDS : capacity, j->seq = low, j->acked = (int64_t)low - 1, j->last_crc = crc;
     j->period_us = (uint64_t)(1e6 / rate_hz), j->begun_us = now_us(CLOCK_MONOTONIC);
     j->used = !pthread_create(&j->thread, NULL, journal_run, j);
     if (j->used)
@@ -266,7 +272,7 @@ static void journal_start(struct buf *out, const char *serial, double rate_hz)
     pthread_mutex_unlock(&journal_lock);
 }
 
-/* `journal start SERIAL RATE_HZ` continues the chain on that volume; `journal stop [SERIAL]`; `journal mark [SERIAL]` forgets
+/* `journal start SERIAL RATE_HZ` continues the chain on that volume, or in a file where SERIAL is a path; `journal stop [SERIAL]`; `journal mark [SERIAL]` forgets
  * the longest stall; `journal status`. All but start answer with the list of journals. */
 static void cmd_journal(struct buf *out, int argc, char **argv)
 {

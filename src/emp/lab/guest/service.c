@@ -97,6 +97,7 @@ __attribute__((format(printf, 2, 3))) static void put(struct buf *b, const char 
 
 #include "memory.h"
 #include "journal.h"
+#include "lock.h"
 
 /* ---- sockets ------------------------------------------------------------------------------------------------------ */
 
@@ -313,7 +314,7 @@ static void cmd_poweroff(struct buf *out, int argc, char **argv)
 
 static const struct command { const char *name; void (*run)(struct buf *out, int argc, char **argv); } commands[] = {
     {"status", cmd_status}, {"memory", cmd_memory}, {"verify", cmd_verify}, {"corrupt", cmd_corrupt},
-    {"journal", cmd_journal}, {"disks", cmd_disks}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
+    {"journal", cmd_journal}, {"lock", cmd_lock}, {"disks", cmd_disks}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
