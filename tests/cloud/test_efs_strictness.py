@@ -85,6 +85,8 @@ def test_a_creation_token_makes_one_file_system(efs: Any) -> None:
         ({"AvailabilityZoneName": ZONE, "PerformanceMode": "maxIO"}, "BadRequest"),
         ({"KmsKeyId": "alias/mine"}, "BadRequest"),
         ({"CreationToken": "x" * 65}, "BadRequest"),
+        ({"Tags": [{"Key": "aws:mine", "Value": "x"}]}, "BadRequest"),
+        ({"Tags": [{"Key": "a<b", "Value": "x"}]}, "BadRequest"),
         ({"PerformanceMode": "fast"}, "BadRequest"),
     ],
 )

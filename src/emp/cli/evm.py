@@ -38,11 +38,15 @@ def create(
     volume: Annotated[
         list[str] | None, typer.Option(metavar="TYPE:SIZE|ID", help="A volume: a new one, or one that is there.")
     ] = None,
+    efs: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID[:PATH]", help="An EFS file system, mounted at /efs/ID in the guest."),
+    ] = None,
     restart: Annotated[str | None, typer.Option(help="never, on-failure (default) or always.")] = None,
     cpu: Annotated[str | None, typer.Option(metavar="MODEL", help="CPU model; left out, one that all have.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an EVM and boot it. --pod, --nic and --volume may be given several times."""
+    """Make an EVM and boot it. --pod, --nic, --volume and --efs may be given several times."""
     from emp.model.names import parse_size
 
     session: Session = ctx.obj
@@ -58,6 +62,7 @@ def create(
         "nics": 1 + len(nic or ()),
         "pods": pod or [],
         "volumes": volume or [],
+        "efs": efs or [],
     }
     request |= {key: value for key, value in (("node", node), ("restart", restart), ("cpu_model", cpu)) if value}
     with session.client() as client:
@@ -118,6 +123,7 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
             ("nics", "\n".join(f"{nic.address}/{nic.prefix_length}  {nic.mac}" for nic in spec.nics)),
             ("pods", "\n".join(f"{pod.address}/{pod.prefix_length}  {pod.mac}  {pod.name}" for pod in spec.pods)),
             ("volumes", "\n".join(spec.volumes)),
+            ("efs", "\n".join(f"{m.file_system}:{m.path} at {m.mount_point}, from {m.address}" for m in spec.efs)),
             ("restart", spec.restart.value),
             ("made", clock(evm.created_at)),
         ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from emp.cli import efs
 from emp.cli.output import clock, milliseconds, print_facts, print_json, print_table, seconds, size
 from emp.cli.session import Json, Session
 from emp.model.errors import BadInput, Conflict
@@ -21,7 +22,7 @@ Id = Annotated[str, typer.Argument(metavar="ID", help="Id of the volume.")]
 @app.command()
 def create(
     ctx: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="TYPE:SIZE|shared", help="Such as io2:1GiB; shared with --url.")],
+    what: Annotated[str, typer.Argument(metavar="TYPE:SIZE|shared|efs", help="Such as io2:1GiB; shared with --url.")],
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Of storage that every node reaches: nbds://... or rbd:...")
     ] = None,
@@ -34,6 +35,9 @@ def create(
     from emp.model.names import parse_size
 
     session: Session = ctx.obj
+    if what == efs.KIND:
+        efs.create(session, as_json=as_json)
+        return
     kind, colon, amount = what.partition(":")
     if what == "shared":
         if url is None:
@@ -60,9 +64,16 @@ def create(
 
 
 @app.command(name="list")
-def list_(ctx: typer.Context, as_json: Json = False) -> None:
+def list_(
+    ctx: typer.Context,
+    of_efs: Annotated[bool, typer.Option("--efs", help="EFS file systems that this pool has made.")] = False,
+    as_json: Json = False,
+) -> None:
     """Show every volume."""
     session: Session = ctx.obj
+    if of_efs:
+        efs.list_(session, as_json=as_json)
+        return
     with session.client() as client:
         volumes = client.volumes.list()
     if as_json:
@@ -78,6 +89,9 @@ def list_(ctx: typer.Context, as_json: Json = False) -> None:
 def show(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A002
     """Show one volume: how it is, where it is attached, how it last went over with its EVM."""
     session: Session = ctx.obj
+    if id.startswith(efs.PREFIX):
+        efs.show(session, id, as_json=as_json)
+        return
     with session.client() as client:
         volume = client.volumes.get(id)
     if as_json:
@@ -103,6 +117,9 @@ def show(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A0
 def delete(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A002
     """Delete a volume that no EVM has, and what is on it."""
     session: Session = ctx.obj
+    if id.startswith(efs.PREFIX):
+        efs.delete(session, id, as_json=as_json)
+        return
     with session.client() as client:
         client.volumes.delete(id)
     if as_json:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from emp.client.efs import Efs
 from emp.client.events import PATIENCE_S, OnBreak, follow
 from emp.client.evms import Evms
 from emp.client.migrations import Migrations
@@ -32,6 +33,7 @@ class Client:
         self.evms = Evms(self._transport)
         self.migrations = Migrations(self._transport)
         self.volumes = Volumes(self._transport)
+        self.efs = Efs(self._transport)
 
     @classmethod
     def from_context(cls, name: str | None = None) -> Self:

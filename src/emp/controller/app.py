@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from emp.controller.api import agents, evms, health, migrations, nodes, volumes, watch
+from emp.controller.api import agents, efs, evms, health, migrations, nodes, volumes, watch
 from emp.controller.services import Services
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_token
@@ -18,7 +18,7 @@ def people_app(services: Services) -> FastAPI:
     app = _app("EMP controller", "Live migration of EVMs between the bare-metal nodes of a pool.")
     app.include_router(health.open_router(services))
     guarded = [Depends(require_token(services.token))]
-    for module in (health, nodes, evms, migrations, volumes, watch):
+    for module in (health, nodes, evms, migrations, volumes, efs, watch):
         app.include_router(module.router(services), dependencies=guarded)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=guarded)

@@ -10,10 +10,12 @@ from emp.controller.addresses import PodWish, hand_out, parse_pods
 from emp.controller.book import Book, VolumeWish
 from emp.controller.capacity import Capacity
 from emp.controller.config import Network
+from emp.controller.efs import AskedMount, Efs
 from emp.controller.nodes import Nodes
 from emp.controller.placement import Placed, needs, place, place_on
 from emp.controller.volumes import Volumes, parse_wishes
 from emp.model.api import EvmCreate
+from emp.model.efs import NO_EFS, EfsFacts
 from emp.model.errors import AlreadyExists, BadInput, Conflict
 from emp.model.evm import EvmSpec
 from emp.model.names import format_size
@@ -32,25 +34,32 @@ class Asked:
     wishes: tuple[VolumeWish, ...]
     existing: tuple[Volume, ...]
     """volumes that are there already and are nobody's"""
+    mounts: tuple[AskedMount, ...] = ()
+    efs: EfsFacts = NO_EFS
+    """what the cloud says of them"""
 
 
 class Blueprints:
-    def __init__(self, book: Book, nodes: Nodes, capacity: Capacity, volumes: Volumes, network: Network) -> None:
+    def __init__(
+        self, book: Book, nodes: Nodes, capacity: Capacity, volumes: Volumes, efs: Efs, network: Network
+    ) -> None:
         self._book = book
         self._nodes = nodes
         self._capacity = capacity
         self._volumes = volumes
+        self._efs = efs
         self._network = network
 
     async def check(self, request: EvmCreate) -> Asked:
-        """Raises ``BadInput``, ``NotFound``, ``Conflict`` or ``AlreadyExists``, naming the field."""
+        """Raises ``BadInput``, ``NotFound``, ``Conflict``, ``AlreadyExists`` or ``Refused``, naming the field."""
         _check_memory(request.memory_bytes)
         pods, wishes = parse_pods(request.pods), parse_wishes(request.volumes)
         self.check_free(request.name)
         existing = [
             await self._free_volume(wish.id, f"volumes[{index}]") for index, wish in enumerate(wishes) if wish.id
         ]
-        return Asked(request, pods, wishes, tuple(existing))
+        mounts, facts = await self._efs.check(request.efs)
+        return Asked(request, pods, wishes, tuple(existing), mounts, facts)
 
     def check_free(self, name: str) -> None:
         if self._book.evms.find(name):
@@ -78,6 +87,7 @@ class Blueprints:
             cpu_model=compat.common_cpu_model(peers, request.cpu_model),
             nics=cards,
             pods=pods,
+            efs=self._efs.mounts(asked.mounts, asked.efs, placed.node.name),
             restart=request.restart,
         )
         return spec, placed

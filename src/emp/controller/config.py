@@ -115,6 +115,17 @@ class Ec2Fencing(Model):
     """node -> instance id"""
 
 
+class EfsSettings(Model):
+    """EFS of Amazon, or of a cloud that speaks its API."""
+
+    region: str = Field(pattern=r"^[a-z0-9-]+$")
+    instances: dict[Name, str] = Field(min_length=1)
+    """node -> instance id"""
+    endpoint_url: str | None = None
+    ca_file: Path | None = None
+    """who vouches for an endpoint that is not Amazon's"""
+
+
 class Config(Model):
     pool: Name
     address: Ip
@@ -127,6 +138,8 @@ class Config(Model):
     volumes: NbdVolumes | EbsVolumes = Field(discriminator="driver")
     fencing: ManualFencing | LabFencing | Ec2Fencing = Field(default=ManualFencing(), discriminator="driver")
     """how a node is proven off"""
+    efs: EfsSettings | None = None
+    """None: EVMs of this pool mount no EFS"""
     heartbeat_s: float = Field(default=1.0, gt=0, le=60)
     """how often agents report"""
     node_down_s: float = Field(default=3.5, gt=0, le=600)

@@ -16,6 +16,7 @@ from emp.controller.attested import ENDED
 from emp.controller.book import Book, Upkeep, change, gone, new
 from emp.controller.capacity import Capacity
 from emp.controller.config import Network
+from emp.controller.efs import Efs
 from emp.controller.hub import Snapshot
 from emp.controller.placement import Candidate, Placed, Unfit, cordoned, excluded, not_there, place, place_on, untrusted
 from emp.controller.steps import Tools
@@ -23,6 +24,7 @@ from emp.controller.supervise import Supervision
 from emp.controller.survey import Survey
 from emp.controller.tasks import Tasks
 from emp.migration.preflight import Facts, failed, preflight
+from emp.model.efs import EfsFacts
 from emp.model.errors import BadInput, Conflict, EmpError, OutcomeUnknown, Refused
 from emp.model.evm import Evm, EvmState
 from emp.model.migration import Check, Migration, MigrationRequest, Outcome, Stage
@@ -38,11 +40,12 @@ END_S = 60.0
 
 
 class Migrations:
-    def __init__(self, tools: Tools, capacity: Capacity, network: Network) -> None:
+    def __init__(self, tools: Tools, capacity: Capacity, network: Network, efs: Efs) -> None:
         self._tools = tools
         self._book: Book = tools.book
         self._capacity = capacity
         self._network = network
+        self._efs = efs
         self._open: dict[str, Supervision] = {}
         self._tasks = Tasks("migration")
 
@@ -116,12 +119,13 @@ class Migrations:
         Raises ``NotFound``, ``BadInput``, ``Conflict``, ``NodeDown``, ``Refused`` or ``NoPlacement``.
         """
         survey = await self._survey(self._movable(name), request.target)
+        efs = await self._efs.facts(self._movable(name).spec)
         async with self._capacity.lock:
             evm = self._movable(name)
             source = self._tools.nodes.need_ready(evm.owner or "", field="evm")
             if tuple(volume.id for volume in survey.volumes) != evm.spec.volumes:
                 raise Conflict(f"the volumes of EVM {name} have changed in the meantime", field="evm", hint="try again")
-            placed, checks = self._target(evm, source, survey, request)
+            placed, checks = self._target(evm, source, survey, efs, request)
             if request.dry_run:
                 return self._plan("dry-run", evm, placed, checks, request, (0, 0))
             epochs = await self._book.epochs.issue(), await self._book.epochs.issue()
@@ -153,7 +157,7 @@ class Migrations:
         return evm
 
     def _target(
-        self, evm: Evm, source: Node, survey: Survey, request: MigrationRequest
+        self, evm: Evm, source: Node, survey: Survey, efs: EfsFacts, request: MigrationRequest
     ) -> tuple[Placed, tuple[Check, ...]]:
         """Return the target, asked for or found, with its checks, of which none has failed unless it is a dry run."""
         name = evm.spec.name
@@ -168,6 +172,7 @@ class Migrations:
                     volumes=survey.of(candidate.node.name),
                     subnet=self._network.subnet,
                     volume_order=request.policy.volume_order,
+                    efs=efs,
                 )
             )
 

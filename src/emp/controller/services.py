@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from emp.controller.book import Book
 from emp.controller.console import Consoles
+from emp.controller.efs import Efs
 from emp.controller.evms import Evms
 from emp.controller.fences import Fences
 from emp.controller.metrics import Metrics
@@ -23,6 +24,7 @@ class Services:
     book: Book
     nodes: Nodes
     volumes: Volumes
+    efs: Efs
     fences: Fences
     evms: Evms
     migrations: Migrations

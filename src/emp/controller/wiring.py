@@ -12,6 +12,7 @@ from emp.controller.boot import Boot
 from emp.controller.capacity import Capacity
 from emp.controller.config import Config, EbsVolumes, Ec2Fencing, LabFencing, NbdVolumes
 from emp.controller.console import Consoles
+from emp.controller.efs import Efs
 from emp.controller.evms import Evms
 from emp.controller.fences import Fences
 from emp.controller.hub import Hub
@@ -32,8 +33,9 @@ from emp.fencing.manual import ManualFence
 from emp.model.errors import NotFound
 from emp.store.base import Store
 from emp.store.sqlite import SqliteStore
-from emp.volumes.base import VolumeDriver
+from emp.volumes.base import EfsDriver, VolumeDriver
 from emp.volumes.ebs import EbsVolumeDriver
+from emp.volumes.efs import EfsCloud
 from emp.volumes.nbd import NbdVolumeDriver
 from emp.volumes.nbd_probe import export_size_bytes
 from emp.volumes.router import VolumeRouter
@@ -69,6 +71,7 @@ class Controller:
         await self.services.fences.close()
         await self.services.migrations.close()
         await self.services.evms.close()
+        await self.services.efs.aclose()
         await self.agents.aclose()
         await self.driver.aclose()
 
@@ -78,7 +81,12 @@ async def open_store(config: Config) -> Store:
 
 
 async def wire(
-    config: Config, store: Store, *, driver: VolumeDriver | None = None, fence_driver: FenceDriver | None = None
+    config: Config,
+    store: Store,
+    *,
+    driver: VolumeDriver | None = None,
+    fence_driver: FenceDriver | None = None,
+    efs_driver: EfsDriver | None = None,
 ) -> Controller:
     """Return the controller of ``store``, its records loaded; the drivers stand in for services in tests."""
     tls = mutual_client(config.credentials)
@@ -91,9 +99,10 @@ async def wire(
     driver = VolumeRouter(driver, {SHARED_PREFIX: shared})
     volumes = Volumes(book, driver, shared)
     capacity = Capacity(book, nodes)
-    blueprints = Blueprints(book, nodes, capacity, volumes, config.network)
+    efs = Efs(book, efs_driver or _efs_driver(config))
+    blueprints = Blueprints(book, nodes, capacity, volumes, efs, config.network)
     fences = Fences(book, nodes, agents, fence_driver or _fence_driver(config, tls))
-    migrations = Migrations(Tools(book, nodes, agents, volumes, hub, metrics), capacity, config.network)
+    migrations = Migrations(Tools(book, nodes, agents, volumes, hub, metrics), capacity, config.network, efs)
     boot = Boot(book, nodes, agents, volumes, fences)
     evms = Evms(book, nodes, capacity, blueprints, boot, migrations, volumes)
     restarts = Restarts(book, evms.start)
@@ -108,6 +117,7 @@ async def wire(
         book=book,
         nodes=nodes,
         volumes=volumes,
+        efs=efs,
         fences=fences,
         evms=evms,
         migrations=migrations,
@@ -131,6 +141,19 @@ def _volume_driver(config: Config, tls: ssl.SSLContext) -> VolumeDriver:
                 ca_file=ebs.ca_file,
                 credentials_file=ebs.credentials_file,
             )
+
+
+def _efs_driver(config: Config) -> EfsDriver | None:
+    if config.efs is None:
+        return None
+    settings = config.efs
+    return EfsCloud(
+        settings.instances,
+        pool=config.pool,
+        region=settings.region,
+        endpoint_url=settings.endpoint_url,
+        ca_file=settings.ca_file,
+    )
 
 
 def _fence_driver(config: Config, tls: ssl.SSLContext) -> FenceDriver:

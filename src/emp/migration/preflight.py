@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from emp.migration import efs as efs_mounts
+from emp.model.efs import NO_EFS, EfsFacts
 from emp.model.evm import EvmSpec
 from emp.model.migration import Check, VolumeOrder
 from emp.model.names import format_size
@@ -44,6 +46,8 @@ class Facts:
     subnet: str
     """that the EVMs' addresses belong to"""
     volume_order: VolumeOrder = VolumeOrder.RESUME_FIRST
+    efs: EfsFacts = NO_EFS
+    """of the EVM's EFS mounts; empty for an EVM that has none"""
 
 
 def preflight(facts: Facts) -> tuple[Check, ...]:
@@ -185,6 +189,18 @@ def _cost(of: VolumeFacts, facts: Facts) -> str:
     return f"its I/O stalls for {took} after the pause, while it is detached and attached; with io2 it would not"
 
 
+def efs(facts: Facts) -> Check:
+    """An EFS mount goes on by itself if its mount target stays reachable from the target; nothing of it is moved."""
+    mounts, node, address = facts.spec.efs, facts.target.name, facts.spec.nics[0].address
+    if not mounts:
+        return Check(name="efs", ok=True, message="none")
+    if facts.efs.problem is not None:
+        return Check(name="efs", ok=False, message=f"EFS could not be asked: {facts.efs.problem}")
+    bad = [why for mount in mounts if (why := efs_mounts.obstacle(mount, facts.efs, node, address))]
+    good = [efs_mounts.described(mount, facts.efs, node) for mount in mounts] if not bad else []
+    return Check(name="efs", ok=not bad, message="; ".join(bad or good))
+
+
 def subnet(facts: Facts) -> Check:
     """Every address stays as it is, so both nodes must stand on the segment that the addresses belong to.
 
@@ -201,7 +217,7 @@ def subnet(facts: Facts) -> Check:
 
 
 CHECKS = (
-    memory, vcpus, image, machine_type, cpu_model, accelerator, qemu, protocol, emp_version, journals, subnet,
+    memory, vcpus, image, machine_type, cpu_model, accelerator, qemu, protocol, emp_version, journals, efs, subnet,
 )  # fmt: skip
 
 

@@ -30,6 +30,10 @@
 ``GET    /v1/volumes/{id}``                    -> ``Volume``
 ``DELETE /v1/volumes/{id}``                    -> nothing (204)
 ``POST   /v1/volumes/{id}/resize``             ``VolumeResize`` -> ``Volume``               the guest sees it
+``GET    /v1/efs``                             -> ``Listing[FileSystem]``                   made by this pool
+``POST   /v1/efs``                             -> ``FileSystem`` (201)
+``GET    /v1/efs/{id}``                        -> ``FileSystem``
+``DELETE /v1/efs/{id}``                        -> nothing (204)
 ``GET    /v1/watch?prefix=/evms/&from=REV``    -> SSE of ``WatchEvent``                     every change after REV
 =============================================  ===========================================  ==========================
 
@@ -93,6 +97,8 @@ class EvmCreate(Model):
     """each ``NAME`` or ``NAME=ADDRESS``"""
     volumes: tuple[str, ...] = Field(default=(), max_length=16)
     """each ``TYPE:SIZE`` (made now, deleted with the EVM) or the id of a volume that exists"""
+    efs: tuple[str, ...] = Field(default=(), max_length=8)
+    """each ``fs-ID`` or ``fs-ID:/PATH``: an EFS file system that the guest mounts at ``/efs/fs-ID``"""
     cpu_model: str | None = Field(default=None, max_length=64)
     """a named model; None: the pool's default, which runs on every ready node"""
     restart: RestartPolicy = RestartPolicy.ON_FAILURE

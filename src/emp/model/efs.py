@@ -61,3 +61,62 @@ def check_path(path: str) -> str:
     if len(path) > LONGEST_PATH or not _PATH.fullmatch(path) or {".", ".."} & set(path.split("/")):
         raise ValueError(f"a path of an EFS mount has letters, digits and ._+- alone, no .., {LONGEST_PATH} at most")
     return path
+
+
+class Rule(Model):
+    """What a security group lets in, of what matters to NFS."""
+
+    cidr: str | None = None
+    group: str | None = None
+    """from interfaces that have this group"""
+
+
+class MountTarget(Model):
+    """Where a file system answers NFS in one zone."""
+
+    id: str
+    address: Ip
+    zone: str
+    subnet: str
+    vpc: str
+    state: str
+    groups: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    """of its security groups: those that let TCP port 2049 in"""
+
+
+class FileSystem(Model):
+    """An EFS file system as the cloud has it."""
+
+    id: str
+    state: str
+    ours: bool = False
+    """this pool has made it, and may delete it"""
+    targets: tuple[MountTarget, ...] = ()
+
+
+class NodePlace(Model):
+    """Where a node stands in the cloud's network."""
+
+    zone: str
+    subnet: str
+    vpc: str
+    groups: tuple[str, ...] = ()
+
+
+class EfsFacts(Model):
+    """What the cloud says of an EVM's mounts and of the nodes that it may go to."""
+
+    file_systems: tuple[FileSystem, ...] = ()
+    """those that are there"""
+    places: dict[str, NodePlace] = Field(default_factory=dict)
+    """by node"""
+    problem: str | None = None
+    """why the cloud could not be asked"""
+
+    def find(self, file_system: str) -> FileSystem | None:
+        return next((found for found in self.file_systems if found.id == file_system), None)
+
+
+NO_EFS = EfsFacts()
+"""of an EVM without a mount"""

@@ -9,6 +9,7 @@ from uuid import UUID
 from pydantic import Field, model_validator
 
 from emp.model.base import Model
+from emp.model.efs import EfsMount
 from emp.model.names import Ip, Mac, Name, SizeBytes
 
 MAX_VOLUMES = 24
@@ -59,6 +60,8 @@ class EvmSpec(Model):
     volumes: tuple[str, ...] = ()
     volume_slots: tuple[int, ...] = ()
     """where in the guest each of ``volumes`` is (a disk's LUN); empty: in their order, from 0"""
+    efs: tuple[EfsMount, ...] = ()
+    """file systems that the guest mounts by itself when it boots"""
     restart: RestartPolicy = RestartPolicy.ON_FAILURE
 
     @model_validator(mode="after")

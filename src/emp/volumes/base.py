@@ -7,12 +7,13 @@ everything older. A target's attachment is a candidate that changes nothing unti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from emp.model.efs import EfsFacts, FileSystem
 from emp.model.volume import Attachment, HostDevice, NbdEndpoint, Volume, VolumeType
 
 
@@ -244,3 +245,29 @@ class RelayDriver(Protocol):
     async def end(self, name: str) -> None:
         """End the relay; return when nothing of it has the volume open. What waits in it is never done. Idempotent."""
         ...
+
+
+class EfsDriver(Protocol):
+    """File systems that guests mount by themselves. None is attached to anything."""
+
+    async def create(self) -> FileSystem:
+        """Make one with a mount target in every zone of the pool's nodes; returns when it can be mounted."""
+        ...
+
+    async def list(self) -> tuple[FileSystem, ...]:
+        """Return those that this pool has made."""
+        ...
+
+    async def describe(self, file_system: str) -> FileSystem:
+        """Raise ``NotFound``."""
+        ...
+
+    async def delete(self, file_system: str) -> None:
+        """Remove it and its mount targets; ``Refused`` for one that the pool has not made. Idempotent."""
+        ...
+
+    async def facts(self, file_systems: Iterable[str]) -> EfsFacts:
+        """Return what pre-flight looks at. Never raises ``EmpError``: ``problem`` says why the cloud did not answer."""
+        ...
+
+    async def aclose(self) -> None: ...

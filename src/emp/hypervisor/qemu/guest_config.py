@@ -5,10 +5,12 @@ One fact per line, so that a shell in an initramfs can read it:
     hostname NAME
     nic N mac MAC addr ADDRESS/PREFIX
     pod NAME nic N mac MAC addr ADDRESS/PREFIX
+    efs ADDRESS:/PATH MOUNT-POINT OPTIONS
 """
 
 from __future__ import annotations
 
+from emp.model.efs import MOUNT_OPTIONS
 from emp.model.evm import EvmSpec
 
 FW_CFG_NAME = "opt/emp/config"
@@ -19,4 +21,5 @@ def guest_config(spec: EvmSpec) -> str:
     lines = [f"hostname {spec.name}"]
     lines += [f"nic {n} mac {nic.mac} addr {nic.address}/{nic.prefix_length}" for n, nic in enumerate(spec.nics)]
     lines += [f"pod {pod.name} nic {pod.nic} mac {pod.mac} addr {pod.address}/{pod.prefix_length}" for pod in spec.pods]
+    lines += [f"efs {mount.address}:{mount.path} {mount.mount_point} {MOUNT_OPTIONS}" for mount in spec.efs]
     return "\n".join(lines) + "\n"

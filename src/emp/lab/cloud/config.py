@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, model_validator
 
 from emp.lab.cloud.knobs import Knobs
@@ -19,10 +21,24 @@ class Node(Model):
     max_volumes: int = Field(default=MAX_VOLUMES, ge=1)
 
 
+class EfsService(Model):
+    """EFS, with NFS servers at addresses of their own."""
+
+    program: Path
+    """where nfs-ganesha was unpacked (``emp.lab.nfs_program``)"""
+    interface: str = "eth0"
+    """that gets the mount targets' addresses"""
+    subnets: dict[str, str] = Field(min_length=1)
+    """zone -> block for the addresses of its mount targets"""
+    clients: str
+    """block that the default security group lets in"""
+
+
 class CloudConfig(Config):
     access_key: str = Field(pattern=r"^[A-Z0-9]{16,128}$")
     """the key id that callers sign with"""
     nodes: dict[Name, Node] = Field(min_length=1)
+    efs: EfsService | None = None
     knobs: Knobs = Knobs()
     """at its first start; later it goes by what it was set to"""
 
@@ -31,4 +47,7 @@ class CloudConfig(Config):
         named = [node.instance for node in self.nodes.values()]
         if len(set(named)) < len(named):
             raise ValueError("two nodes have the same instance")
+        zones = {node.zone for node in self.nodes.values()}
+        if self.efs is not None and (missing := zones - self.efs.subnets.keys()):
+            raise ValueError(f"efs.subnets has no block for {', '.join(sorted(missing))}")
         return self

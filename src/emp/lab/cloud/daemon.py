@@ -23,13 +23,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from emp.lab.cloud import efs_service
 from emp.lab.cloud.cloud import Cloud
 from emp.lab.cloud.config import CloudConfig
 from emp.lab.cloud.dataplane import ExportPlane, OwnersLog
 from emp.lab.cloud.face import Face, make_app
 from emp.lab.cloud.knobs import Shown
 from emp.lab.cloud.memory import MemoryFile
-from emp.lab.cloud.records import Instance
 from emp.model.errors import BadInput, NotFound
 from emp.volumes.devices import PATH, Device
 from emp.volumes.server.service import VolumeService
@@ -49,11 +49,13 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
     credentials = Credentials.load(config.credentials)
     if credentials.pool != config.pool:
         raise BadInput(f"the credentials are of the pool {credentials.pool}, not {config.pool}", field="credentials")
+    vpc = efs_service.network(config)
     cloud = Cloud(
-        (Instance(node.instance, node.zone, max_volumes=node.max_volumes) for node in config.nodes.values()),
+        efs_service.instances(config),
         clock=time.monotonic,
         began=datetime.now(UTC),
         knobs=config.knobs,
+        vpc=vpc,
     )
     instances = {name: node.instance for name, node in config.nodes.items()}
     log = OwnersLog(config.state_dir, instances, cloud.shown)
@@ -61,17 +63,20 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
     plane = ExportPlane(service, instances, log)
     memory = MemoryFile(config.state_dir / MEMORY)
     face = Face(cloud, plane, access_keys={config.access_key}, keep=lambda: memory.write(cloud.memory()))
+    efs = efs_service.EfsService(config, vpc, knobs=lambda: cloud.knobs) if config.efs else None
     try:
         await service.start()
         if before := memory.read():
             cloud.recall(before)
             for volume in filter(None, map(cloud.shown, cloud.volumes)):
                 log.recall(volume)
-        app = make_app(face, [_devices(cloud, plane, instances), _health(face, service)])
+        app = make_app(face, [_devices(cloud, plane, instances), _health(face, service)], [efs.face] if efs else [])
         with listen(config.address, config.port, field="port") as socket:
             async with Server(app, [Listener(socket, public_server(config.credentials))], pool=config.pool):
                 yield face
     finally:
+        if efs is not None:
+            await efs.close()
         await service.stop()
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -140,8 +141,16 @@ def _check_scalar(kind: Any, value: Any, name: str) -> None:
     _check_range(kind, len(value) if isinstance(value, str) else value, name)
     if isinstance(value, str):
         pattern, allowed = kind.metadata.get("pattern"), getattr(kind, "enum", None)
-        if (pattern and not re.fullmatch(pattern, value)) or (allowed and value not in allowed):
+        if (pattern and not _pattern(pattern).fullmatch(value)) or (allowed and value not in allowed):
             raise bad(f"The value {value[:80]!r} of {name} is invalid")
+
+
+@cache
+def _pattern(text: str) -> re.Pattern[str]:
+    """The model's patterns are Java's; of what Python does not know, tags use classes of letters, digits and blanks."""
+    for java, python in ((r"\p{L}", r"\w"), (r"\p{N}", r"\d"), (r"\p{Z}", r"\s")):
+        text = text.replace(java, python)
+    return re.compile(text)
 
 
 def _check_range(kind: Any, size: float, name: str) -> None:
