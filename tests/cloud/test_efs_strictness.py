@@ -331,3 +331,13 @@ def test_a_mount_target_is_served_again_after_a_restart() -> None:
     again.done(change)
     assert again.settle() == []
     assert [each.life for each in again.state.mount_targets.values()] == [Life.AVAILABLE]
+
+
+def test_records_that_cannot_be_written_are_told_as_a_failure(
+    efs: Any, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(simulator.efs_face, "_changed", full)
+    assert refused(lambda: make(efs)) == "InternalServerError"

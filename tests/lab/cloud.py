@@ -31,10 +31,11 @@ from pathlib import Path
 from botocore.exceptions import ClientError
 from emp.volumes.ec2 import make_client
 
-region, url, call, parameters = sys.argv[1:]
+region, url, service, call, parameters = sys.argv[1:]
 home = Path("/var/lib/emp")
 client = make_client(
-    region, endpoint_url=url, ca_file=home / "pki/ca-cert.pem", credentials_file=home / "aws-credentials", read_s=5.0
+    region, endpoint_url=url, ca_file=home / "pki/ca-cert.pem", credentials_file=home / "aws-credentials", read_s=5.0,
+    service=service,
 )
 try:
     print(json.dumps(getattr(client, call)(**json.loads(parameters)), default=str))
@@ -48,9 +49,9 @@ def turn(pool: Pool, **knobs: Any) -> None:
     _run(pool, _TURN, region.url(), Knobs(**knobs).model_dump_json())
 
 
-def call(pool: Pool, action: str, **parameters: Any) -> Any:
-    """Return EC2's answer to ``action``, or ``{"Refused": code}``."""
-    return json.loads(_run(pool, _CALL, region.REGION, region.url(), action, json.dumps(parameters)))
+def call(pool: Pool, action: str, service: str = "ec2", **parameters: Any) -> Any:
+    """Return the cloud's answer to ``action``, or ``{"Refused": code}``."""
+    return json.loads(_run(pool, _CALL, region.REGION, region.url(), service, action, json.dumps(parameters)))
 
 
 def _run(pool: Pool, code: str, *arguments: str) -> str:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import signal
 import struct
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -199,6 +200,14 @@ def test_an_access_point_makes_its_directory_with_its_owner(served: Served, tmp_
     made = served.wait(lambda: (served.data / "teams/red").exists() and (served.data / "teams/red").stat())
     served.wait(lambda: (served.data / "teams/red").stat().st_mode & 0o777 == 0o750)
     assert ((served.data / "teams/red").stat().st_uid, made.st_mode & 0o170000) == (1234, 0o040000)
+
+
+def test_a_server_listens_at_its_own_address_alone(served: Served) -> None:
+    """A second mount target of the same machine would have no address else."""
+    lines = subprocess.run(["ss", "-Hltn", "sport", "=", ":2049"], capture_output=True, text=True, check=True).stdout
+    assert [line.split()[3].removeprefix("[::ffff:").replace("]", "") for line in lines.splitlines()] == [
+        f"{served.address}:2049"
+    ]
 
 
 def test_a_link_that_a_guest_has_made_leads_nowhere(tmp_path: Path) -> None:

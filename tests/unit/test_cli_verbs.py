@@ -125,15 +125,15 @@ def test_an_empty_pool_says_so(pool: Controller, emp: Emp) -> None:
 def test_create_asks_for_what_was_said(pool: Controller, emp: Emp) -> None:
     emp(
         "evm create web --memory 2GiB --vcpus 2 --node n1 --pod shop --pod db=10.77.3.4 --nic auto --nic auto "
-        "--volume io2:1GiB --volume vol-7 --restart always --cpu EPYC --image debian"
+        "--volume io2:1GiB --volume vol-7 --efs fs-0123abcd:/data --restart always --cpu EPYC --image debian"
     )
     assert pool.told == [
         (
             "POST /v1/evms",
             {
                 "name": "web", "memory_bytes": 2 << 30, "vcpus": 2, "node": "n1", "pods": ["shop", "db=10.77.3.4"],
-                "nics": 3, "volumes": ["io2:1GiB", "vol-7"], "restart": "always", "cpu_model": "EPYC",
-                "image": "debian",
+                "nics": 3, "volumes": ["io2:1GiB", "vol-7"], "efs": ["fs-0123abcd:/data"], "restart": "always",
+                "cpu_model": "EPYC", "image": "debian",
             },
         )
     ]  # fmt: skip

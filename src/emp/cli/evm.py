@@ -62,9 +62,9 @@ def create(
         "nics": 1 + len(nic or ()),
         "pods": pod or [],
         "volumes": volume or [],
-        "efs": efs or [],
     }
-    request |= {key: value for key, value in (("node", node), ("restart", restart), ("cpu_model", cpu)) if value}
+    more = {"node": node, "efs": efs, "restart": restart, "cpu_model": cpu}
+    request |= {key: value for key, value in more.items() if value}
     with session.client() as client:
         evm = client.evms.create(request)
     if as_json:

@@ -124,6 +124,8 @@ class EfsSettings(Model):
     endpoint_url: str | None = None
     ca_file: Path | None = None
     """who vouches for an endpoint that is not Amazon's"""
+    credentials_file: Path | None = None
+    """as of the AWS tools; None: where boto3 finds them, such as the instance's role"""
 
 
 class Config(Model):

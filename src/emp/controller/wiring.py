@@ -153,6 +153,7 @@ def _efs_driver(config: Config) -> EfsDriver | None:
         region=settings.region,
         endpoint_url=settings.endpoint_url,
         ca_file=settings.ca_file,
+        credentials_file=settings.credentials_file,
     )
 
 

@@ -23,6 +23,7 @@ from emp import faults
 from emp.host.processes import Process
 from emp.lab import keeper, region, scan
 from emp.lab.images import KERNEL_COMMAND_LINE, Image
+from emp.lab.nfs_program import NfsProgram
 from emp.lab.places import NAMESPACES, enter_argv, init_of, source_directory
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import (
@@ -64,11 +65,13 @@ FIRST_PORT, LAST_PORT = 7440, 7539
 """where a port for people is looked for, below the ports that the kernel gives away by itself"""
 
 
-def prepare(files: LabFiles, state: LabState, image: Image) -> bytes:
+def prepare(files: LabFiles, state: LabState, image: Image, nfs: NfsProgram | None = None) -> bytes:
     """Give each place its own credentials, configuration and guest image; return the CA's certificate (PEM)."""
     authority = CertificateAuthority.create(files.ca, state.name)
     if state.cloud:
         region.make_credentials(files)
+    if nfs is not None:
+        shutil.copytree(nfs.home, files.data(VOL.name) / region.NFS_PROGRAM, symlinks=True)
     for place in state.topology.places:
         home = files.data(place.name)
         home.mkdir(parents=True, exist_ok=True)
@@ -104,7 +107,7 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
         return {"pool": state.name, "address": place.address, "port": POWER_PORT, "credentials": credentials}
     common = {"pool": state.name, "address": place.address, "credentials": f"{HOME}/pki", "state_dir": str(HOME)}
     if place.role is Role.VOLUMES:
-        cloud = region.cloud_part(files, state) if state.cloud else {}
+        cloud = region.cloud_part(files, state, HOME) if state.cloud else {}
         return common | {"port": VOLUMES_PORT, "nbd_ports": list(NBD_PORTS)} | cloud
     if place.role is Role.CONTROLLER:
         return common | {
@@ -112,6 +115,7 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
             "token_file": f"{HOME}/token",
             "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST},
             "volumes": region.controller_part(state, HOME) if state.cloud else _VOLUME_SERVER,
+            "efs": region.efs_part(state, HOME),
             "fencing": {"driver": "lab", "url": f"https://{BMC.address}:{POWER_PORT}", "server_name": "power-main"},
         }
     devices = {"devices": region.agent_part()} if state.cloud else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emp.lab.state import LabFiles, LabState
-from emp.lab.topology import CTL, VOL, VOLUMES_PORT, Place
+from emp.lab.topology import CTL, SUBNET, UPLINK, VOL, VOLUMES_PORT, Place
 from emp.model.errors import BadInput
 from emp.wire.files import write_private
 
@@ -21,6 +21,9 @@ MODULE = "emp.lab.cloud"
 """the daemon in the place of the volume server"""
 REGION = "lab-1"
 HOME_ZONE = "a"
+ZONES = "abcdef"
+NFS_PROGRAM = "nfs-ganesha"
+"""in the cloud's place"""
 CREDENTIALS = "aws-credentials"
 """in the controller's place, as of the AWS tools"""
 _PROFILE, _KEY_ID, _SECRET = "default", "aws_access_key_id", "aws_secret_access_key"
@@ -38,7 +41,7 @@ def check_zones(zones: Mapping[str, str], nodes: list[str]) -> dict[str, str]:
     for node, letter in zones.items():
         if node not in nodes:
             raise BadInput(f"the lab has no node {node[:40]!r}", field="zone_of", hint=f"there are {', '.join(nodes)}")
-        if len(letter) != 1 or letter not in "abcdef":
+        if len(letter) != 1 or letter not in ZONES:
             raise BadInput(f"{letter[:40]!r} is no zone", field="zone_of", hint="a letter from a to f, as in n3=b")
     return dict(zones)
 
@@ -81,8 +84,8 @@ def url() -> str:
     return f"https://{VOL.address}:{VOLUMES_PORT}"
 
 
-def cloud_part(files: LabFiles, state: LabState) -> dict[str, Any]:
-    """Return what the cloud's configuration has besides that of a volume server."""
+def cloud_part(files: LabFiles, state: LabState, home: Path) -> dict[str, Any]:
+    """Return what the cloud's configuration has besides that of a volume server. ``home``: its own directory."""
     from emp.lab.cloud.knobs import PROFILES  # pydantic's models take their time, and most commands need none
 
     nodes = {
@@ -90,7 +93,20 @@ def cloud_part(files: LabFiles, state: LabState) -> dict[str, Any]:
         for place in state.topology.node_places
     }
     latency = PROFILES[str(state.cloud)].model_dump()
-    return {"access_key": access_key(files), "nodes": nodes, "knobs": {"latency": latency}}
+    efs = {"efs": _efs_part(state, home)} if state.efs else {}
+    return {"access_key": access_key(files), "nodes": nodes, "knobs": {"latency": latency}} | efs
+
+
+def _efs_part(state: LabState, home: Path) -> dict[str, Any]:
+    """Each zone has a block for its mount targets, of the lab's one segment and above the addresses of EVMs."""
+    zones = {zone_of(state, place) for place in state.topology.node_places}
+    blocks = {REGION + letter: f"10.77.{251 + n // 2}.{n % 2 * 128}/25" for n, letter in enumerate(ZONES)}
+    return {
+        "program": str(home / NFS_PROGRAM),
+        "interface": UPLINK,
+        "subnets": {zone: blocks[zone] for zone in zones},
+        "clients": SUBNET,
+    }
 
 
 def controller_part(state: LabState, home: Path) -> dict[str, Any]:
@@ -104,6 +120,14 @@ def controller_part(state: LabState, home: Path) -> dict[str, Any]:
         "ca_file": str(home / "pki/ca-cert.pem"),
         "credentials_file": str(home / CREDENTIALS),
     }
+
+
+def efs_part(state: LabState, home: Path) -> dict[str, Any] | None:
+    """Return the controller's ``efs``; None: there is none."""
+    if not state.efs:
+        return None
+    volumes = controller_part(state, home)
+    return {key: volumes[key] for key in ("region", "instances", "endpoint_url", "ca_file", "credentials_file")}
 
 
 def agent_part() -> dict[str, Any]:

@@ -61,6 +61,8 @@ class LabState:
     """a daemon that ends is started again (``emp.lab.keeper``)"""
     cloud: str | None = None
     """volumes come from a simulated cloud with this latency profile (``emp.lab.region``); None: from a volume server"""
+    efs: bool = False
+    """the cloud has EFS"""
     zones: dict[str, str] = field(default_factory=dict)
     """node -> letter of its zone, where it is not the one of the others"""
     off: tuple[str, ...] = ()

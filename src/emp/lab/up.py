@@ -15,11 +15,12 @@ from emp.client.context import Context
 from emp.lab import bytecode, daemons, places, preflight
 from emp.lab.down import clear
 from emp.lab.images import Image, ensure_image
+from emp.lab.nfs_program import NfsProgram, ensure_nfs_program
 from emp.lab.ready import wait_ready
 from emp.lab.region import Profile, check_zones
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import Topology
-from emp.model.errors import AlreadyExists, NotFound
+from emp.model.errors import AlreadyExists, MissingDependency, NotFound
 from emp.wire.secret import Secret
 
 Say = Callable[[str], None]
@@ -63,6 +64,7 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
             places.check_free(topology)
             _check_context(options.name)
             image = _image(say)
+            nfs = _nfs_program(say) if options.cloud else None
             with daemons.people_socket(options.port) as people:
                 state = LabState(
                     name=options.name,
@@ -77,12 +79,13 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                     faults=options.faults,
                     keep=options.keep,
                     cloud=options.cloud,
+                    efs=nfs is not None,
                     zones=zones,
                 )
                 files.save(state)
                 volumes = "a simulated cloud" if options.cloud else "a volume server"
                 say(f"making {counted(options.nodes, 'node')}, a controller, {volumes} (QEMU {version})")
-                context = _make(files, state, image, people, lock)
+                context = _make(files, state, image, nfs, people, lock)
             say("waiting for the agents to report")
             wait_ready(files, state, context)
             state = replace(state, complete=True)
@@ -99,10 +102,21 @@ def counted(number: int, noun: str) -> str:
 
 
 def _image(say: Say) -> Image:
-    """Return the guest image, from the cache of the user who works here: root has none of its own under sudo."""
-    if "EMP_CACHE" in os.environ:
-        return ensure_image(notice=say)
-    return ensure_image(cache=Path(contexts.invoking_user().pw_dir) / ".cache" / "emp", notice=say)
+    return ensure_image(cache=_cache(), notice=say)
+
+
+def _nfs_program(say: Say) -> NfsProgram | None:
+    """Return the NFS server of the cloud's EFS. A lab where it cannot be had does without."""
+    try:
+        return ensure_nfs_program(_cache(), notice=say)
+    except MissingDependency as error:
+        say(f"the cloud has no EFS: {error}")
+        return None
+
+
+def _cache() -> Path | None:
+    """Return the cache of the user who works here: root has none of its own under sudo. None: ``EMP_CACHE``."""
+    return None if "EMP_CACHE" in os.environ else Path(contexts.invoking_user().pw_dir) / ".cache" / "emp"
 
 
 def _refuse_whole(files: LabFiles, say: Say) -> None:
@@ -145,9 +159,11 @@ def broken_parts(files: LabFiles, state: LabState) -> list[str]:
     return missing
 
 
-def _make(files: LabFiles, state: LabState, image: Image, people: socket.socket, lock: int) -> Context:
+def _make(
+    files: LabFiles, state: LabState, image: Image, nfs: NfsProgram | None, people: socket.socket, lock: int
+) -> Context:
     with ThreadPoolExecutor(4) as pool:
-        credentials = pool.submit(daemons.prepare, files, state, image)
+        credentials = pool.submit(daemons.prepare, files, state, image, nfs)
         compiled = pool.submit(bytecode.ensure)
         contexts.make_directory()  # so that the places can hide it
         places.wire(state.topology)

@@ -68,6 +68,7 @@ class EfsCloud:
         region: str,
         endpoint_url: str | None = None,
         ca_file: Path | None = None,
+        credentials_file: Path | None = None,
         client: Callable[[str], Any] | None = None,
         times: Time | None = None,
         read_s: float = READ_S,
@@ -76,7 +77,12 @@ class EfsCloud:
         self._pool = pool
         self._times = times or Time()
         if client is None:
-            settings: dict[str, Any] = {"endpoint_url": endpoint_url, "ca_file": ca_file, "read_s": read_s}
+            settings: dict[str, Any] = {
+                "endpoint_url": endpoint_url,
+                "ca_file": ca_file,
+                "credentials_file": credentials_file,
+                "read_s": read_s,
+            }
             client = lambda service: make_client(region, service=service, **settings)  # noqa: E731 - of two arguments
         self._efs = Ec2Api(partial(client, "efs"), self._times, service="EFS", refusals=_REFUSALS)
         self._ec2 = Ec2Api(partial(client, "ec2"), self._times)

@@ -1,7 +1,7 @@
 """Residue: what a pool at rest holds on each of its machines, to be compared before and after.
 
-Processes by what they are, interfaces, mounts, firewall tables, files of running machines, and the descriptors of each
-daemon. The kernel is asked, not EMP.
+Processes by what they are, interfaces, addresses, mounts, firewall tables, files of running machines, and the
+descriptors of each daemon. The kernel is asked, not EMP.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from emp.lab import daemons, places, scan
 from emp.lab.state import LabFiles
 from emp.lab.topology import Place
 
+NFS_SERVER = "ganesha.nfsd"
 SPARE_DESCRIPTORS = 6
 """a daemon's connections come and go: idle ones to its peers, a watch that is being renewed"""
 EVM_DESCRIPTORS = 5
@@ -64,13 +65,14 @@ def _things(files: LabFiles, place: Place, here: list[scan.Running]) -> set[str]
     """Name what is in a place so that the same thing has the same name after a restart; equal ones are counted."""
     init = places.init_of(files, place.name)
     namespace = files.load().topology.namespace(place.name)
-    links = json.loads(run_sync("ip", "-n", namespace, "-json", "link", "show"))
+    links = json.loads(run_sync("ip", "-n", namespace, "-json", "address", "show"))
     tables = run_sync("ip", "netns", "exec", namespace, "nft", "list", "tables")
     mounts = Path(f"/proc/{init.pid}/mountinfo").read_text().splitlines()
     root = Path(f"/proc/{init.pid}/root")
     names = [
         *(f"process {_what(running.argv)}" for running in here),
         *(f"interface {link['ifname']}" for link in links),
+        *(f"address {found['local']}" for link in links for found in link["addr_info"] if found["family"] == "inet"),
         *(f"firewall {line}" for line in tables.splitlines()),
         *(f"mount {line.split()[4]}" for line in mounts),
         *(f"file {path.relative_to(root)}" for path in (root / "run/emp").rglob("*") if not path.is_dir()),
@@ -87,6 +89,8 @@ def _what(argv: tuple[str, ...]) -> str:
         return argv[argv.index("-m") + 1]
     if "--export-name" in argv:
         return f"{program} of {argv[argv.index('--export-name') + 1].split('.')[0]}"
+    if program == NFS_SERVER and "-f" in argv:
+        return f"{program} of {Path(argv[argv.index('-f') + 1]).stem}"
     return program
 
 

@@ -68,6 +68,8 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
         await service.start()
         if before := memory.read():
             cloud.recall(before)
+            if efs is not None:
+                efs.face.turn(cloud.knobs)
             for volume in filter(None, map(cloud.shown, cloud.volumes)):
                 log.recall(volume)
         app = make_app(face, [_devices(cloud, plane, instances), _health(face, service)], [efs.face] if efs else [])

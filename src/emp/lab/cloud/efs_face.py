@@ -32,7 +32,8 @@ _CREDENTIAL = re.compile(r"AWS4-HMAC-SHA256 Credential=([^/,\s]+)/\d{8}/[^/]+/el
 class EfsFace:
     """Serves ``efs`` to whoever has one of ``access_keys``; ``running`` carries out what becomes due by itself.
 
-    ``changed`` is called after each change of the records, before it is answered: it writes them down.
+    ``changed`` is called after each change of the records, before it is answered: it writes them down, or raises
+    ``OSError``.
     """
 
     def __init__(
@@ -101,7 +102,11 @@ class EfsFace:
         await self._pump()
         status, answer = self._model.render(action, self.efs.perform(action, request))
         if not action.startswith("Describe"):
-            self._changed()
+            try:
+                self._changed()
+            except OSError as error:
+                log.error("EFS's records are not on disk: %s", error)
+                raise CloudError("InternalServerError", "An internal error has occurred", status=BROKEN) from error
         self._asked.set()
         match fault:
             case Fault(harm=Harm.LOST_REPLY):
@@ -165,7 +170,10 @@ class EfsFace:
             self.efs.failed(change)
         else:
             self.efs.done(change)
-        self._changed()
+        try:
+            self._changed()
+        except OSError as error:  # a later process asks the data plane again, which has it done already
+            log.error("EFS's records are not on disk: %s", error)
         self._asked.set()
 
     async def _tick(self) -> None:

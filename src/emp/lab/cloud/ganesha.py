@@ -2,7 +2,7 @@
 
 ::
 
-    STATE/efs/data/FS/              what is in the file system
+    STATE/efs/data/FS/              what is in the file system, which is a file system in memory
     STATE/efs/run/TARGET.conf|pid|log
     STATE/efs/recovery/TARGET/      whom the server promised what: read by its next run
 
@@ -10,6 +10,9 @@ A server outlives the daemon that started it, and is adopted again; one that end
 open or a lock reclaims it in the grace period, which ends as soon as all of them have, and after ``GRACE_S`` at the
 latest. Two mount targets of one file system are two servers on one directory: their locks are the kernel's own (OFD
 locks) and hold against each other, but while one of them is away its clients' locks do not.
+
+In memory, because the server opens files by their handles through the first mount of their device, and in a place of a
+lab that is the machine's root, read-only. It goes with the lab, as all else that is in the file system does.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from typing import Any
 
 from emp.host.processes import Process, find, spawn
 from emp.host.run import run
-from emp.lab.cloud import ipv4_only
+from emp.lab.cloud import no_netlink
 from emp.lab.cloud.efs_plane import PlanePoint, PlaneTarget
 from emp.lab.cloud.vpc import NFS_PORT
+from emp.lab.kernel import MNT_DETACH, MS_NODEV, MS_NOSUID, mount, unmount
 from emp.lab.nfs_program import NfsProgram
 from emp.lab.places import source_directory
 from emp.model.errors import CommandFailed, HostError
@@ -41,6 +45,8 @@ shows itself after two thirds of it."""
 GRACE_S = 45
 """Longer than the lease, or a client that had nothing to say in it would come too late to reclaim (RFC 8881, 8.4.2.1);
 ganesha's own 90 s would be twice as long for whoever waits for a client that is gone for good."""
+SIZE_BYTES = 1 << 30
+"""of a file system at most; what is not used takes no memory"""
 START_S, STOP_S, AGAIN_S = 20.0, 10.0, 0.5
 _LOOK_S = 0.05
 
@@ -57,9 +63,17 @@ class GaneshaPlane:
     def data(self, file_system: str) -> Path:
         return self._home / "data" / file_system
 
+    def _mounted(self, file_system: str) -> Path:
+        """Return the directory of a file system, mounted if it was not."""
+        directory = self.data(file_system)
+        directory.mkdir(parents=True, exist_ok=True)
+        if not directory.is_mount():
+            mount("efs", str(directory), "tmpfs", MS_NOSUID | MS_NODEV, f"mode=0755,size={SIZE_BYTES}")
+        return directory
+
     async def on_opened(self, target: PlaneTarget) -> None:
         """Serve, under the same export id whoever serves it, so that file handles last."""
-        self.data(target.file_system).mkdir(parents=True, exist_ok=True)
+        self._mounted(target.file_system)
         await run("ip", "address", "replace", f"{target.address}/32", "dev", self._interface)
         server = self._servers.get(target.id)
         if server is None:
@@ -75,11 +89,14 @@ class GaneshaPlane:
 
     async def on_access_point(self, point: PlanePoint) -> None:
         if point.creation is not None:
-            make_directory(self.data(point.file_system), point.path, point.creation)
+            make_directory(self._mounted(point.file_system), point.path, point.creation)
 
     async def on_removed(self, file_system: str) -> None:
-        if self.data(file_system).exists():
-            await asyncio.to_thread(shutil.rmtree, self.data(file_system))
+        directory = self.data(file_system)
+        if directory.is_mount():
+            unmount(str(directory), MNT_DETACH)
+        if directory.exists():
+            directory.rmdir()
 
     async def close(self) -> None:
         servers, self._servers = self._servers, {}
@@ -142,7 +159,7 @@ class Server:
 
     def _start(self) -> Process:
         argv = [
-            *(sys.executable, "-S", "-m", ipv4_only.MODULE, str(self._program.binary), "-F"),
+            *(sys.executable, "-S", "-m", no_netlink.MODULE, str(self._program.binary), "-F"),
             *("-f", str(self._config), "-p", str(self._pid), "-L", str(self._log), "-N", "NIV_EVENT"),
         ]
         environment = os.environ | {

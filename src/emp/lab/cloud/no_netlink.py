@@ -1,8 +1,11 @@
-"""Runs a program that gets no IPv6 sockets: ``python -S -m emp.lab.cloud.ipv4_only PROGRAM ARGUMENTS...``
+"""Runs a program that gets no netlink sockets: ``python -S -m emp.lab.cloud.no_netlink PROGRAM ARGUMENTS...``
 
-nfs-ganesha listens on every address, whatever ``Bind_addr`` says, wherever it gets an IPv6 socket (measured with 4.3),
-and a mount target is one address among others of the same machine. So the kernel is told to refuse it one, by a seccomp
-filter (seccomp(2)), as it would where IPv6 is switched off. The program takes this process over.
+nfs-ganesha reads ``Bind_addr`` by getaddrinfo(3), which gives it an IPv4 address on a machine without IPv6 addresses
+and a mapped IPv6 one on others; and it binds by the kind of socket that it gets. Where the two differ it listens on
+every address (measured with 4.3), and a mount target is one address among others of the same machine. glibc finds out
+by netlink which machine it is, and takes it to have both where that is refused: then it is a mapped address on an IPv6
+socket everywhere. So the kernel is told to refuse it, by a seccomp filter (seccomp(2)). The program takes this process
+over.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import struct
 import sys
 from typing import NoReturn
 
-MODULE = "emp.lab.cloud.ipv4_only"
+MODULE = "emp.lab.cloud.no_netlink"
 
 # linux/bpf_common.h, linux/seccomp.h, linux/audit.h; the offsets are those of struct seccomp_data
 _LOAD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
@@ -30,7 +33,7 @@ FILTER = (
     (_LOAD, 0, 0, _NUMBER),
     (_JUMP_IF_EQUAL, 0, 3, _SOCKET),
     (_LOAD, 0, 0, _FIRST_ARGUMENT),
-    (_JUMP_IF_EQUAL, 0, 1, int(socket.AF_INET6)),
+    (_JUMP_IF_EQUAL, 0, 1, int(socket.AF_NETLINK)),
     (_RETURN, 0, 0, _ERRNO | errno.EAFNOSUPPORT),
     (_RETURN, 0, 0, _ALLOW),
 )
@@ -40,8 +43,8 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-def refuse_ipv6() -> None:
-    """Refuse this process, and what it becomes, every new IPv6 socket; needs root. Raises ``OSError``."""
+def refuse_netlink() -> None:
+    """Refuse this process, and what it becomes, every new netlink socket; needs root. Raises ``OSError``."""
     code = b"".join(struct.pack("HBBI", *step) for step in FILTER)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(FILTER), ctypes.addressof(buffer))
@@ -53,7 +56,7 @@ def refuse_ipv6() -> None:
 
 
 def main(argv: list[str]) -> NoReturn:
-    refuse_ipv6()
+    refuse_netlink()
     os.execv(argv[0], argv)
 
 
