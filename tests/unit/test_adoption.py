@@ -10,7 +10,7 @@ import pytest
 
 from emp.agent import adoption
 from emp.agent.adoption import Adoption
-from emp.hypervisor.base import RunState
+from emp.hypervisor.base import MachineGone, RunState
 from emp.migration.records import Record, RecordKind
 from emp.model.errors import HypervisorError
 
@@ -74,3 +74,33 @@ async def test_an_owner_whose_guest_may_not_run_at_once_tries_again(monkeypatch:
     async with asyncio.timeout(10):
         await made.go_on()
     assert (settled, monitor.conts) == ([RunState.RUNNING], 2)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_machine_without_a_record_that_ends_as_it_is_looked_at_is_no_reason_for_quarantine(dies: bool) -> None:
+    """Its agent was killed while it made it; it cannot have run, and nothing of it may stay."""
+    cleared, dropped = list[str](), list[str]()
+
+    async def adopt(spec: object, process: object) -> Any:
+        if dies:
+            raise MachineGone("the machine web has ended: killed")
+        return SimpleNamespace(machine=SimpleNamespace(run_state=running), close=nothing)
+
+    async def running() -> RunState:
+        return RunState.RUNNING
+
+    async def found() -> dict[str, object]:
+        return {"web": SimpleNamespace(pid=7)}
+
+    async def clear(evm: str, process: object) -> None:
+        cleared.append(evm)
+
+    assembler = SimpleNamespace(
+        hypervisor=SimpleNamespace(found=found), network=SimpleNamespace(leftovers=nothing), adopt=adopt, clear=clear
+    )
+    entry = SimpleNamespace(spec="web", volumes=())
+    shelf = SimpleNamespace(evms={"web"}, get=lambda evm: entry, drop=dropped.append)
+    residents = SimpleNamespace(assembler=assembler, shelf=shelf)
+    journal = SimpleNamespace(evms=(), last=lambda evm: None)
+    strangers = await Adoption(*cast(Any, (journal, residents, None, None))).run()
+    assert (strangers, cleared, dropped) == (((), ["web"], ["web"]) if dies else (("web",), [], []))
