@@ -349,7 +349,9 @@ class Supervision:
         if name in self._tasks and not self._tasks[name].done():
             work.close()
             return
-        self._tasks[name] = asyncio.create_task(self._guarded(work), name=f"{name} {self.id}")
+        task = asyncio.create_task(self._guarded(work), name=f"{name} {self.id}")
+        task.add_done_callback(lambda _: work.close())  # one that is cancelled before its first step never awaits it
+        self._tasks[name] = task
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         """A failure is a failed step. Only a refusal and what was never sent are sure not to have happened."""
