@@ -33,6 +33,8 @@ class World:
         self.done: list[str] = []
         self.refusing: dict[str, list[EmpError]] = {}
         self.down: set[str] = set()
+        self.unseen = 0
+        """how often the service does not know the volume"""
 
     def step(self, name: str) -> None:
         if self.refusing.get(name):
@@ -43,6 +45,9 @@ class World:
 
     # volumes
     async def look(self, volume: str) -> Volume:
+        if self.unseen > 0:
+            self.unseen -= 1
+            raise NotFound(f"{volume} does not exist")
         return Volume(
             id=volume, type=VolumeType.GP3, size_bytes=1 << 30, serial="s", attachments=tuple(self.attachments)
         )
@@ -227,6 +232,33 @@ async def test_an_evm_that_is_gone_from_the_target_needs_no_volume(world: World)
     made = moving(world)
     await finished(made)
     assert made.made == {}
+
+
+async def test_a_volume_that_the_service_does_not_know_for_a_while_is_moved_all_the_same(world: World) -> None:
+    world.unseen = 3
+    await finished(moving(world))
+    at_the_target(world)
+
+
+async def test_a_volume_that_was_deleted_is_told_of_and_holds_nothing_up(world: World) -> None:
+    world.unseen = 1000
+    shown: list[dict[str, str]] = []
+    made = moving(world, shown)
+    await finished(made)
+    assert made.made == {} and "is gone" in shown[-1][VOLUME]
+
+
+async def test_a_rescue_in_the_classic_order_brings_home_what_had_left(world: World) -> None:
+    world.attachments = []  # the target's is detached by then
+    await moving(world, volume_order="classic").bring_home((VOLUME,))
+    assert world.done == ["attach n1", "go on"]
+    assert [(a.node, a.epoch) for a in world.attachments] == [("n1", 4)]
+
+
+@pytest.mark.parametrize("policy", ["classic", "resume-first"])
+async def test_what_has_never_left_stays_as_it_is(world: World, policy: str) -> None:
+    await moving(world, volume_order=policy).bring_home((VOLUME,))
+    assert world.done == []
 
 
 async def test_a_move_that_takes_long_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

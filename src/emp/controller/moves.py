@@ -30,7 +30,7 @@ from emp.controller.nodes import Nodes
 from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
 from emp.model.errors import EmpError, NotFound, OutcomeUnknown, Unavailable
-from emp.model.migration import Migration, VolumeMove
+from emp.model.migration import Migration, VolumeMove, VolumeOrder
 from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Relayed, TakeBackOrder, VolumeGrant
 from emp.model.volume import Volume
 
@@ -42,8 +42,14 @@ ALARM_S = 15.0
 """a move that takes longer is told to people"""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """between tries"""
+LOOKS = 6
+"""before a volume that its service does not know is taken for gone, about half a minute: a cloud's answers lag"""
 
 Say = Callable[[], Awaitable[None]]
+
+
+class _Gone(Exception):
+    """The EVM, and with it every relay, is gone from the target, so that it needs no volume there."""
 
 
 @dataclass
@@ -90,11 +96,14 @@ class Moves:
                     await self._alarm(volume, f"is on its way to {self.migration.target} for {ALARM_S:g} s and more")
                 await moving
                 return
-            except NotFound as error:  # the EVM, and with it every relay, is gone from the target
+            except _Gone as error:
                 log.warning("%s: %s is not moved: %s", self.migration.id, volume, error)
                 return
             except EmpError as error:
                 log.error("%s: %s: %s", self.migration.id, volume, error)
+                if tries >= LOOKS and await self._is_no_more(volume):
+                    await self._alarm(volume, f"is gone, and its I/O waits for ever: {error.message}")
+                    return
                 where = await self._go_on_as_before(volume, error)
                 await self._alarm(volume, f"{where}: {error.message}; tried again in {pause_s:g} s")
             finally:
@@ -115,10 +124,29 @@ class Moves:
             (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)
         with steps.timed("land_s"):
             order = GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant)
-            landed = await self._target.go_on(live.id, order)
+            try:
+                landed = await self._target.go_on(live.id, order)
+            except NotFound as error:
+                raise _Gone(str(error)) from error
         self.made[volume] = VolumeMove(volume=volume, tries=tries, **steps.figures, **_relayed(relayed or landed))
         self.alarms.pop(volume, None)
         await self.say()
+
+    async def bring_home(self, volumes: Sequence[str]) -> None:
+        """The EVM went back when volumes may have left already, in the classic order: have the source get them anew."""
+        if self.migration.policy.volume_order is VolumeOrder.CLASSIC:
+            await all_of(self._bring_home(volume) for volume in volumes)
+
+    async def _bring_home(self, volume: str) -> None:
+        live = self.migration
+        try:
+            held = [a.epoch for a in (await self.volumes.look(volume)).attachments if a.node == live.source]
+            if held and max(held) < live.epoch_source:
+                return  # it has never left
+            (grant,) = await self.volumes.attach((volume,), node=live.source, epoch=live.epoch_source)
+            await self._source.go_on(live.id, GoOnOrder(evm=live.evm, epoch=live.epoch_source, grant=grant))
+        except NotFound as error:  # the volume, or the EVM there too: a cold start attaches what it needs
+            log.warning("%s: %s is not brought home: %s", live.id, volume, error)
 
     async def _hold(self, volume: str) -> Relayed | None:
         """Return how its relay is, held; None if the target has none any more."""
@@ -166,6 +194,15 @@ class Moves:
         if not held:
             raise NotFound(f"{volume} is not attached to {self.migration.source}", field="volume")
         return VolumeGrant(volume=found, attachment=max(held, key=lambda attachment: attachment.tag))
+
+    async def _is_no_more(self, volume: str) -> bool:
+        try:
+            await self.volumes.look(volume)
+        except NotFound:
+            return True
+        except EmpError:
+            pass
+        return False
 
     async def _is_at(self, volume: str, node: str) -> bool:
         found: Volume = await self.volumes.look(volume)

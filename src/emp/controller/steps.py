@@ -152,6 +152,7 @@ class Steps:
         if role is Role.TARGET:
             await self.moves.take_back(single)
             await self._shut_out(role, (*single, *multi))
+            await self._until_known(self._live.source, lambda: self.moves.bring_home(single))
         else:
             # Not the one for the other's failure: a volume whose move is broken off stands still.
             both = self._shut_out(role, multi), self._move_away(single)
