@@ -14,7 +14,7 @@ from emp.controller.services import Services
 from emp.model.api import EvmCreate, EvmStart
 from emp.model.errors import EmpError
 from emp.model.evm import Evm, EvmState
-from emp.model.migration import Migration, MigrationRequest, Outcome, Policy, Stage
+from emp.model.migration import Migration, MigrationRequest, Outcome, Policy, Stage, VolumeOrder
 from tests.simulation import faults
 from tests.simulation.checks import troubles
 from tests.simulation.errors import Stuck, Violation
@@ -138,6 +138,8 @@ class Scenario:
             max_blackout_ms=rng.choice((10, 30, 300)),
             deadline_s=rng.choice((20.0, 60.0)),
             blackout_deadline_s=rng.choice((2.0, 5.0, 10.0)),
+            volume_order=rng.choice((VolumeOrder.RESUME_FIRST, VolumeOrder.RESUME_FIRST, VolumeOrder.CLASSIC)),
+            source_must_be_empty=rng.random() < 0.2,
         )
         assert evm.owner is not None
         world.begins(name, evm.owner, target)

@@ -125,8 +125,11 @@ class Adoption:
         found = sweep(last)
         if found is Sweep.CLEAR:
             await self._residents.assembler.clear(evm, process)
-            if last.kind is not RecordKind.DONE:  # what was lent serves its target yet
-                await self._residents.assembler.relays.end_of(evm)
+            relays = self._residents.assembler.relays
+            if last.kind is not RecordKind.DONE:
+                await relays.end_of(evm)
+            elif last.migration:  # what was lent serves its target yet, which may not have been let write
+                relays.let_through(last.migration)
             if last.kind is not RecordKind.STOPPED:
                 self._residents.shelf.drop(evm)
             elif entry:

@@ -129,7 +129,7 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
 
     @app.post("/v1/migrations/{migration}/hold", dependencies=adopted)
     async def hold(migration: str, order: HoldOrder) -> Relayed:
-        return await migrations.hold(order)
+        return await migrations.hold(migration, order)
 
     @app.post("/v1/migrations/{migration}/go-on", dependencies=adopted)
     async def go_on(migration: str, order: GoOnOrder) -> Relayed:

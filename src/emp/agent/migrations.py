@@ -24,7 +24,7 @@ from emp.agent.source import SourceRole
 from emp.agent.target import TargetRole
 from emp.migration import admission
 from emp.migration.events import AbortAsked, Event, GoArrived, Retired, SourceAborted, TargetAnswered, Word
-from emp.migration.records import RecordKind
+from emp.migration.records import RUNNABLE, RecordKind
 from emp.migration.states import Source, Target
 from emp.model.errors import BadInput, Conflict, HostError, NotFound, Refused, StaleEpoch, Unavailable, Unreachable
 from emp.model.evm import EvmState
@@ -145,17 +145,44 @@ class Migrations:
 
     async def lend(self, order: LendOrder) -> Lent:
         """Source: relay the volumes to the target, its writes held until GIVEN is on disk here."""
+        self._check_may_lend(order)
+        lent = await self._relays.lend(order)
+        if order.migration in self._called_off:  # while it was being done
+            await self._relays.take_back(order.migration)
+            self._check_not_called_off(order.migration)
+        return lent
+
+    def _check_may_lend(self, order: LendOrder) -> None:
+        """An order that comes late must not put a relay beside the guest, or in the place of a newer migration's."""
         self._check_not_called_off(order.migration)
+        ledger = self._journal.ledger(order.evm)
         if not order.given:
             self._residents.get(order.evm)
-        return await self._relays.lend(order)
+            is_late = ledger.end_of(order.migration) is not None
+        else:
+            last = ledger.last
+            is_late = last is None or last.kind in RUNNABLE or last.migration not in (None, order.migration)
+        if is_late:
+            raise StaleEpoch(f"{order.migration} is beyond that here", field="migration")
+
+    def _check_is_here(self, migration: str, evm: str, *, epoch: int | None = None) -> None:
+        """Raise ``NotFound`` unless what is here of the EVM came by this migration: a relay is named by its volume."""
+        last = self._journal.last(evm)
+        if last is None:
+            return
+        came_by_another = last.migration not in (None, migration)
+        if came_by_another or (last.migration is None and epoch not in (None, last.epoch)):
+            raise NotFound(f"EVM {evm!r} is not here by {migration}", field="migration")
 
     async def take_back(self, migration: str, order: TakeBackOrder) -> None:
         """Source: end relays; return when nothing of them has the volumes open. Idempotent."""
+        if order.volumes is None:
+            self._note_called_off(migration)
         await self._relays.take_back(migration, order.volumes)
 
-    async def hold(self, order: HoldOrder) -> Relayed:
+    async def hold(self, migration: str, order: HoldOrder) -> Relayed:
         """Target: hold the volume's I/O and see what is on its way to its end. Raises as ``RelayDriver.hold``."""
+        self._check_is_here(migration, order.evm)
         return _relayed(order.volume, await self._relays.hold(order.volume, within_s=order.within_s))
 
     async def go_on(self, migration: str, order: GoOnOrder) -> Relayed:
@@ -163,6 +190,7 @@ class Migrations:
 
         Idempotent, from every step again.
         """
+        self._check_is_here(migration, order.evm, epoch=order.epoch)
         volume, grant = order.grant.volume.id, order.grant
         status = None
         if self._relays.borrows(volume):
@@ -288,10 +316,13 @@ class Migrations:
         try:
             return self.status(migration)
         except NotFound:
-            self._called_off[migration] = None
-            for old in tuple(self._called_off)[:-_REMEMBERED]:
-                del self._called_off[old]
+            self._note_called_off(migration)
             raise
+
+    def _note_called_off(self, migration: str) -> None:
+        self._called_off[migration] = None
+        for old in tuple(self._called_off)[:-_REMEMBERED]:
+            del self._called_off[old]
 
     # -- what is known
 

@@ -23,7 +23,7 @@ from emp.agent.signal import Signal
 from emp.hypervisor.base import BlockDevice, RelaySocket
 from emp.model.errors import Conflict, EmpError, NotFound
 from emp.model.orders import LendOrder, Lent, VolumeGrant
-from emp.model.volume import NbdEndpoint
+from emp.model.volume import HostDevice, NbdEndpoint
 from emp.volumes.base import RelayDriver, RelayState, RelayStatus
 from emp.wire.files import write_private
 from emp.wire.identity import Identity, Role
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AGAIN_S = 0.5
+LET_GO_S = 1.0
+"""for what is on its way to a lender that no longer has the volume"""
 
 
 class Side(StrEnum):
@@ -63,8 +65,8 @@ class Relays:
         self._path = path
         self._uses: dict[str, Use] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._landed: set[str] = set()
-        """borrowed volumes whose I/O goes to this node's own attachment, though through the relay yet"""
+        self._settled: set[str] = set()
+        """borrowed volumes whose I/O may go on: at this node's own attachment, or relayed, as that could not be had"""
         self._changed = Signal()
 
     async def start(self) -> None:
@@ -154,17 +156,30 @@ class Relays:
         use = self._borrowed(grant.volume.id)
         source = grant.relay or await self._devices.source(grant)
         status = await self._driver.status(use.name)
-        if status.state in (RelayState.HELD, RelayState.HOLDING):
-            status = await self._driver.switch(use.name, source)
         if grant.relay is None:
-            self._landed.add(use.volume)
-            self._changed.notify()
+            status = await self._switch(use.name, source)
+        elif status.state in (RelayState.HELD, RelayState.HOLDING):
+            status = await self._driver.switch(use.name, source)
+        self._settled.add(use.volume)
+        self._changed.notify()
         return status
 
-    async def until_local(self, evm: str) -> None:
-        """Return once no volume of the EVM's goes through another node."""
+    async def _switch(self, name: str, source: NbdEndpoint | HostDevice) -> RelayStatus:
+        """Of a relay that nobody could hold, its lender's node being lost say: what is on its way there never ends.
+
+        QEMU must not be asked to wait for that (``Machine.move_volume``); here it is sent again.
+        """
+        try:
+            return await self._driver.switch(name, source)
+        except Conflict:
+            with contextlib.suppress(EmpError):
+                await self._driver.hold(name, within_s=LET_GO_S)
+            return await self._driver.switch(name, source)
+
+    async def until_settled(self, evm: str) -> None:
+        """Return once each volume that the EVM borrows is this node's own, or is to go on as it is for now."""
         while any(
-            u.evm == evm and u.side is Side.BORROWED and u.volume not in self._landed for u in self._uses.values()
+            u.evm == evm and u.side is Side.BORROWED and u.volume not in self._settled for u in self._uses.values()
         ):
             await self._changed.beyond(self._changed.version)
 
@@ -192,10 +207,14 @@ class Relays:
         """Make a relay; one of that name that was made for something else, an earlier migration say, goes first."""
         self._note(use)
         try:
-            return await make(use.name)
+            made = await make(use.name)
         except Conflict:
             await self._driver.end(use.name)
-            return await make(use.name)
+            made = await make(use.name)
+        if self._uses.get(use.name) != use:  # it was taken back meanwhile, perhaps before it was there
+            await self._driver.end(use.name)
+            raise Conflict(f"the relay of {use.volume} is not wanted any more", field="volume")
+        return made
 
     def _of(self, side: Side, *, migration: str) -> list[Use]:
         return [use for use in self._uses.values() if (use.side, use.migration) == (side, migration)]
@@ -212,5 +231,5 @@ class Relays:
     def _save(self, uses: dict[str, Use]) -> None:
         write_private(self._path, json.dumps([asdict(use) for use in uses.values()]).encode())
         self._uses = uses
-        self._landed &= {use.volume for use in uses.values()}
+        self._settled &= {use.volume for use in uses.values()}
         self._changed.notify()

@@ -200,6 +200,8 @@ class Residents:
         """Have a machine that borrowed a volume use this node's own attachment, and end its relay. Idempotent."""
         resident = self.get(name)
         async with resident.lock:
+            if resident.state is EvmState.UNKNOWN:  # its machine may live, and use the relay
+                raise Unavailable(f"EVM {name!r}: {resident.reason}", field="evm", hint="it is tried again and again")
             if resident.assembly is not None:
                 await resident.assembly.machine.move_volume(await self.assembler.devices.open(grant))
             others = (grant if mine.volume.id == grant.volume.id else mine for mine in resident.entry.volumes)

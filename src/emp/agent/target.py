@@ -232,7 +232,7 @@ class TargetRole(Role[Target]):
 
     async def _run_once_local(self) -> None:
         assert self.assembly is not None
-        await self.assembly.relays.until_local(self.state.evm)
+        await self.assembly.relays.until_settled(self.state.evm)
         if self.state.phase is TargetPhase.STARTING:
             await self._cont()
 
