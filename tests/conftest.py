@@ -24,6 +24,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fault-cloud",
         choices=("none", "instant", "aws"),
-        default="none",
-        help="volumes of the fault matrix's EVMs: of the pool's own volume server, or of a simulated cloud",
+        default="instant",
+        help="volumes of the fault matrix's EVMs: of a simulated cloud, which has EFS too, or of the pool's own server",
     )

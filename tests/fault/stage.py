@@ -36,6 +36,7 @@ from emp.lab.up import Options, up
 from emp.model.errors import Conflict, EmpError, NotFound
 from emp.model.migration import Migration
 from emp.network.l2 import interface_name
+from tests.fault.mount import Mount
 from tests.lab.conftest import Pool
 from tests.lab.pool import Subject
 from tests.leaks import outliving
@@ -50,6 +51,8 @@ VOLUMES = ["io2:64MiB", "gp3:64MiB"]
 """one that moves before the switchover, and one that is relayed and moves after it"""
 CLOUD_VOLUMES = ["io2:4GiB", "gp3:1GiB"]
 """the smallest there is; the records fill no more of it than of the other"""
+CLOUD = Profile.INSTANT
+"""what the labs have unless they are asked for another, or for none"""
 CLOUD_POINTS = {"volumes.fence": "volumes.tag"}
 """what a cloud is asked instead: it knows no fence, and the driver writes a tag"""
 CRASHES = 3
@@ -93,6 +96,7 @@ class Stage:
     def __init__(self, name: str, nodes: int = 3, *, cloud: Profile | None = None) -> None:
         with outliving(f"the lab {name}"):
             self.pool = Pool(up(Options(name, nodes, faults=True, cloud=cloud)))
+            self.mount = Mount(self.pool) if cloud else None
         self.files = self.pool.files
         self.client = Client(self.pool.context)
         self.evm: Subject | None = None
@@ -157,6 +161,8 @@ class Stage:
         for volume in self.subject.volumes:
             if volume.serial not in running:
                 guest.start_journal(volume.serial, JOURNAL_HZ)
+        if self.mount:
+            self.mount.begin(self.subject)
         self.source = self.subject.record.owner or ""
         nodes = [place.name for place in self.pool.topology.node_places]
         if not self.played:  # daemons that have done nothing yet hold less than they will
@@ -168,8 +174,9 @@ class Stage:
     def _make_evm(self) -> None:
         name = f"evm-{next(_numbers)}"
         with outliving(f"the lab {self.pool.name}"):
+            efs = [self.mount.id] if self.mount else []
             made = self.client.evms.create(
-                {"name": name, "memory_bytes": MEMORY_BYTES, "node": "n1", "volumes": self.volumes}
+                {"name": name, "memory_bytes": MEMORY_BYTES, "node": "n1", "volumes": self.volumes, "efs": efs}
             )
         self.evm = Subject(self.pool, self.client, made.spec)
         self.acked = {}
@@ -303,6 +310,8 @@ class Stage:
             self.stock(),
         )
         self.note_acked()
+        if self.mount:
+            self.mount.watch(self.subject)
         self.played += 1
         self.migration = None
         self.kept_frozen.clear()
@@ -320,7 +329,10 @@ class Stage:
     def note_acked(self) -> int:
         """Write down up to which record the guest has been told that it is safe; return how many that are."""
         with contextlib.suppress(EmpError):
-            for journal in self.subject.guest().ask("status", timeout_s=1.0)["journals"]:
+            journals = self.subject.guest().ask("status", timeout_s=1.0)["journals"]
+            if self.mount:
+                self.mount.note(journals)
+            for journal in (journal for journal in journals if not journal["serial"].startswith("/")):
                 serial = str(journal["serial"])
                 self.acked[serial] = max(self.acked.get(serial, -1), int(journal["acked_seq"]))
         return sum(self.acked.values())
@@ -421,6 +433,7 @@ class Stage:
             "double run: volume server": self._epochs(),
             "network": frames.violations(self.frames.seen, held),
             "disk": self._disk(),
+            "efs": self._efs(),
             "memory": self._memory(),
             "end state": self._at_the_end(self.settled),
             "residue": self._at_the_end(self._residue),
@@ -448,6 +461,15 @@ class Stage:
             with contextlib.suppress(EmpError):
                 self.subject.guest().start_journal(volume.serial, JOURNAL_HZ)
         return wrong
+
+    def _efs(self) -> list[str]:
+        assert self.before is not None
+        if self.mount is None:
+            return []
+        with contextlib.suppress(EmpError):
+            same = self.subject.boot_id == self.before.boot_id
+            return self.mount.violations(self.subject, same_boot=same)
+        return ["the guest does not answer"]
 
     def _memory(self) -> list[str]:
         assert self.before is not None
@@ -497,7 +519,7 @@ def volume_file(pool: Pool, volume: str) -> Path:
 class Stages:
     """Hands out one stage again and again, a new one after it was found broken. ``cloud``: where its volumes are of."""
 
-    def __init__(self, cloud: Profile | None = None) -> None:
+    def __init__(self, cloud: Profile | None = CLOUD) -> None:
         self._cloud = cloud
         self._made = itertools.count(1)
         self._stage: Stage | None = None

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from emp.lab import places
 from emp.lab.checkers import leftovers
 from emp.lab.down import down
 from emp.lab.isolation import violations
@@ -25,6 +21,7 @@ from emp.lab.up import Options, up
 from emp.model.errors import HostError
 from tests.lab import cloud
 from tests.lab.conftest import Evm, Pool
+from tests.lab.served import Served
 from tests.leaks import outliving
 
 NAME = "efs"
@@ -38,44 +35,6 @@ def until(what: Callable[[], object], why: str) -> Any:
         assert time.monotonic() < deadline, why
         time.sleep(0.1)
     return found
-
-
-class Served:
-    """A file system of a lab, as its users and as its NFS server see it."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.record = pool.json("volume", "create", "efs")
-        self.id = str(self.record["id"])
-        self.home = f"/efs/{self.id}"
-        # Its own mounts are seen through process 1 of its place alone.
-        root = Path(f"/proc/{places.init_of(pool.files, VOL.name).pid}/root/var/lib/emp/efs")
-        self.data, self._run = root / "data" / self.id, root / "run"
-
-    @property
-    def address(self) -> str:
-        return str(self.record["targets"][0]["address"])
-
-    def pid(self) -> str | None:
-        """Of its NFS server, in its place; None while there is none."""
-        file = self._run / f"{self.record['targets'][0]['id']}.pid"
-        pid = file.read_text().strip() if file.exists() else ""
-        alive = pid and self.pool.run_in(VOL.name, "kill", "-0", pid, check=False).returncode == 0
-        return pid if alive else None
-
-    def kill(self) -> None:
-        """Kill its NFS server, and return once the next one runs."""
-        before = self.pid()
-        assert before is not None
-        with outliving(f"the lab {self.pool.name}"):
-            self.pool.run_in(VOL.name, "kill", "-KILL", before)
-            until(lambda: self.pid() not in (None, before), "the NFS server is not started again")
-
-    def locked(self, name: str) -> bool:
-        """Whether somebody has the lock on a file, as the kernel under the NFS server says."""
-        with (self.data / name).open("rb+") as file:
-            asked = struct.pack("hhlli", fcntl.F_WRLCK, os.SEEK_SET, 0, 8, 0)
-            return bool(struct.unpack("hhlli", fcntl.fcntl(file, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +72,7 @@ def mounted(evm: Evm, served: Served) -> bool:
     if "error" in answer:
         return False
     tell(evm, f"lock drop {probe}")
-    return (served.data / evm.name).exists()  # else it lies in the guest's own memory
+    return served.holds(probe)
 
 
 def tell(evm: Evm, command: str) -> Any:
