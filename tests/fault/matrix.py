@@ -100,7 +100,7 @@ def _crashes() -> Iterator[Cell]:
     yield from _row(4, breaks.kill_qemu("S"), {"BPD": "K", "HMT": "C"}, hold=_COMPLETED, quick="H")
     ends = {"BPD": "A", "H": "A", "M": "R", "T": "K"}
     yield from _row(5, breaks.kill_qemu("T"), ends, hold=_GIVEN, quick="M")
-    yield from _row(5, breaks.kill_qemu("T"), {"M": "K"}, case="activated", hold={"M": holds.GONE})
+    yield from _row(5, breaks.kill_qemu("T"), {"M": "K"}, case="activated", hold={"M": holds.ACTIVATED})
     asked = "5 s are 2 s here; until it says that it is loaded the target asks V, so H may go back as P and D may"
     yield from _row(6, breaks.kill_volumes, {"BPDH": "AC", "MT": "C"}, note=asked)
     yield from _row(25, breaks.reboot("S"), {"BPDH": "K", "MT": "C"}, case="S")

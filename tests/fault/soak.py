@@ -23,10 +23,11 @@ from typing import Any
 
 from rich.console import Console
 
+from emp.lab.region import Profile
 from tests.fault import holds
 from tests.fault.breaks import Script
 from tests.fault.matrix import Cell, cells
-from tests.fault.stage import Stage, Stages
+from tests.fault.stage import CLOUD, Stage, Stages
 from tests.fault.test_matrix import play
 from tests.isolation import isolate
 from tests.leaks import MARK
@@ -138,9 +139,9 @@ def run(stage: Stage, cell: Cell) -> Run:
     return Run(cell.name, seen, wrong, stock.rss_bytes, stock.descriptors)
 
 
-def soak(runs: int, seed: int, console: Console) -> Soak:
+def soak(runs: int, seed: int, console: Console, cloud: Profile | None = CLOUD) -> Soak:
     """Go round; a stage with a violation is given up for a new one, so that the next finds a sound one."""
-    draw, done, stages = random.Random(seed), Soak(seed), Stages()
+    draw, done, stages = random.Random(seed), Soak(seed), Stages(cloud)
     faulty = drawable()
     try:
         for number in range(1, runs + 1):
@@ -167,13 +168,15 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=None, help="the same seed draws the same faults")
     parser.add_argument("--output", type=Path, default=Path("build/soak.json"))
+    parser.add_argument("--fault-cloud", choices=("none", *Profile), default=CLOUD, help="as of the fault matrix")
     options = parser.parse_args()
     os.environ[MARK] = secrets.token_hex(8)
     isolate()
     console = Console(highlight=False, soft_wrap=True)
     seed = options.seed if options.seed is not None else secrets.randbelow(1_000_000)
     console.print(f"seed {seed}")
-    record = soak(options.runs, seed, console).record()
+    cloud = None if options.fault_cloud == "none" else Profile(options.fault_cloud)
+    record = soak(options.runs, seed, console, cloud).record()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=1) + "\n")
     console.print(json.dumps({key: record[key] for key in ("runs", "outcomes", "violations", "held", "minutes")}))
