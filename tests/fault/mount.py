@@ -18,7 +18,7 @@ from tests.lab.served import Served
 
 RATE_HZ = 20
 PATIENCE_S = 60.0
-"""longer than the grace period in which a server that has started anew gives no new locks"""
+"""longer than the grace period in which a server that has started anew opens and locks nothing but what is reclaimed"""
 
 
 class Mount:
@@ -39,7 +39,7 @@ class Mount:
         if not any(held["path"] == lock for held in guest.ask("lock status", timeout_s=PATIENCE_S)):
             assert _within(lambda: self._take(subject, lock)), f"{subject.name} does not mount {self.id}"
         if not any(journal["running"] for journal in self._journals(subject)):
-            guest.start_journal(self.path(self.file_of(subject)), RATE_HZ)
+            guest.ask(f"journal start {self.path(self.file_of(subject))} {RATE_HZ}", timeout_s=PATIENCE_S)
 
     def _take(self, subject: Subject, lock: str) -> bool:
         try:
