@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models bench-relay lock clean
+.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models bench-relay bench-volumes lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -63,6 +63,10 @@ bench-disk-models: setup ## Measure what volumes cost in the blackout by kind of
 
 bench-relay: setup-dev ## Measure what a relay of a volume costs, write build/bench/relay.json
 	@$(AS_ROOT) $(PY) -m bench.relay
+
+bench-volumes: setup ## Measure what volumes of each kind cost, at most RUNS of a case, write build/bench/volumes.json
+	@mkdir -p build/bench
+	@$(AS_ROOT) $(PY) -m bench.volumes $(if $(RUNS),--runs $(RUNS))
 
 lock: ## Pin the requirements anew (needs uv)
 	@uv --version >/dev/null || { echo "make lock needs uv: install it first" >&2; exit 1; }
