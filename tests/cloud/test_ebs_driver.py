@@ -7,6 +7,7 @@ deletes them. Run it as an ordinary user: root's tests are in a network namespac
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -167,6 +168,17 @@ async def test_a_single_attach_volume_is_at_one(driver: EbsVolumeDriver, gp3: Vo
     assert await held(driver, gp3) == {"n2": 4}
 
 
+async def test_a_volume_that_is_expected_stays_where_it_is(driver: EbsVolumeDriver, gp3: Volume) -> None:
+    await driver.attach(gp3.id, node="n1", epoch=3)
+    for node, epoch in (("n2", 4), ("n1", 5)):
+        await driver.expect(gp3.id, node=node, epoch=epoch)
+        assert await held(driver, gp3) == {"n1": 3}
+    await driver.detach(gp3.id, node="n1", epoch=3)
+    assert await held(driver, gp3) == {}
+    await driver.attach(gp3.id, node="n2", epoch=4)
+    assert await held(driver, gp3) == {"n2": 4}
+
+
 async def test_another_epochs_attachment_is_not_touched(driver: EbsVolumeDriver, io2: Volume) -> None:
     await driver.attach(io2.id, node="n1", epoch=5)
     for node, epoch in (("n1", 4), ("n1", 6), ("n2", 5)):
@@ -214,6 +226,23 @@ async def lab(simulator: Simulator, clock: HandClock) -> AsyncIterator[EbsVolume
     yield made
     await made.aclose()
     check_detaches(simulator)
+
+
+async def test_attaching_what_was_expected_is_one_order(lab: EbsVolumeDriver, simulator: Simulator) -> None:
+    volumes = [await lab.create(type=VolumeType.GP3, size_bytes=SIZE_BYTES) for _ in range(12)]
+    await asyncio.gather(*(lab.expect(volume.id, node="n1", epoch=3) for volume in volumes))
+    before = [len(simulator.asked(action)) for action in ("CreateTags", "DescribeInstances")]
+    await asyncio.gather(*(lab.attach(volume.id, node="n1", epoch=3) for volume in volumes))
+    assert [len(simulator.asked(action)) for action in ("CreateTags", "DescribeInstances")] == before
+    assert len(simulator.asked("AttachVolume")) == 12, "no two were to be the same device"
+    assert all([await held(lab, volume) == {"n1": 3} for volume in volumes])
+
+
+async def test_what_is_fenced_is_not_expected(lab: EbsVolumeDriver) -> None:
+    volume = await lab.create(type=VolumeType.GP3, size_bytes=SIZE_BYTES)
+    await lab.fence(volume.id, epoch=4)
+    with pytest.raises(StaleEpoch, match="fenced"):
+        await lab.expect(volume.id, node="n1", epoch=3)
 
 
 async def test_no_more_than_sixteen_nodes_at_once(lab: EbsVolumeDriver) -> None:

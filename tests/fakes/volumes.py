@@ -30,6 +30,7 @@ class FakeVolumes:
         self.fences: dict[str, int] = {}
         self.failing: dict[str, EmpError] = {}
         self.attached: Attachments = []
+        self.expected: Attachments = []
         self.log: list[tuple[str, str, int, bool]] = []
         """(verb, node, epoch, unheld)"""
         self.obstructed: dict[str, dict[str, str]] = {}
@@ -71,6 +72,10 @@ class FakeVolumes:
             raise BadInput(f"{volume} cannot shrink", field="size_bytes")
         self.volumes[volume] = found.model_copy(update={"size_bytes": size_bytes})
         return self.volumes[volume]
+
+    async def expect(self, volume: str, *, node: str, epoch: int) -> None:
+        self._check("expect")
+        self.expected.append((volume, node, epoch))
 
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         self._check("attach")

@@ -16,6 +16,7 @@ from emp.model.errors import Conflict, EmpError, Forbidden, NotFound, OutcomeUnk
 from emp.model.migration import Migration, Policy
 from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Lent, Relayed, TakeBackOrder, VolumeGrant
 from emp.model.volume import Attachment, NbdEndpoint, Volume, VolumeType
+from tests.fakes.volumes import FakeVolumes
 
 VOLUME = "vol-1"
 OLD, TARGET_EPOCH = 3, 5
@@ -31,6 +32,7 @@ class World:
         self.held = False
         self.local = False
         self.done: list[str] = []
+        self.expected: list[tuple[str, int]] = []
         self.refusing: dict[str, list[EmpError]] = {}
         self.down: set[str] = set()
         self.unseen = 0
@@ -57,6 +59,10 @@ class World:
         assert not self.lent or node in self.down, "a volume is detached while its relay has it open"
         assert self.held or not self.borrowed, "a volume is detached under the guest's I/O"
         self.attachments = [a for a in self.attachments if a.node != node]
+
+    async def expect(self, _: str, *, node: str, epoch: int) -> None:
+        assert not self.held, "the guest's I/O waits for what could have been done before"
+        self.expected.append((node, epoch))
 
     async def attach(self, _: tuple[str, ...], *, node: str, epoch: int) -> tuple[VolumeGrant, ...]:
         self.step(f"attach {node}")
@@ -156,10 +162,22 @@ async def test_held_taken_back_detached_attached_and_let_go(world: World) -> Non
     made = moving(world)
     await finished(made)
     assert world.done == ["hold", "take back", "detach n1", "attach n2", "go on"]
+    assert world.expected == [("n2", TARGET_EPOCH)]
     at_the_target(world)
     report = made.made[VOLUME]
     assert (report.tries, report.written_bytes, report.mean_ms) == (1, 4096, 1)
     assert report.held_ms is not None and report.detach_s is not None and report.attach_s is not None
+
+
+async def test_what_cannot_be_done_ahead_is_left_to_attaching(caplog: pytest.LogCaptureFixture) -> None:
+    driver = FakeVolumes()
+    volumes = Volumes(cast(Any, None), driver, cast(Any, None))
+    driver.failing["expect"] = Forbidden("no permission")
+    await volumes.expect(VOLUME, node="n2", epoch=TARGET_EPOCH)
+    assert "vol-1 is not made ready for n2: no permission" in caplog.text
+    del driver.failing["expect"]
+    await volumes.expect(VOLUME, node="n2", epoch=TARGET_EPOCH)
+    assert driver.expected == [(VOLUME, "n2", TARGET_EPOCH)]
 
 
 async def test_a_detach_that_is_refused_leaves_it_relayed_and_is_tried_again(world: World) -> None:

@@ -38,6 +38,8 @@ async def test_an_order_reaches_the_driver_of_its_volume_alone(
     ours, theirs = await made(router), await made(other)
     for volume, mine, not_mine in ((ours, main, other), (theirs, other, main)):
         assert await router.describe(volume.id) == volume
+        await router.expect(volume.id, node="n1", epoch=3)
+        assert mine.expected[-1] == (volume.id, "n1", 3)
         attachment = await router.attach(volume.id, node="n1", epoch=3)
         assert mine.holders(volume.id) == {"n1": 3}
         await router.fence(volume.id, epoch=3, unheld=True)

@@ -115,6 +115,8 @@ class Moves:
     async def _try(self, volume: str, tries: int) -> None:
         live, steps, relayed = self.migration, _Steps(), None
         if await self._is_at(volume, live.source):
+            if tries == 1:  # its I/O goes on; before a later try it may wait
+                await self.volumes.expect(volume, node=live.target, epoch=live.epoch_target)
             with steps.timed("hold_s"):
                 relayed = await self._hold(volume)
                 await self._unless_down(live.source, lambda: self._take_back((volume,)))

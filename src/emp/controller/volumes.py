@@ -186,6 +186,13 @@ class Volumes:
 
     # -------------------------------------------------------------- attaching
 
+    async def expect(self, volume: str, *, node: str, epoch: int) -> None:
+        """Have what can be done before an ``attach`` done now. What fails is left to ``attach``."""
+        try:
+            await self._driver.expect(volume, node=node, epoch=epoch)
+        except EmpError as error:
+            log.warning("%s is not made ready for %s: %s", volume, node, error)
+
     async def attach(self, volumes: Sequence[str], *, node: str, epoch: int) -> tuple[VolumeGrant, ...]:
         """Open all to ``node`` under ``epoch``, at the same time; in the order given."""
         return tuple(await all_of(self._attach(volume, node, epoch) for volume in volumes))

@@ -68,6 +68,13 @@ class VolumeDriver(Protocol):
         """
         ...
 
+    async def expect(self, volume: str, *, node: str, epoch: int) -> None:
+        """Do ahead what ``attach`` with the same arguments would do before it opens the volume, if it can be done now.
+
+        For who moves a single-attach volume, whose I/O waits from its detaching on. Opens nothing, and may do nothing.
+        """
+        ...
+
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         """Open the volume to ``node``; returns when the node can use it. Same arguments, same answer.
 

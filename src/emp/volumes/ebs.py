@@ -104,6 +104,8 @@ class EbsVolumeDriver:
 
         self._api = Ec2Api(client or make, self._times)
         self._looks = Looks(self._api, self._times, self._nodes)
+        self._expected: dict[tuple[str, str], str] = {}
+        """volume and instance -> device name that is chosen ahead"""
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def aclose(self) -> None:
@@ -192,6 +194,16 @@ class EbsVolumeDriver:
             hint="make a bigger one; or stop the EVM, then: aws ec2 modify-volume",
         )
 
+    async def expect(self, volume: str, *, node: str, epoch: int) -> None:
+        """Write for whom it will be attached, and choose its device: two of the three calls that attaching takes."""
+        instance = self._instance(node)
+        async with self._lock(volume):
+            seen = await self._looks.see(volume)
+            seen.check_epoch(epoch, instance)
+            if seen.on(instance) is None:  # else the tag says for whom it is attached now
+                await self._tag(seen, EPOCH + instance, epoch)
+                self._expected[volume, instance] = await self._free_device(instance)
+
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         """As the protocol says; returns when EC2 says ``attached``, a moment before the node's kernel has the device.
 
@@ -220,7 +232,7 @@ class EbsVolumeDriver:
         """Say for whom, then attach; the next look shows what came of it. Return a refusal that need not last."""
         await self._forget(seen)
         await self._tag(seen, EPOCH + instance, epoch)
-        device = await self._free_device(instance)
+        device = self._expected.pop((seen.id, instance), None) or await self._free_device(instance)
         try:
             await self._api.ask("attach_volume", VolumeId=seen.id, InstanceId=instance, Device=device)
         except OutcomeUnknown as error:
@@ -243,6 +255,8 @@ class EbsVolumeDriver:
         if not free:
             hint = "detach another volume of this node, or choose another node"
             raise Refused(f"all device names of {instance} are taken", field="node", hint=hint)
+        expected = {device for (_, at), device in self._expected.items() if at == instance}
+        free = [device for device in free if device not in expected] or free
         return self._times.chance.choice(free)  # several volumes may be attached to one node at the same time
 
     # ------------------------------------------------------------------ detaching

@@ -58,6 +58,9 @@ class NbdVolumeDriver:
         order = Resize(size_bytes=_in_steps(size_bytes))
         return await self._client.request("PUT", f"{_path(volume)}/size", order, response_model=Volume, idempotent=True)
 
+    async def expect(self, volume: str, *, node: str, epoch: int) -> None:
+        """Attaching is one request."""
+
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         path = _attachment_path(volume, node, epoch)
         return await self._client.request("PUT", path, response_model=Attachment, idempotent=True)

@@ -48,6 +48,9 @@ class VolumeRouter:
     async def resize(self, volume: str, size_bytes: int) -> Volume:
         return await self._of(volume).resize(volume, size_bytes)
 
+    async def expect(self, volume: str, *, node: str, epoch: int) -> None:
+        await self._of(volume).expect(volume, node=node, epoch=epoch)
+
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         return await self._of(volume).attach(volume, node=node, epoch=epoch)
 

@@ -113,6 +113,9 @@ class SharedVolumeDriver:
 
         await self._registry.change(_check_id(volume), forget)
 
+    async def expect(self, volume: str, *, node: str, epoch: int) -> None:
+        """Attaching is a note."""
+
     async def attach(self, volume: str, *, node: str, epoch: int) -> Attachment:
         """Note who is given the URL: one note for each node, under its newest epoch. Raises ``StaleEpoch``."""
         if epoch < 1:
