@@ -53,21 +53,21 @@ JOURNAL_HZ = 50
 WARM = 25
 """records on each volume before the migration begins, and behind its end"""
 PATIENCE_S = 120.0
-RUNS = 20
+RUNS = 15
 """of the two sides that are compared; the other cases have fewer"""
 CASES = (
     Case(IO2, 1, BUSY, RUNS),
     Case(GP3, 1, BUSY, RUNS),
-    Case(IO2, MANY, BUSY, 12),
-    Case(IO2, 4, BUSY, 6),
+    Case(IO2, MANY, BUSY, 10),
+    Case(IO2, 4, BUSY, 5),
     Case(GP3, 4, BUSY, 6),
-    Case(CLASSIC, 1, BUSY, 5),
-    Case(IO2, 1, IDLE, 6),
-    Case(GP3, 1, IDLE, 6),
-    Case(IO2, MANY, IDLE, 5),
-    Case(IO2, 4, IDLE, 5),
-    Case(GP3, 4, IDLE, 5),
-    Case(CLASSIC, 1, IDLE, 4),
+    Case(CLASSIC, 1, BUSY, 4),
+    Case(IO2, 1, IDLE, 4),
+    Case(GP3, 1, IDLE, 4),
+    Case(IO2, MANY, IDLE, 3),
+    Case(IO2, 4, IDLE, 3),
+    Case(GP3, 4, IDLE, 3),
+    Case(CLASSIC, 1, IDLE, 3),
 )
 WIDTH = 132
 """of the tables"""
