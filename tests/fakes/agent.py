@@ -23,11 +23,16 @@ from emp.model.node import EvmReport, NodeReport, OpenRole, Versions
 from emp.model.orders import (
     AbortOrder,
     AnswerOrder,
+    GoOnOrder,
     GoOrder,
     HandoverOrder,
     HeartbeatReply,
+    HoldOrder,
+    LendOrder,
+    Lent,
     Prepared,
     PrepareOrder,
+    Relayed,
     RetireOrder,
     Role,
     RoleFigures,
@@ -35,8 +40,10 @@ from emp.model.orders import (
     RoleStatus,
     StartOrder,
     StopOrder,
+    TakeBackOrder,
     VolumesOrder,
 )
+from emp.model.volume import NbdEndpoint
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
 from emp.wire.http import WireClient
@@ -118,6 +125,8 @@ class FakeAgent:
         self.disks: dict[str, dict[str, int]] = {}
         """EVM -> volume -> slot, since the last order that changed them"""
         self.orders: list[tuple[str, Any]] = []
+        self.lent: set[str] = set()
+        """volumes that it serves to the target of a migration"""
         self.parts: dict[str, Part] = {}
         self.refuse: dict[str, EmpError] = {}
         self.refuse_always: set[str] = set()
@@ -247,6 +256,10 @@ class FakeAgent:
         orders("/v1/migrations/{name}/abort", "abort", AbortOrder, self._abort)
         orders("/v1/migrations/{name}/go", "go", GoOrder, self._go)
         orders("/v1/migrations/{name}/answer", "answer", AnswerOrder, self._answer)
+        orders("/v1/migrations/{name}/lend", "lend", LendOrder, self._lend)
+        orders("/v1/migrations/{name}/take-back", "take back", TakeBackOrder, self._take_back)
+        orders("/v1/migrations/{name}/hold", "hold", HoldOrder, self._hold)
+        orders("/v1/migrations/{name}/go-on", "go on", GoOnOrder, self._go_on)
 
         async def node(request: Request) -> Response:
             _check(request)
@@ -393,6 +406,31 @@ class FakeAgent:
         elif order.word == "withdrawn":
             await part.move(RolePhase.ABORTED, Stage.CLOSED, committed=False, wants_courier=False)
         return part.status
+
+    # ---------------------------------------------------------- relays
+
+    async def _lend(self, migration: str, order: LendOrder) -> Lent:
+        served = {
+            grant.volume.id: NbdEndpoint(
+                host=HOST, port=10900, export=grant.volume.id, tls_hostname=f"agent-{self.name}"
+            )
+            for grant in order.volumes
+        }
+        self.lent |= served.keys()
+        return Lent(endpoints=served)
+
+    async def _take_back(self, migration: str, order: TakeBackOrder) -> TakeBackOrder:
+        self.lent -= set(self.lent if order.volumes is None else order.volumes)
+        return order
+
+    async def _hold(self, migration: str, order: HoldOrder) -> Relayed:
+        return Relayed(
+            volume=order.volume, is_local=False, is_flushed=True, read_bytes=8192, written_bytes=4096, round_trips=3,
+            mean_ms=0.6, max_ms=4.0,
+        )  # fmt: skip
+
+    async def _go_on(self, migration: str, order: GoOnOrder) -> Relayed:
+        return Relayed(volume=order.grant.volume.id, is_local=order.grant.relay is None)
 
     async def _play(self, order: HandoverOrder, script: Script) -> None:
         """The migration, as source and target do it between themselves."""

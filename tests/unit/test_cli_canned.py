@@ -5,7 +5,18 @@ from __future__ import annotations
 from uuid import UUID
 
 from emp.model.evm import Evm, EvmSpec, EvmState, Nic, Pod
-from emp.model.migration import Check, Migration, Outcome, Progress, Report, Stage, StageTimes
+from emp.model.migration import (
+    Check,
+    Migration,
+    MoveStep,
+    Outcome,
+    Progress,
+    Report,
+    Stage,
+    StageTimes,
+    VolumeMove,
+    VolumeStep,
+)
 from emp.model.node import EvmReport, Node, NodeReport, Versions
 from emp.model.volume import Attachment, Handover, MoveOrder, NbdEndpoint, Volume, VolumeState, VolumeType
 
@@ -80,6 +91,19 @@ COPYING = PLAN.model_copy(
 )  # fmt: skip
 BLACKOUT = COPYING.model_copy(update={"stage": Stage.BLACKOUT})
 RUNS_THERE = BLACKOUT.model_copy(update={"stage": Stage.TARGET_BROWNOUT, "committed": True})
+STUCK = RUNS_THERE.model_copy(
+    update={
+        "hint": "vol-3 it stays relayed by n1, which has to stay up: no permission; tried again in 1 s",
+        "moving": (VolumeStep(volume="vol-3", type=VolumeType.GP3, step=MoveStep.RELAYED, expected_ms=7000.0),),
+    }
+)
+MOVES = (
+    VolumeMove(
+        volume="vol-0123456789abcdef0", held_ms=7123.4, hold_s=0.0124, detach_s=4.6, attach_s=2.4, land_s=0.111,
+        tries=3, read_bytes=12 << 20, written_bytes=1 << 19, mean_ms=1.2, max_ms=40.5,
+    ),
+    VolumeMove(volume="vol-4", held_ms=2500.0, attach_s=2.4, land_s=0.1),
+)  # fmt: skip
 COMPLETED = RUNS_THERE.model_copy(
     update={
         "stage": Stage.CLOSED,

@@ -12,9 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from emp.cli.lines import step_text
 from emp.model.errors import HostError, MigrationAborted
-from emp.model.migration import Outcome, Stage
-from tests.unit.test_cli_canned import ABORTED, BLACKOUT, COMPLETED, COPYING, ID, RUNS_THERE, WHOLE_WAY
+from emp.model.migration import Migration, MoveStep, Outcome, Stage, VolumeStep
+from emp.model.volume import VolumeType
+from tests.unit.test_cli_canned import (
+    ABORTED,
+    BLACKOUT,
+    COMPLETED,
+    COPYING,
+    ID,
+    MOVES,
+    RUNS_THERE,
+    STUCK,
+    WHOLE_WAY,
+)
 from tests.unit.test_cli_pool import Controller, serving
 from tests.unit.test_cli_run import Emp, at_terminal, ended, in_process, start_emp, wait_for
 
@@ -50,6 +62,59 @@ def test_a_log_has_one_line_for_each_stage_and_then_the_figures(pool: Controller
         "blackout and vCPU pause span two hosts' clocks: +-0.2 ms",
     ]
     assert pool.told[0] == ("POST /v1/evms/web/migrations", {"target": "n2"})
+
+
+def moving(migration: Migration, *steps: MoveStep, held_s: float | None = 0.0) -> list[Migration]:
+    """Return snapshots of one gp3 volume at each of those steps."""
+    held_since = None if held_s is None else time.time() - held_s
+    return [
+        migration.model_copy(
+            update={
+                "moving": (
+                    VolumeStep(
+                        volume="vol-3", type=VolumeType.GP3, step=step, held_since=held_since, expected_ms=7000.0
+                    ),
+                )
+            }
+        )
+        for step in steps
+    ]
+
+
+def test_a_log_has_a_line_for_each_long_step_of_a_volume_and_for_what_stands_in_its_way(
+    pool: Controller, emp: Emp
+) -> None:
+    tried = moving(RUNS_THERE, MoveStep.HOLD, MoveStep.DETACH, MoveStep.DETACH, held_s=0.5)
+    done = moving(RUNS_THERE, MoveStep.DETACH, MoveStep.ATTACH, MoveStep.LAND, held_s=3.04)
+    moved = COMPLETED.model_copy(update={"report": COMPLETED.report.model_copy(update={"volumes": MOVES})})
+    pool.push(COPYING, *tried, STUCK, *done, moved)
+    lines = emp("migrate web")[1].splitlines()
+    begin, end = (
+        lines.index("target brownout: web runs on n2") + 1,
+        lines.index(f"{ID}: web runs on n2, completed in 4.2 s"),
+    )
+    detach, alarm, detach_again, well, attach = lines[begin:end]
+    assert re.fullmatch(r"  vol-3 gp3: held, detaching from n1, ETA 6\.\d s", detach)
+    assert alarm == f"  {STUCK.hint}"
+    assert re.fullmatch(r"  vol-3 gp3: held 3\.\d s, detaching from n1, ETA [34]\.\d s", detach_again)
+    assert well == "  nothing stands in the way any more"
+    assert re.fullmatch(r"  vol-3 gp3: held 3\.\d s, attaching to n2, ETA [34]\.\d s", attach)
+    table = lines[-4:-1]
+    assert table[0].split() == ["VOLUME", "I/O", "HELD", "HOLD", "DETACH", "ATTACH", "LAND", "RELAYED", "MEAN", "MAX"]
+    assert " ".join(table[1].split()) == (
+        "vol-0123456789abcdef0 7.12 s 12.4 ms 4.6 s 2.4 s 111 ms 12.5 MiB 1.2 ms 40.5 ms"
+    )
+    assert " ".join(table[2].split()) == "vol-4 2.5 s - - 2.4 s 100 ms 0 B - -"
+    assert lines[-1] == "vol-0123456789abcdef0 was moved in 3 tries"
+    assert max(map(len, table)) <= 100
+
+
+def test_what_takes_longer_than_expected_says_what_was_expected() -> None:
+    (late,) = moving(RUNS_THERE, MoveStep.ATTACH, held_s=11.02)
+    assert step_text(late.moving[0], late) == "vol-3 gp3: held 11.0 s, attaching to n2, expected 7 s"
+    unknown = late.moving[0].model_copy(update={"expected_ms": None, "step": MoveStep.LAND})
+    assert step_text(unknown, late) == "vol-3 gp3: held 11.0 s, n2 opens it"
+    assert step_text(STUCK.moving[0], late) == "vol-3 gp3: in use by way of n1"
 
 
 def test_a_blackout_too_short_to_be_told_of_has_its_line_all_the_same(pool: Controller, emp: Emp) -> None:
@@ -163,6 +228,20 @@ def test_a_terminal_sees_the_stages_pass_and_the_bar(pool: Controller) -> None:
     assert "vCPU pause" in last
     assert terminal.raw.rindex(b"\033[?25h") > terminal.raw.rindex(b"\033[?25l"), "the cursor is shown again"
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_terminal_sees_volumes_on_their_way_and_what_stands_in_it(pool: Controller) -> None:
+    with at_terminal("migrate", "web") as terminal:
+        pool.push(COPYING, *moving(RUNS_THERE, MoveStep.DETACH, held_s=1.0))
+        terminal.wait_for("ETA")
+        terminal.wait_for("expected 7 s")  # redrawn for the clock: nothing was said meanwhile
+        pool.push(STUCK)
+        terminal.wait_for("vol-3 gp3: in use by way of n1")
+        terminal.wait_for("it stays relayed by n1")
+        pool.push(COMPLETED)
+        assert terminal.end() == 0
+    last = terminal.text[terminal.text.rindex("preparation") :]
+    assert "relayed" not in last and "vol-3" not in last
 
 
 def test_a_terminal_is_left_as_it_was_after_ctrl_c(pool: Controller) -> None:

@@ -13,7 +13,7 @@ import pytest
 from emp.model.errors import Refused
 from emp.model.migration import Check
 from emp.model.volume import Volume
-from tests.unit.test_cli_canned import ABORTED, COMPLETED, ID, MOVED, N1, PLAN, RELAYED, SHARED, VOL, WEB
+from tests.unit.test_cli_canned import ABORTED, COMPLETED, ID, MOVED, N1, PLAN, RELAYED, SHARED, STUCK, VOL, WEB
 from tests.unit.test_cli_pool import Controller, serving
 from tests.unit.test_cli_run import POOL, Emp, in_process
 
@@ -199,6 +199,19 @@ def test_a_dry_run_prints_the_plan_and_every_check(pool: Controller, emp: Emp) -
     assert asked["policy"] == {"max_blackout_ms": 50, "deadline_s": 120.0, "max_bandwidth_bytes_per_s": 100 << 20}
     assert (asked["target"], asked["dry_run"]) == ("n2", True)
     assert json.loads(emp("migrate web --dry-run --json")[1])["dry_run"] is True
+
+
+def test_what_becomes_of_volumes_of_one_node_is_a_users_to_say(pool: Controller, emp: Emp) -> None:
+    out = emp("migrate web --dry-run --classic --source-must-be-empty")[1]
+    assert pool.told[0][1]["policy"] == {"volume_order": "classic", "source_must_be_empty": True}
+    assert "gp2, gp3      classic; wait for the target if refused" in out
+    assert "gp2, gp3      resume-first; stay with the source if refused" in emp("migrate web --dry-run")[1]
+
+
+def test_a_migration_shows_where_its_volumes_are(pool: Controller, emp: Emp) -> None:
+    pool.migrations[STUCK.id] = STUCK
+    out = emp(f"migration show {STUCK.id}")[1]
+    assert "volumes    vol-3 gp3: in use by way of n1" in out and "it stays relayed by n1" in out
 
 
 def test_a_dry_run_shows_each_volume_below_the_other_checks(pool: Controller, emp: Emp) -> None:

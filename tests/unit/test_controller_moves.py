@@ -13,7 +13,7 @@ from emp.controller.moves import Moves
 from emp.controller.nodes import Nodes
 from emp.controller.volumes import Volumes
 from emp.model.errors import Conflict, EmpError, Forbidden, NotFound, OutcomeUnknown, Refused, Unreachable
-from emp.model.migration import Migration, Policy
+from emp.model.migration import Migration, MoveStep, Policy, VolumeOrder
 from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Lent, Relayed, TakeBackOrder, VolumeGrant
 from emp.model.volume import Attachment, NbdEndpoint, Volume, VolumeType
 from tests.fakes.volumes import FakeVolumes
@@ -129,7 +129,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World()
 
 
-def moving(world: World, shown: list[dict[str, str]] | None = None, **policy: Any) -> Moves:
+def moving(
+    world: World, shown: list[dict[str, str]] | None = None, steps: list[str] | None = None, **policy: Any
+) -> Moves:
     live = Migration(
         id="m-1",
         evm="web",
@@ -144,7 +146,11 @@ def moving(world: World, shown: list[dict[str, str]] | None = None, **policy: An
         if shown is not None:
             shown.append(dict(made.alarms))
 
-    made = Moves(live, cast(Volumes, world), cast(Agents, world), cast(Nodes, world), say)
+    def at(_: str, step: MoveStep | None) -> None:
+        if steps is not None:
+            steps.append(step.value if step else "over")
+
+    made = Moves(live, cast(Volumes, world), cast(Agents, world), cast(Nodes, world), say, at)
     return made
 
 
@@ -159,10 +165,12 @@ def at_the_target(world: World) -> None:
 
 
 async def test_held_taken_back_detached_attached_and_let_go(world: World) -> None:
-    made = moving(world)
+    steps: list[str] = []
+    made = moving(world, steps=steps)
     await finished(made)
     assert world.done == ["hold", "take back", "detach n1", "attach n2", "go on"]
     assert world.expected == [("n2", TARGET_EPOCH)]
+    assert steps == ["relayed", "hold", "detach", "attach", "land", "over"]
     at_the_target(world)
     report = made.made[VOLUME]
     assert (report.tries, report.written_bytes, report.mean_ms) == (1, 4096, 1)
@@ -183,8 +191,10 @@ async def test_what_cannot_be_done_ahead_is_left_to_attaching(caplog: pytest.Log
 async def test_a_detach_that_is_refused_leaves_it_relayed_and_is_tried_again(world: World) -> None:
     world.refusing["detach n1"] = [Forbidden("no permission")]
     shown: list[dict[str, str]] = []
-    await finished(moving(world, shown))
+    seen: list[str] = []
+    await finished(moving(world, shown, seen))
     steps = ["hold", "take back", "detach n1 refused", "lend", "go on relayed"]
+    assert seen[:4] == ["relayed", "hold", "detach", "relayed"], "its I/O goes on until the next try"
     assert world.done == [*steps, "hold", "take back", "detach n1", "attach n2", "go on"]
     at_the_target(world)
     assert "stays relayed by n1" in shown[0][VOLUME] and "no permission" in shown[0][VOLUME]
@@ -247,9 +257,16 @@ async def test_a_relay_that_has_ended_already_is_no_hindrance(world: World) -> N
 
 async def test_an_evm_that_is_gone_from_the_target_needs_no_volume(world: World) -> None:
     world.refusing["go on"] = [NotFound("no such EVM here")]
-    made = moving(world)
+    steps: list[str] = []
+    made = moving(world, steps=steps)
     await finished(made)
-    assert made.made == {}
+    assert (made.made, steps[-1]) == ({}, "over")
+
+
+async def test_a_guest_that_stands_uses_nothing_by_way_of_the_source(world: World) -> None:
+    steps: list[str] = []
+    await finished(moving(world, steps=steps, volume_order=VolumeOrder.CLASSIC))
+    assert steps == ["hold", "detach", "attach", "land", "over"]
 
 
 async def test_a_volume_that_the_service_does_not_know_for_a_while_is_moved_all_the_same(world: World) -> None:

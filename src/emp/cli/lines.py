@@ -6,12 +6,12 @@ import time
 from typing import TYPE_CHECKING
 
 from emp.cli.follow import break_text
-from emp.cli.output import rate, seconds, size
-from emp.model.migration import Stage
+from emp.cli.output import milliseconds, rate, seconds, size
+from emp.model.migration import MoveStep, Stage
 
 if TYPE_CHECKING:
     from emp.model.errors import EmpError
-    from emp.model.migration import Migration
+    from emp.model.migration import Migration, VolumeStep
 
 EVERY_S = 30.0
 _BLACKOUT = "blackout: the last pages and the CPU state"
@@ -21,6 +21,8 @@ class Lines:
     def __init__(self) -> None:
         self._stage: Stage | None = None
         self._abort_asked: str | None = None
+        self._hint: str | None = None
+        self._steps: dict[str, MoveStep] = {}
         self._spoke_at = 0.0
 
     def show(self, migration: Migration) -> None:
@@ -34,8 +36,20 @@ class Lines:
                 _say(_BLACKOUT)  # shorter than it takes to be told of it
             self._stage = migration.stage
             self._spoke_at = time.monotonic()
+            self._steps.clear()  # what takes long is told again
             if self._stage is not Stage.CLOSED:
                 _say(stage_text(migration))
+        self._show_volumes(migration)
+
+    def _show_volumes(self, migration: Migration) -> None:
+        """A line for each step of a volume's move that may be long, and for what stands in the way."""
+        for step in migration.moving:
+            if step.step is not self._steps.get(step.volume) and step.step in (MoveStep.DETACH, MoveStep.ATTACH):
+                _say(f"  {step_text(step, migration)}")
+            self._steps[step.volume] = step.step
+        if migration.hint != self._hint and migration.stage is not Stage.CLOSED:
+            self._hint = migration.hint
+            _say(f"  {self._hint or 'nothing stands in the way any more'}")
 
     def on_break(self, loss: EmpError | None) -> None:
         _say(break_text(loss))
@@ -83,6 +97,27 @@ def rates(migration: Migration) -> list[str]:
     elif progress.bandwidth_bytes_per_s and progress.dirty_bytes_per_s >= progress.bandwidth_bytes_per_s:
         parts.append("not converging")
     return parts
+
+
+def step_text(step: VolumeStep, migration: Migration) -> str:
+    """Return where a volume is on its way, since when its I/O waits, and when that is expected to be over."""
+    match step.step:
+        case MoveStep.RELAYED:
+            return f"{step.volume} {step.type}: in use by way of {migration.source}"
+        case MoveStep.HOLD:
+            what = "flushing"
+        case MoveStep.DETACH:
+            what = f"detaching from {migration.source}"
+        case MoveStep.ATTACH:
+            what = f"attaching to {migration.target}"
+        case _:
+            what = f"{migration.target} opens it"
+    held_s = max(0.0, time.time() - step.held_since) if step.held_since is not None else 0.0
+    parts = [f"held {held_s:.1f} s" if held_s >= 1 else "held", what]
+    if step.expected_ms is not None:
+        left_s = step.expected_ms / 1000 - held_s
+        parts.append(f"ETA {left_s:.1f} s" if left_s > 0 else f"expected {milliseconds(step.expected_ms)}")
+    return f"{step.volume} {step.type}: {', '.join(parts)}"
 
 
 def _say(line: str) -> None:

@@ -13,7 +13,7 @@ from emp.model.errors import Refused
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from emp.model.migration import Check, Migration
+    from emp.model.migration import Check, Migration, Policy
 
 app = typer.Typer(add_completion=False)
 
@@ -37,6 +37,16 @@ def migrate(
     max_bandwidth: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Per second, such as 100MiB; uncapped if left out.")
     ] = None,
+    classic: Annotated[
+        bool,
+        typer.Option("--classic", help="Detach and attach gp2 and gp3 in the blackout; the guest stands meanwhile."),
+    ] = False,
+    source_must_be_empty: Annotated[
+        bool,
+        typer.Option(
+            "--source-must-be-empty", help="A volume whose move is refused waits, its I/O too, for the target."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Move a running EVM to another node. Ctrl-C only stops looking: the migration goes on."""
@@ -49,6 +59,10 @@ def migrate(
         policy["deadline_s"] = parse_duration_s(deadline, field="deadline")
     if max_bandwidth is not None:
         policy["max_bandwidth_bytes_per_s"] = parse_rate_bytes_per_s(max_bandwidth, field="max-bandwidth")
+    if classic:
+        policy["volume_order"] = "classic"
+    if source_must_be_empty:
+        policy["source_must_be_empty"] = True
     with session.client() as client:
         try:
             migration = client.migrations.start(evm, target=to, policy=policy, dry_run=dry_run)
@@ -91,6 +105,11 @@ def _print_checks(title: str, checks: Sequence[tuple[Check, str]]) -> None:
         print_hanging(f"  {'ok' if check.ok else 'NO':2}  {name:{width}}  ", check.message)
 
 
+def _volume_order(policy: Policy) -> str:
+    refused = "wait for the target if refused" if policy.source_must_be_empty else "stay with the source if refused"
+    return f"{policy.volume_order.value}; {refused}"
+
+
 def _print_plan(plan: Migration, as_json: bool) -> None:
     from emp.cli.output import print_facts, print_json, rate, seconds
 
@@ -108,6 +127,7 @@ def _print_plan(plan: Migration, as_json: bool) -> None:
                 ("max blackout", f"{policy.max_blackout_ms} ms"),
                 ("deadline", seconds(policy.deadline_s)),
                 ("bandwidth", rate(cap) if cap else "uncapped"),
+                ("gp2, gp3", _volume_order(policy)),
             ]
         )
         of_volumes = [

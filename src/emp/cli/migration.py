@@ -58,6 +58,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show a migration, or the newest one of an EVM."""
+    from emp.cli.lines import step_text
     from emp.cli.report import print_report
 
     session: Session = ctx.obj
@@ -78,6 +79,7 @@ def show(
             ("outcome", migration.outcome),
             ("cause", migration.cause),
             ("hint", migration.hint),
+            ("volumes", "\n".join(step_text(step, migration) for step in migration.moving)),
             ("abort", migration.abort_asked and f"asked for: {migration.abort_asked}"),
             ("committed", "yes" if migration.committed else "no"),
             ("checks", "\n".join(bad) or f"{len(migration.checks)} passed"),

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from emp.cli.follow import break_text
-from emp.cli.lines import rates
+from emp.cli.lines import rates, step_text
 from emp.cli.output import milliseconds, seconds, size
 from emp.model.migration import Outcome, Stage
 
 if TYPE_CHECKING:
     from emp.model.errors import EmpError
-    from emp.model.migration import Migration
+    from emp.model.migration import Migration, VolumeStep
 
 STAGES = (Stage.PREPARATION, Stage.SOURCE_BROWNOUT, Stage.BLACKOUT, Stage.TARGET_BROWNOUT)
 REFRESHES_PER_S = 8
@@ -66,7 +66,10 @@ class Screen:
             Text.assemble((route, "bold"), f"  {migration.id}"),
             Text(f"  {migration.target}: {migration.placement}", style="dim"),
             grid,
+            *(self._volume(step) for step in migration.moving),
         ]
+        if migration.hint and migration.stage is not Stage.CLOSED:
+            parts.append(Text(f"  {migration.hint}", style="yellow"))
         if migration.abort_asked and migration.stage is not Stage.CLOSED:
             parts.append(Text(f"  going back: {migration.abort_asked}", style="yellow"))
         if self._loss is not None:
@@ -100,6 +103,16 @@ class Screen:
         after = [at for other, at in self._began_at.items() if stage in STAGES and _is_after(other, stage)]
         began = self._began_at.get(stage)
         return f"{min(after) - began:.1f} s" if began is not None and after else ""
+
+    def _volume(self, step: VolumeStep) -> RenderableType:
+        """A volume on its way; with a bar of the time that detach and attach usually take, once it is held."""
+        text = Text(f"  {step_text(step, self._migration)}")
+        if step.held_since is None or step.expected_ms is None:
+            return text
+        held_ms = min(max(0.0, (time.time() - step.held_since) * 1000), step.expected_ms)
+        row = Table.grid(padding=(0, 1, 0, 0))
+        row.add_row(text, ProgressBar(total=step.expected_ms, completed=held_ms, width=BAR))
+        return row
 
     def _progress(self) -> RenderableType:
         progress = self._migration.progress

@@ -199,7 +199,8 @@ def _attached(attachment: Attachment) -> str:
 
 def _handover(move: Handover) -> str:
     """Return lines: what moved and when, what it cost, and what is wrong."""
-    when = f"done {clock(move.ended_at)}" if move.ended_at else f"under way since {clock(move.began_at)}"
+    end = "broken off" if move.broken_off else "done"
+    when = f"{end} {clock(move.ended_at)}" if move.ended_at else f"under way since {clock(move.began_at)}"
     lines = [f"{move.source} -> {move.target} by {move.order}, {when} ({move.migration})"]
     figures = [
         f"{name} {text}"
@@ -207,6 +208,7 @@ def _handover(move: Handover) -> str:
             ("I/O stall", move.io_stall_ms, milliseconds(move.io_stall_ms)),
             ("detach", move.detach_ms, milliseconds(move.detach_ms)),
             ("attach", move.attach_ms, milliseconds(move.attach_ms)),
+            ("relayed since", None if move.ended_at else move.relayed_since, clock(move.relayed_since or 0)),
             ("relayed for", move.relayed_s, seconds(move.relayed_s)),
             ("relayed", move.relayed_bytes, size(move.relayed_bytes)),
         )

@@ -30,7 +30,7 @@ from emp.controller.nodes import Nodes
 from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
 from emp.model.errors import EmpError, NotFound, OutcomeUnknown, Unavailable
-from emp.model.migration import Migration, VolumeMove, VolumeOrder
+from emp.model.migration import Migration, MoveStep, VolumeMove, VolumeOrder
 from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Relayed, TakeBackOrder, VolumeGrant
 from emp.model.volume import Volume
 
@@ -46,6 +46,7 @@ LOOKS = 6
 """before a volume that its service does not know is taken for gone, about half a minute: a cloud's answers lag"""
 
 Say = Callable[[], Awaitable[None]]
+At = Callable[[str, MoveStep | None], None]
 
 
 class _Gone(Exception):
@@ -54,16 +55,21 @@ class _Gone(Exception):
 
 @dataclass
 class Moves:
-    """Of the volumes of one migration. ``say`` shows that ``alarms`` or ``made`` have changed."""
+    """Of the volumes of one migration. ``say`` shows that ``alarms`` or ``made`` have changed.
+
+    ``at`` is told each step of each volume as it begins; None: its move is over.
+    """
 
     migration: Migration
     volumes: Volumes
     agents: Agents
     nodes: Nodes
     say: Say
+    at: At
     alarms: dict[str, str] = field(default_factory=dict)
     """volume -> why its move is not done yet, for people"""
     made: dict[str, VolumeMove] = field(default_factory=dict)
+    tries: dict[str, int] = field(default_factory=dict)
 
     # -- before the hand-over, and back
 
@@ -87,10 +93,12 @@ class Moves:
         await all_of(self._move(volume) for volume in volumes)
 
     async def _move(self, volume: str) -> None:
-        pause_s, tries = FIRST_PAUSE_S, 0
+        pause_s = FIRST_PAUSE_S
+        if self.migration.policy.volume_order is not VolumeOrder.CLASSIC:  # else the guest stands
+            self.at(volume, MoveStep.RELAYED)
         while volume not in self.made:
-            tries += 1
-            moving = asyncio.ensure_future(self._try(volume, tries))
+            self.tries[volume] = self.tries.get(volume, 0) + 1
+            moving = asyncio.ensure_future(self._try(volume))
             try:
                 if not (await asyncio.wait([moving], timeout=ALARM_S))[0]:
                     await self._alarm(volume, f"is on its way to {self.migration.target} for {ALARM_S:g} s and more")
@@ -98,10 +106,11 @@ class Moves:
                 return
             except _Gone as error:
                 log.warning("%s: %s is not moved: %s", self.migration.id, volume, error)
+                self.at(volume, None)
                 return
             except EmpError as error:
                 log.error("%s: %s: %s", self.migration.id, volume, error)
-                if tries >= LOOKS and await self._is_no_more(volume):
+                if self.tries[volume] >= LOOKS and await self._is_no_more(volume):
                     await self._alarm(volume, f"is gone, and its I/O waits for ever: {error.message}")
                     return
                 where = await self._go_on_as_before(volume, error)
@@ -112,26 +121,28 @@ class Moves:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
-    async def _try(self, volume: str, tries: int) -> None:
-        live, steps, relayed = self.migration, _Steps(), None
+    async def _try(self, volume: str) -> None:
+        live, steps, relayed = self.migration, _Steps(lambda step: self.at(volume, step)), None
         if await self._is_at(volume, live.source):
-            if tries == 1:  # its I/O goes on; before a later try it may wait
+            if self.tries[volume] == 1:  # its I/O goes on; before a later try it may wait
                 await self.volumes.expect(volume, node=live.target, epoch=live.epoch_target)
-            with steps.timed("hold_s"):
+            with steps.timed(MoveStep.HOLD):
                 relayed = await self._hold(volume)
                 await self._unless_down(live.source, lambda: self._take_back((volume,)))
-            with steps.timed("detach_s"):
+            with steps.timed(MoveStep.DETACH):
                 await self.volumes.release((volume,), node=live.source, unheld=True)
-        with steps.timed("attach_s"):
+        with steps.timed(MoveStep.ATTACH):
             (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)
-        with steps.timed("land_s"):
+        with steps.timed(MoveStep.LAND):
             order = GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant)
             try:
                 landed = await self._target.go_on(live.id, order)
             except NotFound as error:
                 raise _Gone(str(error)) from error
-        self.made[volume] = VolumeMove(volume=volume, tries=tries, **steps.figures, **_relayed(relayed or landed))
+        figures = steps.figures | _relayed(relayed or landed)
+        self.made[volume] = VolumeMove(volume=volume, tries=self.tries[volume], **figures)
         self.alarms.pop(volume, None)
+        self.at(volume, None)
         await self.say()
 
     async def bring_home(self, volumes: Sequence[str]) -> None:
@@ -181,6 +192,7 @@ class Moves:
         except EmpError as worse:
             log.error("%s: %s: nor does its I/O go on through %s: %s", live.id, volume, live.source, worse)
             return "is not moved yet"
+        self.at(volume, MoveStep.RELAYED)
         return f"it stays relayed by {live.source}, which has to stay up"
 
     async def _alarm(self, volume: str, text: str) -> None:
@@ -243,14 +255,16 @@ class Moves:
 class _Steps:
     """How long each step of a move took, and all of them together."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[MoveStep], None]) -> None:
+        self._begins = begins
         self._took_s: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def timed(self, step: str) -> Iterator[None]:
+    def timed(self, step: MoveStep) -> Iterator[None]:
+        self._begins(step)
         began_s = time.monotonic()
         yield
-        self._took_s[step] = round(time.monotonic() - began_s, 4)
+        self._took_s[f"{step}_s"] = round(time.monotonic() - began_s, 4)
 
     @property
     def figures(self) -> dict[str, Any]:

@@ -15,17 +15,19 @@ from typing import Any, TypeVar
 from emp.controller.agents import AgentClient, Agents
 from emp.controller.attested import ENDED
 from emp.controller.book import Book, change
+from emp.controller.handovers import Handovers
 from emp.controller.hub import Hub
 from emp.controller.metrics import Metrics
 from emp.controller.moves import Moves, Say
 from emp.controller.nodes import Nodes
 from emp.controller.patience import until_known
 from emp.controller.tally import Tally
+from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
 from emp.migration import supervisor
 from emp.model.errors import OutcomeUnknown, Unavailable
 from emp.model.evm import Evm, EvmState
-from emp.model.migration import Migration, Outcome, VolumeOrder
+from emp.model.migration import Migration, Outcome, VolumeOrder, VolumeStep
 from emp.model.orders import (
     AbortOrder,
     AnswerOrder,
@@ -62,7 +64,8 @@ class Steps:
         """``say`` shows people what ``moves`` has to tell."""
         self._tools = tools
         self._tally = tally
-        self.moves = Moves(tally.migration, tools.volumes, tools.agents, tools.nodes, say)
+        self.handovers = Handovers(tools.book, tools.volumes, tally.migration, self._show_moving)
+        self.moves = Moves(tally.migration, tools.volumes, tools.agents, tools.nodes, say, self.handovers.at)
         self._grants: tuple[VolumeGrant, ...] = ()
 
     @property
@@ -75,7 +78,14 @@ class Steps:
         """Open every volume to the target under e_t; what one node alone can have, the source lends it."""
         target, epoch = self._live.target, self._live.epoch_target
         single, multi = self._volumes()
-        attached = await _tries(lambda: self._tools.volumes.attach(multi, node=target, epoch=epoch))
+        await self.handovers.begin((*single, *multi))
+
+        async def attach(volume: str) -> VolumeGrant:
+            async with self.handovers.timed(volume, "attach_ms"):
+                (grant,) = await self._tools.volumes.attach((volume,), node=target, epoch=epoch)
+                return grant
+
+        attached = await _tries(lambda: all_of(attach(volume) for volume in multi))
         lent = await _tries(lambda: self.moves.lend(single))
         grants = {grant.volume.id: grant for grant in (*attached, *lent)}
         self._grants = tuple(grants[volume] for volume in self._evm().spec.volumes)
@@ -155,10 +165,18 @@ class Steps:
             await self._until_known(self._live.source, lambda: self.moves.bring_home(single))
         else:
             # Not the one for the other's failure: a volume whose move is broken off stands still.
-            both = self._shut_out(role, multi), self._move_away(single)
+            both = self._detach_from_source(multi), self._move_away(single)
             for ended in await asyncio.gather(*both, return_exceptions=True):
                 if isinstance(ended, BaseException):
                     raise ended
+
+    async def _detach_from_source(self, volumes: Sequence[str]) -> None:
+        async def detach(volume: str) -> None:
+            async with self.handovers.timed(volume, "detach_ms"):
+                await self._shut_out(Role.SOURCE, (volume,))
+
+        await all_of(detach(volume) for volume in volumes)
+        await self.handovers.went_over(volumes)
 
     async def _move_away(self, volumes: Sequence[str]) -> None:
         await self.moves.finish(volumes)
@@ -196,8 +214,11 @@ class Steps:
                 update["state"] = EvmState.RUNNING
             return evm.model_copy(update=update)
 
+        ends = self.handovers.edits(self._evm().spec.volumes, outcome, live.ended_at or time.time())
+
         async def write() -> None:
             await book.write(
+                *ends,
                 change(book.migrations, live.id, lambda _: live),
                 change(book.evms, live.evm, free),
                 change(book.upkeep, live.evm, lambda upkeep: upkeep.model_copy(update={"holders": holders})),
@@ -228,6 +249,10 @@ class Steps:
         records = [self._tools.book.volumes.get(volume) for volume in self._evm().spec.volumes]
         single = tuple(volume.id for volume in records if not volume.type.multi_attach)
         return single, tuple(volume.id for volume in records if volume.type.multi_attach)
+
+    def _show_moving(self, steps: tuple[VolumeStep, ...]) -> None:
+        self._tally.moving(steps)
+        self._tools.hub.show(self._live, self._tools.book.migrations.revision_of(self._live.id))
 
     def _evm(self) -> Evm:
         return self._tools.book.evms.get(self._live.evm, field="evm")

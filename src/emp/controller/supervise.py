@@ -163,7 +163,7 @@ class Supervision:
                 f"waits for {' and '.join(lost)}, whose agent does not answer; if that is lost for good: "
                 f"{trust.fence_command(lost[0])}, then emp evm recover {self.live.evm}"
             )
-        if self._state.wanted:
+        if self._state.wanted and not self.live.moving:  # in the classic order the target is only not there yet
             trouble = next(iter(self._trouble.values()), None)
             ends = f"{self.live.source} and {self.live.target} cannot reach each other"
             return f"{ends}; {f'nor can they be reached: {trouble.message}' if trouble else 'their words are carried'}"
@@ -274,7 +274,9 @@ class Supervision:
         await self._until_done(self._steps.move)
 
     async def _show_moves(self) -> None:
-        self._tally.moved(tuple(self._steps.moves.made.values()))
+        moves = self._steps.moves
+        self._tally.moved(tuple(moves.made.values()))
+        await self._steps.handovers.note(moves.alarms, moves.made, moves.tries)
         self._tally.waits(self._waits_for())
         await self._save()
         self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))

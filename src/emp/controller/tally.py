@@ -8,7 +8,7 @@ from __future__ import annotations
 from emp.migration.report import build_report
 from emp.migration.supervisor import Phase, Supervisor
 from emp.migration.watch import advice
-from emp.model.migration import Migration, Outcome, Report, Stage, VolumeMove
+from emp.model.migration import Migration, Outcome, Report, Stage, VolumeMove, VolumeStep
 from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
 
 _WEIGHTY = ("stage", "outcome", "cause", "hint", "committed", "abort_asked", "nonce", "report")
@@ -71,14 +71,20 @@ class Tally:
             hint=_HINTS.get(outcome, "").format(evm=self.migration.evm) or advice(report.watch),
             committed=outcome is not Outcome.ABORTED and self.migration.committed,
             ended_at=at_s,
+            moving=(),
             report=report,
         )
         return self.migration
 
     def moved(self, moves: tuple[VolumeMove, ...]) -> None:
-        """Take how volumes were moved."""
-        self._moves = moves
-        self._set(report=self.migration.report.model_copy(update={"volumes": moves}))
+        """Take how volumes were moved. What was known of one already stands: a restarted controller looks again."""
+        self._moves = tuple(({move.volume: move for move in (*moves, *self._moves)}).values())
+        self._set(report=self.migration.report.model_copy(update={"volumes": self._moves}))
+
+    def moving(self, steps: tuple[VolumeStep, ...]) -> None:
+        """Take which volumes are on their way, and where each is."""
+        if self.migration.stage is not Stage.CLOSED:
+            self._set(moving=steps)
 
     def written(self, migration: Migration) -> None:
         self._written = migration

@@ -181,8 +181,11 @@ class Volumes:
             except EmpError as error:
                 unanswered = f"its service could not be asked whether it can move: {error.message}"
         found = tuple(self._book.volumes.get(volume) for volume in volumes)
-        usual = expected_ms(self._book.volumes.all(), usual_s=self._driver.move_s)
-        return Survey(found, obstacles, usual, unanswered)
+        return Survey(found, obstacles, self.expected_ms(), unanswered)
+
+    def expected_ms(self) -> dict[VolumeType, float]:
+        """Return what detach and attach take, for each type that one node alone can have; by earlier moves if any."""
+        return expected_ms(self._book.volumes.all(), usual_s=self._driver.move_s)
 
     # -------------------------------------------------------------- attaching
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from emp.model.base import Model
 from emp.model.names import Name
+from emp.model.volume import VolumeType
 
 
 class Stage(StrEnum):
@@ -140,6 +141,31 @@ class VolumeMove(Model):
     """holding is in it"""
 
 
+class MoveStep(StrEnum):
+    """Where a volume is that one node alone can have, once its EVM runs on the target."""
+
+    RELAYED = "relayed"
+    """in use by way of the source"""
+    HOLD = "hold"
+    """from here on the guest's I/O on it waits: for what is on its way to be answered"""
+    DETACH = "detach"
+    ATTACH = "attach"
+    LAND = "land"
+    """the target's machine gets it itself"""
+
+
+class VolumeStep(Model):
+    """A volume that is on its way to the target, for people who look on."""
+
+    volume: str
+    type: VolumeType
+    step: MoveStep
+    held_since: float | None = None
+    """seconds since the Unix epoch: since when its I/O waits"""
+    expected_ms: float | None = None
+    """what detach and attach usually take; None: nobody knows"""
+
+
 class Report(Model):
     """What is left of a migration. Figures are None where the stage was not reached."""
 
@@ -197,6 +223,8 @@ class Migration(Model):
     """why this target"""
     checks: tuple[Check, ...] = ()
     progress: Progress = Progress()
+    moving: tuple[VolumeStep, ...] = ()
+    """volumes that are on their way; as ``progress``, only shown"""
     report: Report = Report()
     nonce: str | None = None
     """of the target's PREPARED record"""

@@ -135,11 +135,15 @@ class Handover(Model):
     attach_ms: float | None = None
     relayed_bytes: int | None = None
     """read and written by way of the source"""
+    relayed_since: float | None = None
+    """as ``began_at``: since when the guest has used it by way of the source"""
     relayed_s: float | None = None
     tries: int = 1
     """above 1: an earlier one failed, and the relay went on"""
     alarm: str | None = None
     """why it is being tried again"""
+    broken_off: bool = False
+    """it did not go over: the migration was aborted, or the EVM ended meanwhile"""
 
 
 class Volume(Model):
