@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from emp.lab.cloud.config import CloudConfig, Node
+from emp.lab.cloud.config import CloudConfig, Node, Segment
 from emp.lab.cloud.knobs import Knobs
 from emp.model.volume import Attachment, NbdEndpoint
 from emp.volumes.devices import ServiceResolver
 from emp.volumes.ebs import EbsVolumeDriver, Limits
+from emp.volumes.ec2 import make_client
 from emp.wire.http import WireClient
 from emp.wire.pki import CertificateAuthority, Identity, Role
 from emp.wire.tls import mutual_client
@@ -38,8 +39,17 @@ class CloudPool(NbdPool):
             state_dir=directory / "state",
             pool=POOL,
             access_key=access_key,
-            nodes={name: Node(instance=instance, zone=ZONE) for name, instance in NODES.items()},
+            nodes={
+                name: Node(instance=instance, zone=ZONE, address=f"10.77.0.{11 + number}")
+                for number, (name, instance) in enumerate(NODES.items())
+            },
+            network=Segment(cidr="10.77.0.0/16", picks={ZONE: "10.77.251.0/25"}),
         )
+
+    def client(self) -> Any:
+        """Return a client of boto3 for what the driver does not ask."""
+        url, ca_file = f"https://127.0.0.1:{self.port}", self.directory / CLOUD.cn / "ca-cert.pem"
+        return make_client(REGION, endpoint_url=url, ca_file=ca_file, read_s=3.0)
 
     def driver(self) -> EbsVolumeDriver:
         return EbsVolumeDriver(

@@ -18,6 +18,7 @@ from emp.lab.cloud.efs_plane import EfsPlane, NoEfsPlane
 from emp.lab.cloud.efs_wire import EfsModel
 from emp.lab.cloud.face import Face, make_app
 from emp.lab.cloud.knobs import Knobs
+from emp.lab.cloud.network_plane import NetworkPlane, NoNetworkPlane
 from emp.lab.cloud.plane import DataPlane, NoDataPlane
 from emp.lab.cloud.query import Ec2Model
 from emp.lab.cloud.records import Instance
@@ -33,6 +34,10 @@ ACCESS_KEY = "AKIASIMULATEDCLOUD00"
 NODES = {f"n{number}": f"i-{number:017x}" for number in range(1, 19)}
 FAR = {"far": "i-0000000000000fa00"}
 """a node in another zone"""
+SMALL = "i-0000000000005a110"
+"""one of a type that takes little, without an interface of its own"""
+IPV6 = "fd77:0:0:a::/64"
+"""of the first subnet in ZONE"""
 SUBNETS = {ZONE: "subnet-0000000000000000a", OTHER_ZONE: "subnet-0000000000000000b"}
 SECOND_SUBNET = "subnet-0000000000000000c"
 """another one in ZONE"""
@@ -65,7 +70,7 @@ class HandClock:
 
 def network() -> Vpc:
     subnets = [
-        Subnet(SUBNETS[ZONE], ZONE, "10.77.0.0/24", VPC),
+        Subnet(SUBNETS[ZONE], ZONE, "10.77.0.0/24", VPC, ipv6=IPV6),
         Subnet(SUBNETS[OTHER_ZONE], OTHER_ZONE, "10.77.1.0/28", VPC),
         Subnet(SECOND_SUBNET, ZONE, "10.77.2.0/24", VPC),
         Subnet(FOREIGN_SUBNET, "eu-west-1c", "10.78.0.0/24", FOREIGN_VPC),
@@ -93,12 +98,22 @@ class Simulator:
     """One cloud; ``clock`` is its time, ``url`` where it answers, ``ca_file`` who vouches for that."""
 
     def __init__(
-        self, credentials: Path, plane: DataPlane, efs_plane: EfsPlane, clock: Callable[[], float], access_key: str
+        self,
+        credentials: Path,
+        plane: DataPlane,
+        efs_plane: EfsPlane,
+        network_plane: NetworkPlane,
+        clock: Callable[[], float],
+        access_key: str,
     ) -> None:
-        instances = [*(_instance(name, ZONE) for name in NODES.values()), _instance(FAR["far"], OTHER_ZONE)]
+        nodes = (_instance(name, ZONE, f"10.77.0.{101 + n}") for n, name in enumerate(NODES.values()))
+        small = Instance(SMALL, ZONE, type="t3.micro", subnet=SUBNETS[ZONE], vpc=VPC, groups=(OF_NODES,))
+        instances = [*nodes, _instance(FAR["far"], OTHER_ZONE), small]
         self.vpc = network()
         self.cloud = Cloud(instances, clock=clock, began=BEGAN, vpc=self.vpc)
-        self.face = Face(self.cloud, plane, access_keys={access_key}, model=service_model())
+        self.face = Face(
+            self.cloud, plane, access_keys={access_key}, model=service_model(), network_plane=network_plane
+        )
         self.efs = Efs(self.vpc, clock=clock, began=BEGAN)
         self.efs_face = EfsFace(self.efs, efs_plane, access_keys={access_key}, model=efs_model())
         self.ca_file = credentials / "ca-cert.pem"
@@ -171,13 +186,15 @@ def simulated(
     *,
     plane: DataPlane | None = None,
     efs_plane: EfsPlane | None = None,
+    network_plane: NetworkPlane | None = None,
     clock: Callable[[], float] | None = None,
     access_key: str = ACCESS_KEY,
 ) -> Iterator[Simulator]:
-    made = Simulator(credentials, plane or NoDataPlane(), efs_plane or NoEfsPlane(), clock or HandClock(), access_key)
+    planes = (plane or NoDataPlane(), efs_plane or NoEfsPlane(), network_plane or NoNetworkPlane())
+    made = Simulator(credentials, *planes, clock or HandClock(), access_key)
     with made.running() as simulator:
         yield simulator
 
 
-def _instance(name: str, zone: str) -> Instance:
-    return Instance(name, zone, subnet=SUBNETS[zone], vpc=VPC, groups=(OF_NODES,))
+def _instance(name: str, zone: str, address: str | None = None) -> Instance:
+    return Instance(name, zone, subnet=SUBNETS[zone], vpc=VPC, groups=(OF_NODES,), address=address)

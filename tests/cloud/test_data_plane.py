@@ -20,7 +20,7 @@ import pytest
 from emp.host.processes import Process, find
 from emp.lab.checkers import epochs
 from emp.lab.cloud.__main__ import main
-from emp.lab.cloud.knobs import Fault, Harm, Latency
+from emp.lab.cloud.knobs import Fault, Harm, Latency, RemapDelay
 from emp.lab.cloud.memory import MemoryFile
 from emp.model.errors import Conflict, Forbidden, HostError, NotFound, OutcomeUnknown, StaleEpoch, Unavailable
 from emp.model.volume import NbdEndpoint, Volume, VolumeType
@@ -28,7 +28,8 @@ from emp.volumes.ebs import EbsVolumeDriver
 from emp.wire.pki import Identity, Role
 from emp.wire.sockets import listen
 from emp.wire.tls import mutual_client
-from tests.cloud.served import GIB, CloudPool, at
+from tests.cloud.interfaces import holder, new_eni, primary, show_eni, take
+from tests.cloud.served import GIB, NODES, CloudPool, at
 
 SHORT = Latency(attach_s=1.0, detach_s=1.0, create_s=0.5, delete_s=1.0)
 
@@ -346,3 +347,23 @@ def test_a_damaged_memory_is_not_guessed_at(tmp_path: Path) -> None:
     path.chmod(0o600)
     with pytest.raises(HostError, match="damaged"):
         MemoryFile(path).read()
+
+
+async def test_an_address_that_moves_arrives_though_the_cloud_was_killed(daemon: Daemon) -> None:
+    await daemon.pool.turn(remap=RemapDelay(least_s=2.0))
+    ec2 = daemon.pool.client()
+
+    def order() -> str:
+        take(ec2, NODES["n1"], "10.77.3.7")
+        spare = new_eni(ec2, SubnetId=primary(ec2, NODES["n1"])["SubnetId"])
+        take(ec2, NODES["n2"], "10.77.3.7", AllowReassignment=True)
+        return spare
+
+    spare = await asyncio.to_thread(order)
+    assert await asyncio.to_thread(holder, ec2, "10.77.3.7") == NODES["n1"]
+    await daemon.restart()
+    assert (await asyncio.to_thread(show_eni, ec2, spare))["PrivateIpAddress"] == "10.77.251.4"
+    async with asyncio.timeout(10):
+        while await asyncio.to_thread(holder, ec2, "10.77.3.7") != NODES["n2"]:
+            await asyncio.sleep(0.05)
+    ec2.close()

@@ -12,8 +12,10 @@ import pytest
 from botocore.exceptions import ClientError
 
 from emp.lab.cloud.knobs import AWS
-from tests.cloud.simulator import FAR, NODES, ZONE, HandClock, Simulator
+from tests.cloud.interfaces import BY_HAND, addresses, assign, attach_eni, holder, new_eni, primary, show_eni, take
+from tests.cloud.simulator import FAR, IPV6, NODES, SECOND_SUBNET, SMALL, SUBNETS, ZONE, HandClock, Simulator
 
+ADDRESS = "10.77.0.60"
 I1, I2, I3 = NODES["n1"], NODES["n2"], NODES["n3"]
 SLOW = {"latency": AWS}
 
@@ -163,9 +165,105 @@ def test_dry_run_does_nothing(ec2: Any) -> None:
         lambda: ec2.describe_volumes(DryRun=True),
         lambda: ec2.describe_instances(DryRun=True),
         lambda: ec2.create_tags(Resources=[volume], Tags=[{"Key": "a", "Value": "b"}], DryRun=True),
+        lambda: new_eni(ec2, DryRun=True),
     ):
         assert refused(call) == "DryRunOperation"
     assert ec2.describe_volumes()["Volumes"] == before
+
+
+def test_attach_an_eni_twice_is_refused(ec2: Any) -> None:
+    eni = new_eni(ec2)
+    attach_eni(ec2, eni, I1)
+    for instance in (I1, I2):
+        call = lambda instance=instance: attach_eni(ec2, eni, instance, 2)  # noqa: E731
+        assert refused(call) == "InvalidNetworkInterface.InUse"
+    assert show_eni(ec2, eni)["Attachment"]["InstanceId"] == I1
+
+
+def test_assign_a_taken_ip_without_reassignment_is_refused(ec2: Any) -> None:
+    take(ec2, I1, ADDRESS)
+    for more in ({}, {"AllowReassignment": False}):
+        assert refused(lambda more=more: take(ec2, I2, ADDRESS, **more)) == "InvalidParameterValue"  # type: ignore[misc]
+    assert holder(ec2, ADDRESS) == I1
+
+
+def test_assign_a_taken_ip_with_reassignment_moves_it_asynchronously(
+    ec2: Any, simulator: Simulator, clock: HandClock
+) -> None:
+    simulator.turn(remap=BY_HAND)
+    source = take(ec2, I1, ADDRESS)
+    target = take(ec2, I2, ADDRESS, AllowReassignment=True)
+    clock.advance(1.9)
+    assert holder(ec2, ADDRESS) == I1, "the old one answers until it has moved"
+    assert addresses(ec2, target) == ["10.77.0.102"]
+    clock.advance(0.2)
+    assert addresses(ec2, source) == ["10.77.0.101"]
+    assert addresses(ec2, target) == ["10.77.0.102", ADDRESS]
+
+
+def test_an_ip_outside_the_subnet_is_refused(ec2: Any) -> None:
+    for address in ("10.77.1.5", "10.77.2.5", "192.0.2.1", "10.77.0.3", "10.77.0.255"):
+        call = lambda address=address: take(ec2, I1, address, AllowReassignment=True)  # noqa: E731
+        assert refused(call) == "InvalidParameterValue"
+
+
+def test_only_secondary_addresses_move(ec2: Any) -> None:
+    assert refused(lambda: take(ec2, I1, "10.77.0.102", AllowReassignment=True)) == "InvalidParameterValue"
+    assert holder(ec2, "10.77.0.102") == I2
+
+
+def test_an_interface_has_as_many_slots_as_its_instance_type_says(ec2: Any, simulator: Simulator) -> None:
+    simulator.turn(remap=BY_HAND)
+    small = new_eni(ec2)
+    attach_eni(ec2, small, SMALL)
+    take(ec2, I1, ADDRESS, "10.77.0.61")
+    assign(ec2, small, ADDRESS, AllowReassignment=True)
+    more = lambda: assign(ec2, small, "10.77.0.61", AllowReassignment=True)  # noqa: E731
+    assert refused(more) == "PrivateIpAddressLimitExceeded", "what is on its way to it counts"
+    wide = new_eni(ec2, SecondaryPrivateIpAddressCount=2)
+    assert refused(lambda: attach_eni(ec2, wide, SMALL, 2)) == "PrivateIpAddressLimitExceeded"
+    attach_eni(ec2, wide, I1)
+    ec2.assign_private_ip_addresses(NetworkInterfaceId=wide, SecondaryPrivateIpAddressCount=46)
+    ec2.assign_private_ip_addresses(NetworkInterfaceId=wide, Ipv4PrefixCount=1)
+    assert refused(lambda: assign(ec2, wide, "10.77.0.250")) == "PrivateIpAddressLimitExceeded", "50, a prefix is one"
+
+
+def test_an_address_of_a_delegated_prefix_does_not_move_by_itself(ec2: Any) -> None:
+    eni = primary(ec2, I1)["NetworkInterfaceId"]
+    ec2.assign_private_ip_addresses(NetworkInterfaceId=eni, Ipv4Prefixes=["10.77.0.48/28"])
+    for more in ({}, {"AllowReassignment": True}):
+        assert refused(lambda more=more: take(ec2, I2, ADDRESS, **more)) == "InvalidParameterValue"  # type: ignore[misc]
+    other = primary(ec2, I2)["NetworkInterfaceId"]
+    whole = lambda: ec2.assign_private_ip_addresses(  # noqa: E731
+        NetworkInterfaceId=other, Ipv4Prefixes=["10.77.0.48/28"], AllowReassignment=True
+    )
+    assert refused(whole) == "InvalidIPAddress.InUse", "nor does the prefix"
+    assert show_eni(ec2, eni)["Ipv4Prefixes"] == [{"Ipv4Prefix": "10.77.0.48/28"}]
+
+
+def test_an_ipv6_address_is_not_reassigned_but_unassigned_and_assigned(ec2: Any) -> None:
+    one, two = (primary(ec2, instance)["NetworkInterfaceId"] for instance in (I1, I2))
+    address = IPV6.replace("::/64", "::60")
+    ec2.assign_ipv6_addresses(NetworkInterfaceId=one, Ipv6Addresses=[address])
+
+    def call() -> Any:
+        return ec2.assign_ipv6_addresses(NetworkInterfaceId=two, Ipv6Addresses=[address])
+
+    assert refused(call) == "InvalidIPAddress.InUse"
+    gone = ec2.unassign_ipv6_addresses(NetworkInterfaceId=one, Ipv6Addresses=[address])
+    assert gone["UnassignedIpv6Addresses"] == [address]
+    assert call()["AssignedIpv6Addresses"] == [address]
+    assert [each["Ipv6Address"] for each in show_eni(ec2, two)["Ipv6Addresses"]] == [address]
+    again = lambda: ec2.unassign_ipv6_addresses(NetworkInterfaceId=one, Ipv6Addresses=[address])  # noqa: E731
+    assert refused(again) == "InvalidParameterValue"
+
+
+def test_efs_second_mount_target_in_a_zone_is_a_conflict(efs: Any) -> None:
+    of = efs.create_file_system(CreationToken="t")["FileSystemId"]
+    efs.create_mount_target(FileSystemId=of, SubnetId=SUBNETS[ZONE])
+    for subnet in (SUBNETS[ZONE], SECOND_SUBNET):
+        call = lambda subnet=subnet: efs.create_mount_target(FileSystemId=of, SubnetId=subnet)  # noqa: E731
+        assert refused(call) == "MountTargetConflict"
 
 
 # ------------------------------------------------------------------ attaching and detaching

@@ -22,6 +22,8 @@ MODULE = "emp.lab.cloud"
 REGION = "lab-1"
 HOME_ZONE = "a"
 ZONES = "abcdef"
+SUBNET_IPV6 = "fd77::/64"
+"""that the cloud gives addresses of; nothing is sent to them yet"""
 NFS_PROGRAM = "nfs-ganesha"
 """in the cloud's place"""
 CREDENTIALS = "aws-credentials"
@@ -89,24 +91,20 @@ def cloud_part(files: LabFiles, state: LabState, home: Path) -> dict[str, Any]:
     from emp.lab.cloud.knobs import PROFILES  # pydantic's models take their time, and most commands need none
 
     nodes = {
-        place.name: {"instance": instance_of(place), "zone": zone_of(state, place)}
+        place.name: {"instance": instance_of(place), "zone": zone_of(state, place), "address": place.address}
         for place in state.topology.node_places
     }
     latency = PROFILES[str(state.cloud)].model_dump()
-    efs = {"efs": _efs_part(state, home)} if state.efs else {}
-    return {"access_key": access_key(files), "nodes": nodes, "knobs": {"latency": latency}} | efs
+    efs = {"efs": {"program": str(home / NFS_PROGRAM), "interface": UPLINK}} if state.efs else {}
+    network = _network_part(state)
+    return {"access_key": access_key(files), "nodes": nodes, "network": network, "knobs": {"latency": latency}} | efs
 
 
-def _efs_part(state: LabState, home: Path) -> dict[str, Any]:
-    """Each zone has a block for its mount targets, of the lab's one segment and above the addresses of EVMs."""
+def _network_part(state: LabState) -> dict[str, Any]:
+    """The lab's one segment. What the cloud chooses itself, of mount targets say, is above the addresses of EVMs."""
     zones = {zone_of(state, place) for place in state.topology.node_places}
     blocks = {REGION + letter: f"10.77.{251 + n // 2}.{n % 2 * 128}/25" for n, letter in enumerate(ZONES)}
-    return {
-        "program": str(home / NFS_PROGRAM),
-        "interface": UPLINK,
-        "subnets": {zone: blocks[zone] for zone in zones},
-        "clients": SUBNET,
-    }
+    return {"cidr": SUBNET, "ipv6": SUBNET_IPV6, "picks": {zone: blocks[zone] for zone in zones}}
 
 
 def controller_part(state: LabState, home: Path) -> dict[str, Any]:

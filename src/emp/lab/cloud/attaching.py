@@ -17,8 +17,12 @@ _DEVICE = re.compile(r"(/dev/)?(sd[b-z]|xvd[b-z]|xvd[b-d][a-z])")
 """https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/device_naming.html; no partitions"""
 
 
-def check_attach(volume: Volume, instance: Instance, device: str, *, others: Iterable[Volume], now_s: float) -> None:
+def check_attach(
+    volume: Volume, instance: Instance, device: str, *, others: Iterable[Volume], now_s: float, taken: int = 0
+) -> None:
     """Raise what AWS says where ``volume`` may not become ``device`` of ``instance``. ``others``: all volumes.
+
+    ``taken``: how many of the places for volumes are taken by network interfaces.
 
     - an instance that is not running or stopped: IncorrectState
     - one in another Availability Zone: InvalidVolume.ZoneMismatch
@@ -49,7 +53,7 @@ def check_attach(volume: Volume, instance: Instance, device: str, *, others: Ite
     if any(_same_device(device, attachment.device) for attachment in here):
         message = f"Invalid value '{device}' for unixDevice. Attachment point {device} is already in use"
         raise CloudError("InvalidParameterValue", message)
-    if len(here) >= instance.max_volumes:
+    if len(here) + taken >= instance.max_volumes:
         raise CloudError("AttachmentLimitExceeded", f"{instance.id} takes {instance.max_volumes} volumes")
 
 

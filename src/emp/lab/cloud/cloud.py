@@ -16,18 +16,18 @@ from typing import Any
 
 from emp.lab.cloud import describing
 from emp.lab.cloud.attaching import check_attach, check_detach
-from emp.lab.cloud.creating import check_new, check_tags
+from emp.lab.cloud.creating import check_new, check_tags, check_token
+from emp.lab.cloud.eni_records import Interface
 from emp.lab.cloud.errors import DRY_RUN, CloudError
 from emp.lab.cloud.knobs import Knobs
 from emp.lab.cloud.memory import Memory
+from emp.lab.cloud.network import Network
 from emp.lab.cloud.plane import PlaneVolume
 from emp.lab.cloud.records import Attachment, AttachmentState, Instance, Volume, check_id
 from emp.lab.cloud.vpc import Vpc
 
 RETRY_S = 1.0
 """after the data plane has failed"""
-LONGEST_TOKEN = 64
-"""https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-idempotency.html"""
 
 Request = Mapping[str, Any]
 Answer = dict[str, Any] | None
@@ -84,11 +84,20 @@ class Cloud:
             "CreateTags": self._create_tags,
             "DeleteTags": self._delete_tags,
         }
-        if vpc is not None:
-            self._actions |= {
-                "DescribeSubnets": vpc.describe_subnets,
-                "DescribeSecurityGroups": vpc.describe_security_groups,
-            }
+        vpc = vpc or Vpc()
+        self.network = Network(
+            vpc,
+            self.instances,
+            clock=clock,
+            time=self._time,
+            knobs=lambda: self.knobs,
+            volumes_at=lambda instance: sum(instance in volume.attachments for volume in self._volumes.values()),
+            new_id=new_id,
+        )
+        self._actions |= self.network.actions | {
+            "DescribeSubnets": vpc.describe_subnets,
+            "DescribeSecurityGroups": vpc.describe_security_groups,
+        }
 
     @property
     def actions(self) -> frozenset[str]:
@@ -114,6 +123,7 @@ class Cloud:
         attachments = (attachment for volume in self._volumes.values() for attachment in volume.attachments.values())
         times = [attachment.due_s for attachment in attachments]
         times += [volume.deleted_s for volume in self._volumes.values() if not volume.is_emptied]
+        times.append(self.network.due_s())
         return min((at_s for at_s in times if at_s is not None), default=None)
 
     def settle(self) -> list[Change]:
@@ -171,6 +181,7 @@ class Cloud:
             knobs=self.knobs.model_copy(update={"faults": ()}),
             volumes=tuple(self._volumes.values()),
             tokens=self._tokens,
+            network=self.network.memory(),
         )
 
     def recall(self, memory: Memory) -> None:
@@ -179,6 +190,7 @@ class Cloud:
         self._began, self._began_s, self.knobs = memory.began, memory.began_s + back_s, memory.knobs
         self._tokens = dict(memory.tokens)
         self._volumes = {volume.id: volume for volume in memory.volumes}
+        self.network.recall(memory.network, back_s)
         now_s = self.clock()
         for volume in self._volumes.values():
             volume.visible_s += back_s
@@ -216,7 +228,7 @@ class Cloud:
 
         https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-idempotency.html
         """
-        token = request.get("ClientToken")
+        token = check_token(request.get("ClientToken"))
         if token is not None and (made := self._made_before(token, request)):
             return describing.created_answer(made, self.clock())
         new = check_new(request, {instance.zone for instance in self.instances.values()})
@@ -242,8 +254,6 @@ class Cloud:
         return answer
 
     def _made_before(self, token: str, request: Request) -> Volume | None:
-        if not 1 <= len(token) <= LONGEST_TOKEN or not token.isascii():
-            raise CloudError("InvalidParameterValue", f"Value ({token[:80]}) for parameter clientToken is invalid.")
         if token not in self._tokens:
             return None
         before, volume = self._tokens[token]
@@ -268,7 +278,9 @@ class Cloud:
     def _attach_volume(self, request: Request) -> Answer:
         volume, instance = self._volume(request["VolumeId"]), self._instance(request["InstanceId"])
         device, now_s = request["Device"], self.clock()
-        check_attach(volume, instance, device, others=self._volumes.values(), now_s=now_s)
+        # The limit is shared, and counts one interface already.
+        shared = max(0, len(self.network.at(instance.id)) - 1)
+        check_attach(volume, instance, device, others=self._volumes.values(), now_s=now_s, taken=shared)
         volume.epochs += 1
         attachment = Attachment(instance.id, device, volume.epochs, self._time())
         attachment.due_s = now_s + self.knobs.latency.attach_s
@@ -292,10 +304,10 @@ class Cloud:
 
     def _create_tags(self, request: Request) -> Answer:
         """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_CreateTags.html"""
-        volumes = [self._volume(name) for name in request["Resources"]]
-        tags = [check_tags(request["Tags"], volume.tags) for volume in volumes]
-        for volume, merged in zip(volumes, tags, strict=True):
-            volume.tags = merged
+        resources = [self._tagged(name) for name in request["Resources"]]
+        tags = [check_tags(request["Tags"], resource.tags) for resource in resources]
+        for resource, merged in zip(resources, tags, strict=True):
+            resource.tags = merged
         return None
 
     def _delete_tags(self, request: Request) -> Answer:
@@ -304,10 +316,14 @@ class Cloud:
         https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_DeleteTags.html
         """
         wanted: Sequence[Mapping[str, str]] | None = request.get("Tags")
-        for volume in [self._volume(name) for name in request["Resources"]]:
-            doomed = list(volume.tags) if wanted is None else [tag["Key"] for tag in wanted if _fits(tag, volume.tags)]
-            volume.tags = {key: value for key, value in volume.tags.items() if key not in doomed}
+        for resource in [self._tagged(name) for name in request["Resources"]]:
+            tags = resource.tags
+            doomed = list(tags) if wanted is None else [tag["Key"] for tag in wanted if _fits(tag, tags)]
+            resource.tags = {key: value for key, value in tags.items() if key not in doomed}
         return None
+
+    def _tagged(self, name: str) -> Volume | Interface:
+        return self.network.find(name) if name.startswith("eni-") else self._volume(name)
 
     # ------------------------------------------------------------------ describing
 
@@ -334,11 +350,15 @@ class Cloud:
     def _describe_instances(self, request: Request) -> Answer:
         ids = request.get("InstanceIds")
         instances = [self._instance(name) for name in ids] if ids is not None else list(self.instances.values())
-        answers = [describing.instance_answer(i, self._volumes.values(), self._began) for i in instances]
+        answers = [self._instance_answer(instance) for instance in instances]
         left = describing.filtered(answers, request.get("Filters", ()), describing.INSTANCE_FILTERS)
         shown, token = describing.page(left, request, ids="InstanceIds")
         reservations = [{"ReservationId": f"r-{answer['InstanceId'][2:]}", "Instances": [answer]} for answer in shown]
         return {"Reservations": reservations, "NextToken": token}
+
+    def _instance_answer(self, instance: Instance) -> dict[str, Any]:
+        interfaces = self.network.at(instance.id)
+        return describing.instance_answer(instance, self._volumes.values(), interfaces, self._began)
 
     # ------------------------------------------------------------------ finding
 

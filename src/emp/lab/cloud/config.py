@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from emp.lab.cloud.knobs import Knobs
 from emp.lab.cloud.records import MAX_VOLUMES
@@ -19,6 +20,21 @@ class Node(Model):
     instance: str = Field(pattern=r"^i-[0-9a-f]{17}$")
     zone: str = Field(min_length=1)
     max_volumes: int = Field(default=MAX_VOLUMES, ge=1)
+    address: str | None = None
+    """of its primary network interface; None, or where the cloud has no network: it has none"""
+
+    _address_is_one = field_validator("address")(lambda text: text and str(ipaddress.IPv4Address(text)))
+
+
+class Segment(Model):
+    """The network that every node stands on. A subnet of each zone has all of it: a lab has one segment."""
+
+    cidr: str
+    picks: dict[str, str] = Field(min_length=1)
+    """zone -> block that the cloud takes an address from where none is named"""
+    ipv6: str | None = None
+
+    _blocks_are_some = field_validator("cidr")(lambda text: str(ipaddress.IPv4Network(text)))
 
 
 class EfsService(Model):
@@ -28,16 +44,14 @@ class EfsService(Model):
     """where nfs-ganesha was unpacked (``emp.lab.nfs_program``)"""
     interface: str = "eth0"
     """that gets the mount targets' addresses"""
-    subnets: dict[str, str] = Field(min_length=1)
-    """zone -> block for the addresses of its mount targets"""
-    clients: str
-    """block that the default security group lets in"""
 
 
 class CloudConfig(Config):
     access_key: str = Field(pattern=r"^[A-Z0-9]{16,128}$")
     """the key id that callers sign with"""
     nodes: dict[Name, Node] = Field(min_length=1)
+    network: Segment | None = None
+    """None: there are no subnets, and no network interfaces"""
     efs: EfsService | None = None
     knobs: Knobs = Knobs()
     """at its first start; later it goes by what it was set to"""
@@ -47,7 +61,13 @@ class CloudConfig(Config):
         named = [node.instance for node in self.nodes.values()]
         if len(set(named)) < len(named):
             raise ValueError("two nodes have the same instance")
+        return self
+
+    @model_validator(mode="after")
+    def _zones_have_subnets(self) -> CloudConfig:
         zones = {node.zone for node in self.nodes.values()}
-        if self.efs is not None and (missing := zones - self.efs.subnets.keys()):
-            raise ValueError(f"efs.subnets has no block for {', '.join(sorted(missing))}")
+        if self.network is not None and (missing := zones - self.network.picks.keys()):
+            raise ValueError(f"network.picks has no block for {', '.join(sorted(missing))}")
+        if self.network is None and self.efs is not None:
+            raise ValueError("efs needs a network")
         return self

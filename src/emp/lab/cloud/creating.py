@@ -35,6 +35,8 @@ KINDS = {
 }
 _NOT_SIMULATED = ("KmsKeyId", "OutpostArn", "VolumeInitializationRate", "Operator", "AvailabilityZoneId")
 MAX_TAGS = 50
+LONGEST_TOKEN = 64
+"""https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-idempotency.html"""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,15 @@ def check_new(request: Mapping[str, Any], zones: Collection[str]) -> NewVolume:
         throughput=_throughput(request, kind, name),
         multi_attach=_multi_attach(request, kind, name),
         encrypted=request.get("Encrypted", False),
-        tags=_tags_of_request(request),
+        tags=tags_of_request(request, "volume"),
     )
+
+
+def check_token(token: str | None) -> str | None:
+    """Return a client token that is well-formed, if there is one; InvalidParameterValue otherwise."""
+    if token is not None and (not 1 <= len(token) <= LONGEST_TOKEN or not token.isascii()):
+        raise CloudError("InvalidParameterValue", f"Value ({token[:80]}) for parameter clientToken is invalid.")
+    return token
 
 
 def check_tags(tags: list[dict[str, Any]], known: Mapping[str, str]) -> dict[str, str]:
@@ -148,10 +157,11 @@ def _multi_attach(request: Mapping[str, Any], kind: Kind, name: str) -> bool:
     return wanted
 
 
-def _tags_of_request(request: Mapping[str, Any]) -> dict[str, str]:
+def tags_of_request(request: Mapping[str, Any], wanted: str) -> dict[str, str]:
+    """Return the tags that a new ``wanted`` (a resource type) is to have."""
     tags: dict[str, str] = {}
     for specification in request.get("TagSpecifications", ()):
-        if (kind := specification.get("ResourceType")) != "volume":
+        if (kind := specification.get("ResourceType")) != wanted:
             raise CloudError(
                 "InvalidParameterValue", f"'{kind}' is not a valid taggable resource type for this operation."
             )

@@ -10,6 +10,8 @@ from datetime import datetime
 from typing import Any
 
 from emp.lab.cloud.attaching import ROOT_DEVICE
+from emp.lab.cloud.eni_answers import of_instance_answer
+from emp.lab.cloud.eni_records import LIMITS, Interface
 from emp.lab.cloud.errors import CloudError
 from emp.lab.cloud.records import Attachment, AttachmentState, Instance, Volume
 
@@ -52,7 +54,9 @@ def created_answer(volume: Volume, now_s: float) -> dict[str, Any]:
     return {key: value for key, value in volume_answer(volume, now_s).items() if key != "Attachments"}
 
 
-def instance_answer(instance: Instance, volumes: Iterable[Volume], since: datetime) -> dict[str, Any]:
+def instance_answer(
+    instance: Instance, volumes: Iterable[Volume], interfaces: Iterable[Interface], since: datetime
+) -> dict[str, Any]:
     """An instance with its devices, each of which names the volume and the state of its attachment."""
     mappings = [
         {
@@ -79,14 +83,26 @@ def instance_answer(instance: Instance, volumes: Iterable[Volume], since: dateti
         "RootDeviceName": ROOT_DEVICE,
         "RootDeviceType": "ebs",
         "BlockDeviceMappings": mappings,
+        "PrivateIpAddress": instance.address,
+        "NetworkInterfaces": [of_instance_answer(each) for each in interfaces],
     }
 
 
 def instance_type_answer(instance: Instance) -> dict[str, Any]:
-    """Only what it says of volumes: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_EbsInfo.html"""
+    """Only what it says of volumes and interfaces.
+
+    https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_EbsInfo.html and ``API_NetworkInfo.html`` there.
+    """
+    limits = LIMITS[instance.type]
     return {
         "InstanceType": instance.type,
         "EbsInfo": {"MaximumEbsAttachments": instance.max_volumes, "AttachmentLimitType": "shared"},
+        "NetworkInfo": {
+            "MaximumNetworkInterfaces": limits.interfaces,
+            "Ipv4AddressesPerInterface": limits.ipv4,
+            "Ipv6AddressesPerInterface": limits.ipv6,
+            "Ipv6Supported": True,
+        },
     }
 
 
@@ -141,7 +157,8 @@ def filtered(
 
 
 def _values_of_tag(key: str) -> Callable[[Mapping[str, Any]], Texts]:
-    return lambda answer: [tag["Value"] for tag in answer.get("Tags", ()) if tag["Key"] == key]
+    """A network interface's tags have a name of their own."""
+    return lambda answer: [tag["Value"] for tag in answer.get("Tags", answer.get("TagSet", ())) if tag["Key"] == key]
 
 
 def _pattern(text: str) -> re.Pattern[str]:

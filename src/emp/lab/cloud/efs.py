@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -73,6 +73,7 @@ class Efs:
         self._new_id = new_id
         # What was served before a restart is served again, and nobody need know.
         self._reopen = [t for t in self.state.mount_targets.values() if t.life is Life.AVAILABLE]
+        vpc.holders.append(self._given)
         self._actions: dict[str, Callable[[Request], Answer]] = {
             "CreateFileSystem": self._create_file_system,
             "DescribeFileSystems": self._describe_file_systems,
@@ -97,6 +98,9 @@ class Efs:
     def turn(self, knobs: Knobs) -> None:
         """Put ``knobs`` in force. What has begun keeps its latency."""
         self.knobs = knobs
+
+    def _given(self) -> Iterator[tuple[str, str]]:
+        return ((target.subnet, target.address) for target in self.state.mount_targets.values())
 
     # ------------------------------------------------------------------ time
 
@@ -238,7 +242,7 @@ class Efs:
         return answers.mount_target(made)
 
     def _address(self, subnet: Subnet, wanted: str | None) -> str:
-        taken = [target.address for target in self.state.mount_targets.values()]
+        taken = self.vpc.taken(subnet.vpc)
         if wanted is None:
             free = self.vpc.free_address(subnet, taken)
             if free is None:
@@ -251,7 +255,7 @@ class Efs:
             inside = False
         if not inside:
             raise CloudError("BadRequest", f"Address {wanted} does not fall within the subnet's address range")
-        if wanted in taken:
+        if any(ipaddress.IPv4Address(wanted) in ipaddress.IPv4Network(each) for each in taken):
             raise CloudError("IpAddressInUse", f"Address {wanted} is in use")
         return wanted
 

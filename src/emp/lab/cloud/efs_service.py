@@ -55,12 +55,15 @@ def _read(file: Path) -> EfsState:
 
 def network(config: CloudConfig) -> Vpc:
     """Return the cloud's network: one VPC, a subnet in each zone, and a default group that lets NFS in from inside."""
-    if config.efs is None:
+    if config.network is None:
         return Vpc()
-    vpc = _id("vpc", config.pool)
-    subnets = [Subnet(_subnet(config, zone), zone, block, vpc) for zone, block in sorted(config.efs.subnets.items())]
+    vpc, segment = _id("vpc", config.pool), config.network
+    subnets = [
+        Subnet(_subnet(config, zone), zone, segment.cidr, vpc, ipv6=segment.ipv6, picks=block)
+        for zone, block in sorted(segment.picks.items())
+    ]
     groups = [
-        SecurityGroup(_id("sg", config.pool), "default", vpc, (Rule(cidr=config.efs.clients),)),
+        SecurityGroup(_id("sg", config.pool), "default", vpc, (Rule(cidr=segment.cidr),)),
         SecurityGroup(_id("sg", f"{config.pool} closed"), "closed", vpc),
     ]
     return Vpc.of(subnets, groups)
@@ -70,7 +73,7 @@ def instances(config: CloudConfig) -> Iterator[Instance]:
     """Yield the nodes' instances, each in the subnet of its zone where there are subnets."""
     group = (_id("sg", config.pool),)
     for node in config.nodes.values():
-        if config.efs is None:
+        if config.network is None:
             yield Instance(node.instance, node.zone, max_volumes=node.max_volumes)
         else:
             yield Instance(
@@ -80,6 +83,7 @@ def instances(config: CloudConfig) -> Iterator[Instance]:
                 subnet=_subnet(config, node.zone),
                 vpc=_id("vpc", config.pool),
                 groups=group,
+                address=node.address,
             )
 
 

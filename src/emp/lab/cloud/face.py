@@ -22,6 +22,8 @@ from starlette.types import Receive, Scope, Send
 from emp.lab.cloud.cloud import Change, Cloud, Deed
 from emp.lab.cloud.errors import BROKEN, DENIED, THROTTLED, UNAUTHENTICATED, CloudError
 from emp.lab.cloud.knobs import Bucket, Fault, Faults, Harm, Knobs
+from emp.lab.cloud.network import AddressChange
+from emp.lab.cloud.network_plane import NetworkPlane, NoNetworkPlane
 from emp.lab.cloud.plane import DataPlane
 from emp.lab.cloud.query import Ec2Model, render_error
 from emp.wire.faults import install_error_handlers
@@ -57,9 +59,11 @@ class Face:
         access_keys: Collection[str],
         model: Ec2Model | None = None,
         keep: Callable[[], None] = lambda: None,
+        network_plane: NetworkPlane | None = None,
     ) -> None:
         self.cloud = cloud
         self._plane = plane
+        self._network_plane = network_plane or NoNetworkPlane()
         self._access_keys = frozenset(access_keys)
         self._model = model or Ec2Model()
         self._keep = keep
@@ -176,6 +180,7 @@ class Face:
     async def _pump(self) -> None:
         """Begin what is due. A data plane that has nothing to wait for is done when this returns."""
         begun = {asyncio.create_task(self._carry_out(change)) for change in self.cloud.settle()}
+        begun |= {asyncio.create_task(self._route(change)) for change in self.cloud.network.settle()}
         for task in begun:
             self._changes.add(task)
             task.add_done_callback(self._changes.discard)
@@ -199,6 +204,21 @@ class Face:
             try:
                 self._keep()
             except OSError as error:  # a later process asks the data plane again, which has it done already
+                log.error("the cloud's memory is not on disk: %s", error)
+        self._asked.set()
+
+    async def _route(self, change: AddressChange) -> None:
+        network = self.cloud.network
+        try:
+            await self._network_plane.on_address_moved(change.address, change.interface)
+        except Exception:  # as above
+            log.exception("the data plane could not move %s to %s", change.address, change.interface)
+            network.failed(change)
+        else:
+            network.done(change)
+            try:
+                self._keep()
+            except OSError as error:
                 log.error("the cloud's memory is not on disk: %s", error)
         self._asked.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from enum import StrEnum
 
@@ -27,6 +28,24 @@ INSTANT = Latency()
 AWS = Latency(create_s=1.5, delete_s=1.0, attach_s=2.5, detach_s=4.5)
 """Detach and attach sum to 7 s: what the project's first page says of moving a gp2 or gp3 volume on AWS."""
 PROFILES = {"instant": INSTANT, "aws": AWS}
+
+
+class RemapDelay(Model):
+    """How long an address takes from one interface to another: ``least_s`` and an exponential tail, up to ``most_s``.
+
+    AWS gives no figures (it says that it is asynchronous). The nth move of a cloud under the same seed takes the same.
+    """
+
+    least_s: float = Field(default=0.0, ge=0)
+    tail_s: float = Field(default=0.0, ge=0)
+    """mean of what comes on top"""
+    most_s: float = Field(default=60.0, ge=0)
+    seed: int = 0
+
+    def draw_s(self, number: int) -> float:
+        """Return what the move with this ``number`` takes."""
+        tail_s = random.Random(f"{self.seed} {number}").expovariate(1 / self.tail_s) if self.tail_s else 0.0
+        return min(self.most_s, self.least_s + tail_s)
 
 
 class Limits(Model):
@@ -83,6 +102,7 @@ class Knobs(Model):
     """Everything at once: setting them replaces the faults that were left."""
 
     latency: Latency = INSTANT
+    remap: RemapDelay = RemapDelay()
     limits: Limits | None = Limits()
     """None: no throttling"""
     describe_lag_s: float = Field(default=0.0, ge=0)

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from emp.lab.cloud.knobs import Knobs
+from emp.lab.cloud.network import NetworkMemory
 from emp.lab.cloud.records import Volume
 from emp.model.base import Model
 from emp.model.errors import HostError, NotFound
@@ -30,6 +31,7 @@ class Memory(Model):
     volumes: tuple[Volume, ...]
     tokens: dict[str, tuple[dict[str, Any], str]]
     """client token -> the request that it was used with first, and the volume that this made"""
+    network: NetworkMemory = NetworkMemory()
 
 
 class MemoryFile:

@@ -14,7 +14,7 @@ MAX_NODES = 16
 MAX_VOLUMES = 27
 """of one Nitro instance, if nothing else is said: 28 attachments less one network interface
 (https://docs.aws.amazon.com/ebs/latest/userguide/instance-volume-limits.html)"""
-_ID = {"vol": re.compile(r"vol-([0-9a-f]{8}|[0-9a-f]{17})"), "i": re.compile(r"i-([0-9a-f]{8}|[0-9a-f]{17})")}
+_NOUNS = {"vol": "InvalidVolumeID", "i": "InvalidInstanceID", "eni": "InvalidNetworkInterfaceId"}
 
 
 class AttachmentState(StrEnum):
@@ -96,11 +96,12 @@ class Instance:
     vpc: str | None = None
     groups: tuple[str, ...] = ()
     """security groups of its network interface"""
+    address: str | None = None
+    """of its primary network interface, in ``subnet``; None: it has no interface"""
 
 
 def check_id(kind: str, value: str) -> str:
-    """Return a well-formed id of ``kind`` (vol or i); InvalidVolumeID.Malformed or InvalidInstanceID.Malformed."""
-    if not _ID[kind].fullmatch(value):
-        noun = "InvalidVolumeID" if kind == "vol" else "InvalidInstanceID"
-        raise CloudError(f"{noun}.Malformed", f'Invalid id: "{value}" (expecting "{kind}-...")')
+    """Return a well-formed id of ``kind`` (vol, i or eni); InvalidVolumeID.Malformed and the like otherwise."""
+    if not re.fullmatch(kind + r"-([0-9a-f]{8}|[0-9a-f]{17})", value):
+        raise CloudError(f"{_NOUNS[kind]}.Malformed", f'Invalid id: "{value}" (expecting "{kind}-...")')
     return value
