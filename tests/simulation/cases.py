@@ -63,6 +63,10 @@ def stop_store(world: World) -> None:
     world.later(1.0, lambda: setattr(world.store, "failing", None))
 
 
+def refuse_cont(world: World) -> None:
+    faults.refuse_cont(random.Random(0), "target")(world)
+
+
 def ask_abort(world: World) -> None:
     world.wants_abort = True
 
@@ -75,5 +79,6 @@ CASES = {
     "a source QEMU that dies before DONE": Case((("T", 4, kill_source_qemu),)),
     "a preparation on a full disk": Case((("B", 8, fill_target_disk),)),
     "an agent that dies between its shelf and its journal": Case((("B", 12, kill_target_agent),)),
+    "a rescue to a source whose volume has left, in the classic order": Case((("H", 0, refuse_cont),)),
     "an abort while the store is down at the arrival": Case((("H", 0, stop_store), ("H", 1, ask_abort))),
 }
