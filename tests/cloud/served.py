@@ -46,7 +46,7 @@ class CloudPool(NbdPool):
             network=Segment(cidr="10.77.0.0/16", picks={ZONE: "10.77.251.0/25"}),
         )
 
-    def client(self) -> Any:
+    def boto(self) -> Any:
         """Return a client of boto3 for what the driver does not ask."""
         url, ca_file = f"https://127.0.0.1:{self.port}", self.directory / CLOUD.cn / "ca-cert.pem"
         return make_client(REGION, endpoint_url=url, ca_file=ca_file, read_s=3.0)

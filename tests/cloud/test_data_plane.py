@@ -17,12 +17,23 @@ from typing import Any
 
 import pytest
 
+from emp.agent.devices import Devices
 from emp.host.processes import Process, find
 from emp.lab.checkers import epochs
 from emp.lab.cloud.__main__ import main
 from emp.lab.cloud.knobs import Fault, Harm, Latency, RemapDelay
 from emp.lab.cloud.memory import MemoryFile
-from emp.model.errors import Conflict, Forbidden, HostError, NotFound, OutcomeUnknown, StaleEpoch, Unavailable
+from emp.model.errors import (
+    Conflict,
+    Forbidden,
+    HostError,
+    NotFound,
+    OutcomeUnknown,
+    Refused,
+    StaleEpoch,
+    Unavailable,
+)
+from emp.model.orders import VolumeGrant
 from emp.model.volume import NbdEndpoint, Volume, VolumeType
 from emp.volumes.ebs import EbsVolumeDriver
 from emp.wire.pki import Identity, Role
@@ -351,7 +362,7 @@ def test_a_damaged_memory_is_not_guessed_at(tmp_path: Path) -> None:
 
 async def test_an_address_that_moves_arrives_though_the_cloud_was_killed(daemon: Daemon) -> None:
     await daemon.pool.turn(remap=RemapDelay(least_s=2.0))
-    ec2 = daemon.pool.client()
+    ec2 = daemon.pool.boto()
 
     def order() -> str:
         take(ec2, NODES["n1"], "10.77.3.7")
@@ -367,3 +378,51 @@ async def test_an_address_that_moves_arrives_though_the_cloud_was_killed(daemon:
         while await asyncio.to_thread(holder, ec2, "10.77.3.7") != NODES["n2"]:
             await asyncio.sleep(0.05)
     ec2.close()
+
+
+async def test_a_volume_grows_under_its_node_and_shows_it_a_moment_later(daemon: Daemon) -> None:
+    pool, driver = daemon.pool, daemon.driver
+    await pool.turn(device_lag_s=1.0)
+    volume = await daemon.volume(VolumeType.GP3)
+    await driver.attach(volume.id, node="n1", epoch=1)
+    async with asyncio.timeout(10):
+        while True:
+            with contextlib.suppress(Unavailable):
+                before = await daemon.device(volume, "n1")
+                break
+            await asyncio.sleep(0.05)
+    assert pool.io(at(before, "n1"), "write -P 9 0 4k", "flush")
+    grown = await driver.resize(volume.id, 8 * GIB)
+    assert await daemon.device(volume, "n1") == before, "the node still sees it as it was"
+    with pytest.raises(Refused):
+        await daemon.device(grown, "n1")
+    devices = Devices(pool.resolver("n1"))
+    grant = VolumeGrant(volume=grown, attachment=await driver.attach(volume.id, node="n1", epoch=2))
+    opened = await devices.open(grant, was_bytes=volume.size_bytes)
+    await devices.aclose()
+    assert isinstance(opened.source, NbdEndpoint)
+    assert pool.io(at(opened.source, "n1"), "read -P 9 0 4k", f"read -P 0 {8 * GIB - 4096} 4k"), "all of it"
+    assert pool.io(at(before, "n1"), "read -P 9 0 4k"), "what was open stays open"
+    exports = [daemon.export(each) for each in (before, opened.source)]
+    await daemon.restart()
+    assert await daemon.device(grown, "n1") == opened.source
+    await driver.fence(volume.id, epoch=2)
+    await driver.detach(volume.id, node="n1", epoch=2)
+    assert not any(export.alive for export in exports), "both go with the attachment"
+    assert epochs.violations(pool.cloud.state_dir / "epochs.log", volume.id, single=True) == []
+    await driver.attach(volume.id, node="n2", epoch=3)
+
+
+async def test_a_cloud_that_is_killed_as_a_volume_grows_goes_on(daemon: Daemon) -> None:
+    await daemon.pool.turn(latency=Latency(modify_s=1.0, optimize_s=600.0))
+    volume = await daemon.volume(VolumeType.GP3)
+    await daemon.driver.attach(volume.id, node="n1", epoch=1)
+    growing = asyncio.create_task(daemon.driver.resize(volume.id, 8 * GIB))
+    ec2 = daemon.pool.boto()
+    async with asyncio.timeout(10):
+        while not (await asyncio.to_thread(ec2.describe_volumes_modifications))["VolumesModifications"]:
+            await asyncio.sleep(0.02)
+    ec2.close()
+    await daemon.restart()
+    assert (await growing).size_bytes == 8 * GIB
+    await daemon.device(await growing, "n1")

@@ -100,11 +100,32 @@ async def test_a_volume_is_known_from_its_making_to_its_deletion(driver: EbsVolu
     await driver.detach(made.id, node="n1", epoch=1)
 
 
-async def test_a_volume_of_the_cloud_is_not_resized_from_here(driver: EbsVolumeDriver, io2: Volume) -> None:
-    with pytest.raises(Refused) as refused:
-        await driver.resize(io2.id, 2 * io2.size_bytes)
-    assert "modify-volume" in str(refused.value)
-    assert (await driver.describe(io2.id)).size_bytes == io2.size_bytes
+async def test_a_volume_grows_where_it_is_attached(driver: EbsVolumeDriver, gp3: Volume) -> None:
+    await driver.attach(gp3.id, node="n1", epoch=1)
+    for _ in range(2):
+        assert (await driver.resize(gp3.id, 2 * SIZE_BYTES)).size_bytes == 2 * SIZE_BYTES
+    assert (await driver.describe(gp3.id)).size_bytes == 2 * SIZE_BYTES
+    assert await held(driver, gp3) == {"n1": 1}
+    await driver.attach(gp3.id, node="n1", epoch=2)
+    assert await held(driver, gp3) == {"n1": 2}
+    await driver.detach(gp3.id, node="n1", epoch=2)
+
+
+async def test_a_size_that_cannot_be_is_refused(driver: EbsVolumeDriver, gp3: Volume) -> None:
+    for size_bytes in (SIZE_BYTES // 2, SIZE_BYTES + 512):
+        with pytest.raises(BadInput) as caught:
+            await driver.resize(gp3.id, size_bytes)
+        assert caught.value.field == "size_bytes"
+    assert (await driver.describe(gp3.id)).size_bytes == SIZE_BYTES
+
+
+async def test_a_volume_that_has_grown_grows_again_hours_later(driver: EbsVolumeDriver, gp3: Volume) -> None:
+    await driver.resize(gp3.id, 2 * SIZE_BYTES)
+    with pytest.raises(Refused) as caught:
+        await driver.resize(gp3.id, 3 * SIZE_BYTES)
+    assert caught.value.field == "volume"
+    assert "six hours" in str(caught.value.hint) or "still works" in str(caught.value.hint)
+    assert (await driver.describe(gp3.id)).size_bytes == 2 * SIZE_BYTES
 
 
 async def test_a_volume_that_is_not_there_is_not_found(driver: EbsVolumeDriver) -> None:

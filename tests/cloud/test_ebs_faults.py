@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from emp.lab.cloud.knobs import AWS, Fault, Harm
+from emp.lab.cloud.knobs import AWS, Fault, Harm, Latency
 from emp.lab.cloud.knobs import Limits as Buckets
 from emp.model.errors import (
     Conflict,
@@ -27,8 +27,9 @@ from emp.volumes.patience import Pace, Time
 from tests.cloud.simulator import NODES, POOL, REGION, ZONE, HandClock, Simulator, simulated
 from tests.cloud.test_ebs_driver import SIZE_BYTES, driver_of, held
 
-LIMITS = Limits(create_s=15.0, attach_s=10.0, detach_s=25.0, force_after_s=15.0)
+LIMITS = Limits(create_s=15.0, attach_s=10.0, detach_s=25.0, force_after_s=15.0, resize_s=10.0)
 """shorter than a pool's own, as every look is a real request"""
+NOTHING_DONE = [Harm.LOST_ORDER, Harm.BROKEN, Harm.THROTTLED]
 LOSSES = [Harm.LOST_ORDER, Harm.LOST_REPLY, Harm.SILENT, Harm.BROKEN]
 
 
@@ -64,6 +65,30 @@ async def test_a_lost_answer_to_any_order_changes_nothing_for_the_caller(
     await driver.detach(volume.id, node="n2", epoch=2)
     await driver.delete(volume.id)
     assert await driver.list() == (), "and nothing was made twice"
+
+
+@pytest.mark.parametrize("harm", [*LOSSES, Harm.THROTTLED])
+@pytest.mark.parametrize("action", ["ModifyVolume", "DescribeVolumesModifications"])
+async def test_a_lost_or_throttled_answer_does_not_hold_up_a_volume_that_grows(
+    driver: EbsVolumeDriver, simulator: Simulator, clock: HandClock, gp3: Volume, harm: Harm, action: str
+) -> None:
+    simulator.turn(latency=AWS, faults=[Fault(harm=harm, action=action)])
+    began_s = clock()
+    assert (await driver.resize(gp3.id, 2 * SIZE_BYTES)).size_bytes == 2 * SIZE_BYTES
+    assert clock() - began_s < AWS.modify_s + 2.0, "it does not wait for what AWS does for hours"
+    done = len(simulator.asked("ModifyVolume"))
+    assert done == (2 if action == "ModifyVolume" and harm in NOTHING_DONE else 1), "nor is it ordered twice"
+
+
+async def test_a_volume_that_does_not_grow_is_not_waited_for_without_end(
+    driver: EbsVolumeDriver, simulator: Simulator, clock: HandClock, gp3: Volume
+) -> None:
+    simulator.turn(latency=Latency(modify_s=3600.0))
+    with pytest.raises(OutcomeUnknown, match="modifying"):
+        await driver.resize(gp3.id, 2 * SIZE_BYTES)
+    clock.advance(3600.0)
+    assert (await driver.resize(gp3.id, 2 * SIZE_BYTES)).size_bytes == 2 * SIZE_BYTES
+    assert len(simulator.asked("ModifyVolume")) == 1
 
 
 async def test_an_order_whose_answer_is_lost_is_looked_at_before_it_is_given_again(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,10 @@ class Notebook:
     async def on_deleted(self, volume: PlaneVolume) -> None:
         self._note("delete", "", 0)
 
+    async def on_grown(self, volume: PlaneVolume, exports: Sequence[tuple[str, int]]) -> None:
+        for instance, epoch in exports:
+            self._note(f"grow to {volume.size_bytes >> 30}", instance, epoch)
+
     def on_tagged(self, volume: PlaneVolume) -> None: ...
 
     def _note(self, verb: str, instance: str, epoch: int) -> None:
@@ -224,4 +228,27 @@ def test_what_is_due_happens_though_nobody_asks(pki: Path, access_key: str) -> N
         plane.wait_for(lambda: plane.told == [("open", I1, 1)])
         ec2.detach_volume(VolumeId=volume, InstanceId=I1)
         plane.wait_for(lambda: ("close", I1, 1) in plane.told)
+        ec2.close()
+
+
+def test_the_data_plane_grows_what_is_attached_before_the_cloud_says_so(
+    pki: Path, access_key: str, clock: HandClock
+) -> None:
+    plane = Notebook()
+    with simulated(pki / "cloud", plane=plane, clock=clock, access_key=access_key) as simulator:
+        ec2 = simulator.client()
+        volume = create(ec2)
+        attach(ec2, volume, I1)
+        show(ec2, volume)
+        plane.failing = 1
+        ec2.modify_volume(VolumeId=volume, Size=9)
+        assert show(ec2, volume)["Size"] == 8, "it could not"
+        clock.advance(1.0)
+        show(ec2, volume)
+        assert show(ec2, volume)["Size"] == 9
+        (_, (verb, instance, epoch)) = plane.told
+        assert (verb, instance, epoch) == ("grow to 9", I1, 3), "the one that failed has used up a number"
+        ec2.detach_volume(VolumeId=volume, InstanceId=I1)
+        show(ec2, volume)
+        assert plane.told[-1] == ("close", I1, 3)
         ec2.close()

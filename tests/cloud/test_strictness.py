@@ -386,6 +386,73 @@ def test_a_new_volume_may_not_be_seen_at_once(ec2: Any, simulator: Simulator, cl
     attach(ec2, volume, I1)
 
 
+# ------------------------------------------------------------------ growing
+
+
+def grow(ec2: Any, volume: str, size: int, **more: Any) -> Any:
+    return ec2.modify_volume(VolumeId=volume, Size=size, **more)["VolumeModification"]
+
+
+def last_modification(ec2: Any, volume: str) -> Any:
+    (found,) = ec2.describe_volumes_modifications(VolumeIds=[volume])["VolumesModifications"]
+    return found
+
+
+def test_states_modifying_and_optimizing_last(ec2: Any, simulator: Simulator, clock: HandClock) -> None:
+    volume = create(ec2)
+    simulator.turn(**SLOW)
+    begun = grow(ec2, volume, 9)
+    assert (begun["ModificationState"], begun["OriginalSize"], begun["TargetSize"]) == ("modifying", 8, 9)
+    clock.advance(AWS.modify_s - 0.1)
+    assert (last_modification(ec2, volume)["ModificationState"], show(ec2, volume)["Size"]) == ("modifying", 8)
+    clock.advance(0.2)
+    show(ec2, volume)
+    assert (last_modification(ec2, volume)["ModificationState"], show(ec2, volume)["Size"]) == ("optimizing", 9)
+    assert refused(lambda: grow(ec2, volume, 10)) == "IncorrectModificationState"
+    clock.advance(AWS.optimize_s)
+    found = last_modification(ec2, volume)
+    assert (found["ModificationState"], found["Progress"]) == ("completed", 100)
+    assert found["EndTime"] > found["StartTime"]
+
+
+def test_six_hours_are_between_two_modifications(ec2: Any, clock: HandClock) -> None:
+    volume = create(ec2)
+    grow(ec2, volume, 9)
+    clock.advance(6 * 3600 - 1.0)
+    show(ec2, volume)
+    assert refused(lambda: grow(ec2, volume, 10)) == "VolumeModificationRateExceeded"
+    clock.advance(1.0)
+    grow(ec2, volume, 10)
+    assert show(ec2, volume)["Size"] == 10
+
+
+def test_a_modification_that_cannot_be_is_refused(ec2: Any, simulator: Simulator, clock: HandClock) -> None:
+    volume, shared = create(ec2), create(ec2, "io1")
+    for call, code in (
+        (lambda: grow(ec2, volume, 7), "InvalidParameterValue"),
+        (lambda: grow(ec2, volume, 8), "InvalidParameterValue"),
+        (lambda: grow(ec2, volume, 65_537), "InvalidParameterValue"),
+        (lambda: grow(ec2, volume, 9, VolumeType="gp2"), "UnsupportedOperation"),
+        (lambda: grow(ec2, volume, 9, Iops=4000), "UnsupportedOperation"),
+        (lambda: ec2.modify_volume(VolumeId=volume), "MissingParameter"),
+        (lambda: grow(ec2, volume, 9, DryRun=True), "DryRunOperation"),
+        (lambda: grow(ec2, "vol-0123456789abcdef0", 9), "InvalidVolume.NotFound"),
+        (lambda: grow(ec2, shared, 9), "InvalidParameterCombination"),
+        (lambda: last_modification(ec2, volume), "InvalidVolumeModification.NotFound"),
+    ):
+        assert refused(call) == code
+    assert show(ec2, volume)["Size"] == 8
+    assert ec2.describe_volumes_modifications()["VolumesModifications"] == []
+    simulator.turn(**SLOW)
+    young = create(ec2)
+    assert refused(lambda: grow(ec2, young, 9)) == "IncorrectState"
+    clock.advance(AWS.create_s)
+    grow(ec2, young, 9)
+    filters = [{"Name": "modification-state", "Values": ["modifying"]}]
+    (found,) = ec2.describe_volumes_modifications(Filters=filters)["VolumesModifications"]
+    assert found["VolumeId"] == young
+
+
 # ------------------------------------------------------------------ describing
 
 

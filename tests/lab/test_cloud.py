@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from emp.lab.checkers import epochs, records
+from emp.lab.cloud.knobs import AWS
 from emp.lab.demo import volume_file
 from emp.lab.down import down
 from emp.lab.journal_check import check_journal
@@ -17,12 +18,13 @@ from emp.lab.region import Profile, instance_of
 from emp.lab.residue import Residue
 from emp.lab.topology import VOL, Topology
 from emp.lab.up import Options, up
-from emp.model.errors import Conflict
+from emp.model.errors import Conflict, Refused
 from emp.model.evm import EvmState
 from emp.model.migration import Migration, Outcome
 from tests.lab.cloud import attached, call, turn
 from tests.lab.conftest import Pool, run_emp, run_lab
 from tests.lab.pool import Subject, subject, until
+from tests.lab.test_volumes import disks
 from tests.leaks import outliving
 
 NAME = "clouded"
@@ -203,6 +205,25 @@ def test_a_volume_of_one_node_moves_behind_its_evm(cloud: Pool) -> None:
         evm.start_journal(volume, JOURNAL_HZ)
         for _ in range(2):
             check_moves(evm)
+        check_disk(evm)
+        assert epochs.violations(cloud.files.data(VOL.name) / "epochs.log", volume.id, single=True) == []
+
+
+def test_a_volume_of_the_cloud_grows_under_its_evm_and_moves_with_it(cloud: Pool) -> None:
+    """The node sees the new size a moment after the cloud says so, and AWS works on it for hours after."""
+    turn(cloud, latency=AWS, device_lag_s=1.0)
+    with subject(cloud, node="n1", volumes=["gp3:1GiB"]) as evm:
+        (volume,) = evm.volumes
+        evm.start_journal(volume, JOURNAL_HZ)
+        cloud.emp("volume", "resize", volume.id, "2GiB")
+        until(lambda: disks(evm)[volume.serial] == (0, 2048), "the guest sees the new size")
+        assert evm.client.volumes.get(volume.id).size_bytes == 2 * GIB
+        with pytest.raises(Refused) as refused:
+            evm.client.volumes.resize(volume.id, "3GiB")
+        assert "still works" in str(refused.value.hint)
+        turn(cloud)
+        check_moves(evm)
+        assert disks(evm)[volume.serial] == (0, 2048)
         check_disk(evm)
         assert epochs.violations(cloud.files.data(VOL.name) / "epochs.log", volume.id, single=True) == []
 

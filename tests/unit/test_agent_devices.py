@@ -97,6 +97,42 @@ async def test_what_is_refused_is_not_asked_for_again() -> None:
     assert len(resolver.asked) == 1
 
 
+class Growing(Resolver):
+    """A device that shows its old size for so many looks."""
+
+    def __init__(self, looks: int, *, before_bytes: int = 4 * MIB) -> None:
+        super().__init__()
+        self.left, self.before_bytes = looks, before_bytes
+
+    async def resolve(self, volume: Volume) -> Source:
+        self.asked.append(volume.id)
+        self.left -= 1
+        size_bytes = self.before_bytes if self.left >= 0 else 8 * MIB
+        if size_bytes != volume.size_bytes:
+            raise Refused(f"it has {size_bytes}", field="size_bytes")
+        return self.found.model_copy(update={"size_bytes": size_bytes})
+
+
+@pytest.mark.parametrize("looks", range(6))
+async def test_a_device_that_has_not_grown_yet_is_waited_for(looks: int) -> None:
+    """Whichever of its looks meets the new size first."""
+    opened = await Devices(Growing(looks), patience_s=5.0).open(grant(), was_bytes=4 * MIB)
+    assert isinstance(opened.source, HostDevice)
+    assert (opened.size_bytes, opened.source.size_bytes) == (8 * MIB, 8 * MIB)
+
+
+async def test_a_device_of_a_third_size_is_not_waited_for() -> None:
+    resolver = Growing(1000, before_bytes=5 * MIB)
+    with pytest.raises(Refused, match="it has"):
+        await Devices(resolver, patience_s=5.0).open(grant(), was_bytes=4 * MIB)
+    assert len(resolver.asked) == 3
+
+
+async def test_patience_with_a_device_that_does_not_grow_ends() -> None:
+    with pytest.raises(Refused, match="it has"):
+        await Devices(Growing(1000), patience_s=0.15).open(grant(), was_bytes=4 * MIB)
+
+
 @pytest.mark.parametrize(
     "found",
     [

@@ -35,27 +35,37 @@ class Devices:
         deadline_s = self._deadline_s()
         return tuple([await self.open(grant, deadline_s=deadline_s) for grant in grants])
 
-    async def open(self, grant: VolumeGrant, *, deadline_s: float | None = None) -> BlockDevice:
+    async def open(
+        self, grant: VolumeGrant, *, deadline_s: float | None = None, was_bytes: int | None = None
+    ) -> BlockDevice:
         """Return what a volume is opened from; ``deadline_s``: by the loop's clock, to be waited for.
+
+        ``was_bytes``: its size before it grew; a device that still shows that is waited for too.
 
         Raises ``HostError`` for a device that does not show, ``Refused`` for one that is not the volume.
         """
         volume, endpoint = grant.volume, grant.endpoint
-        source = endpoint if isinstance(endpoint, RbdImage) else await self.source(grant, deadline_s=deadline_s)
+        source = (
+            endpoint
+            if isinstance(endpoint, RbdImage)
+            else await self.source(grant, deadline_s=deadline_s, was_bytes=was_bytes)
+        )
         return BlockDevice(volume.id, volume.serial, volume.size_bytes, source)
 
-    async def source(self, grant: VolumeGrant, *, deadline_s: float | None = None) -> Source:
+    async def source(
+        self, grant: VolumeGrant, *, deadline_s: float | None = None, was_bytes: int | None = None
+    ) -> Source:
         """Return where this node reaches a volume, for others than QEMU. Raises as ``open``."""
         if isinstance(grant.endpoint, RbdImage):
             raise Refused(f"{grant.volume.id} is a Ceph image, which QEMU alone opens", field="volumes")
         if grant.endpoint is not None:  # of the volume service, or of the relay of the node that has it
             return grant.endpoint
-        return await self._resolve(grant.volume, deadline_s or self._deadline_s())
+        return await self._resolve(grant.volume, deadline_s or self._deadline_s(), was_bytes)
 
     async def aclose(self) -> None:
         await self._resolver.aclose()
 
-    async def _resolve(self, volume: Volume, deadline_s: float) -> Source:
+    async def _resolve(self, volume: Volume, deadline_s: float, was_bytes: int | None) -> Source:
         clock = asyncio.get_running_loop().time
         while True:
             try:
@@ -67,7 +77,22 @@ class Devices:
                         field="volumes",
                         hint="see whether it is attached here, and what the node's kernel says of it",
                     ) from error
+            except Refused:
+                if was_bytes is None:
+                    raise
+                if clock() >= deadline_s or not await self._is_as_before(volume, was_bytes):
+                    # It may have grown between the two looks.
+                    return _checked(volume, await self._resolver.resolve(volume))
             await asyncio.sleep(PAUSE_S)  # sysfs tells nobody when something shows
+
+    async def _is_as_before(self, volume: Volume, was_bytes: int) -> bool:
+        """Whether the volume's device is here, and has not grown yet."""
+        before = volume.model_copy(update={"size_bytes": was_bytes})
+        try:
+            _checked(before, await self._resolver.resolve(before))
+        except (Refused, Unavailable):
+            return False
+        return True
 
     def _deadline_s(self) -> float:
         return asyncio.get_running_loop().time() + self._patience_s

@@ -28,7 +28,9 @@ async def change_volumes(machine: Machine, entry: Entry, order: VolumesOrder, de
         if volume not in known:
             await machine.plug_volume(await devices.open(given[volume]), slot)
         elif volume in given:
-            await machine.resize_volume(await devices.open(given[volume]))
+            # The device of a cloud's volume that has grown shows it a moment later than the cloud.
+            was_bytes = known[volume].volume.size_bytes
+            await machine.resize_volume(await devices.open(given[volume], was_bytes=was_bytes))
     grants = tuple(given.get(volume) or known[volume] for volume in slots)
     return entry.model_copy(update={"spec": order.spec, "volumes": grants})
 

@@ -57,6 +57,7 @@ class Limits:
     create_s: float = 60.0
     attach_s: float = 60.0
     detach_s: float = 120.0
+    resize_s: float = 300.0
     force_after_s: float = 20.0
     """how long an orderly detach is tried first where nothing holds the volume"""
 
@@ -184,15 +185,57 @@ class EbsVolumeDriver:
                 lost = error
             await patience.pause(lost)
 
-    # ------------------------------------------------------------------ attaching
-
     async def resize(self, volume: str, size_bytes: int) -> Volume:
-        """Always ``Refused``: AWS modifies a volume for hours, and lets it be modified again only hours later."""
-        raise Refused(
-            f"{volume} is a volume of the cloud, and is not resized from here",
-            field="volume",
-            hint="make a bigger one; or stop the EVM, then: aws ec2 modify-volume",
-        )
+        """As the protocol says; returns when the volume has its new size, on which AWS works on for hours.
+
+        Raises ``Refused`` where AWS does not modify it: for six hours after the last time, for example.
+        """
+        async with self._lock(volume):
+            patience = self._times.patience(self._limits.resize_s, _LOOKS)
+            is_ordered = False
+            while True:
+                seen = await self._looks.see(volume)
+                size_gib = self._size_to_grow_to(seen.volume, size_bytes)
+                last = await self._last_modification(volume)
+                state, is_ours = str(last.get("ModificationState")), last.get("TargetSize") == size_gib
+                if size_gib * GIB == seen.volume.size_bytes and not (is_ours and state == "modifying"):
+                    return seen.volume
+                if state == "failed":
+                    if is_ordered and is_ours:
+                        raise Refused(f"EC2 could not resize {volume}: {last.get('StatusMessage')}", field="volume")
+                    is_ours = False
+                failure: EmpError = _pending(f"{volume} is {state}")
+                if not is_ours:
+                    failure = await self._order_resize(volume, size_gib, is_ordered=is_ordered) or failure
+                    is_ordered = True
+                await patience.pause(failure)
+
+    async def _order_resize(self, volume: str, size_gib: int, *, is_ordered: bool) -> EmpError | None:
+        """Return why it is not known what came of it. ``is_ordered``: it was ordered before, and does not show yet."""
+        try:
+            await self._api.ask("modify_volume", VolumeId=volume, Size=size_gib)
+        except OutcomeUnknown as error:
+            log.warning("%s", error)
+            return error
+        except Refused as error:
+            if not is_ordered or code_of(error) != "IncorrectModificationState":
+                raise
+            return error
+        return None
+
+    async def _last_modification(self, volume: str) -> Mapping[str, Any]:
+        """Return nothing for a volume that has never been modified: asked for by its id, that would be an error."""
+        filters = [{"Name": "volume-id", "Values": [volume]}]
+        answer = await self._api.ask("describe_volumes_modifications", Filters=filters)
+        return max(answer["VolumesModifications"], key=lambda each: each["StartTime"], default={})
+
+    def _size_to_grow_to(self, seen: Volume, size_bytes: int) -> int:
+        if size_bytes < seen.size_bytes:
+            message = f"{seen.id} has {format_size(seen.size_bytes)} and cannot shrink to {format_size(size_bytes)}"
+            raise BadInput(message, field="size_bytes", hint="volumes only grow")
+        return _gib(seen.type, size_bytes)
+
+    # ------------------------------------------------------------------ attaching
 
     async def expect(self, volume: str, *, node: str, epoch: int) -> None:
         """Write for whom it will be attached, and choose its device: two of the three calls that attaching takes."""

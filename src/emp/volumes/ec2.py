@@ -46,6 +46,10 @@ _REFUSALS: dict[str, tuple[type[EmpError], str, str]] = {
     "InvalidAttachment.NotFound": (Conflict, "node", "see where it is attached: emp volume show"),
     "VolumeInUse": (Conflict, "volume", "detach it first"),
     "IncorrectState": (Conflict, "volume", "wait until the volume is available or in use, then ask again"),
+    "IncorrectModificationState": (
+        Refused, "volume", "AWS still works on its last modification: aws ec2 describe-volumes-modifications",
+    ),
+    "VolumeModificationRateExceeded": (Refused, "volume", "AWS modifies a volume once in six hours; ask again later"),
     "AttachmentLimitExceeded": (Refused, "node", "detach another volume of this node, or choose another node"),
     "VolumeLimitExceeded": (Refused, "size_bytes", "delete volumes, or have the account's quota raised"),
     "MaxIOPSLimitExceeded": (Refused, "size_bytes", "delete volumes, or have the account's quota raised"),
@@ -53,7 +57,7 @@ _REFUSALS: dict[str, tuple[type[EmpError], str, str]] = {
     "UnauthorizedOperation": (Forbidden, "credentials", "give the controller's role this permission"),
     "AuthFailure": (Unauthenticated, "credentials", "check the controller's AWS credentials and its clock"),
     "OptInRequired": (Unauthenticated, "credentials", "the account is not subscribed to EC2"),
-}
+}  # fmt: skip
 """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html"""
 
 

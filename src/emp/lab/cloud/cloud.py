@@ -7,6 +7,7 @@ due and returns what the data plane must now do; ``done`` says that it has. Wher
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,19 @@ from emp.lab.cloud.eni_records import Interface
 from emp.lab.cloud.errors import DRY_RUN, CloudError
 from emp.lab.cloud.knobs import Knobs
 from emp.lab.cloud.memory import Memory
+from emp.lab.cloud.modifying import FILTERS as MODIFICATION_FILTERS
+from emp.lab.cloud.modifying import check_modify, modification_answer
 from emp.lab.cloud.network import Network
 from emp.lab.cloud.plane import PlaneVolume
-from emp.lab.cloud.records import Attachment, AttachmentState, Instance, Volume, check_id
+from emp.lab.cloud.records import (
+    Attachment,
+    AttachmentState,
+    Instance,
+    Modification,
+    ModificationState,
+    Volume,
+    check_id,
+)  # fmt: skip
 from emp.lab.cloud.vpc import Vpc
 
 RETRY_S = 1.0
@@ -37,6 +48,7 @@ class Deed(StrEnum):
     OPEN = "open"
     CLOSE = "close"
     DELETE = "delete"
+    GROW = "grow"
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,17 @@ class Change:
     volume: PlaneVolume
     instance: str = ""
     epoch: int = 0
+    exports: tuple[tuple[str, int], ...] = ()
+    """of a volume that grows: instance and the epoch under which it gets the bigger one"""
+
+
+@dataclass(frozen=True)
+class Showing:
+    """A volume as a device of an instance: by which attachment, and how big."""
+
+    volume: str
+    epoch: int
+    size_bytes: int
 
 
 class Cloud:
@@ -78,7 +101,9 @@ class Cloud:
             "DeleteVolume": self._delete_volume,
             "AttachVolume": self._attach_volume,
             "DetachVolume": self._detach_volume,
+            "ModifyVolume": self._modify_volume,
             "DescribeVolumes": self._describe_volumes,
+            "DescribeVolumesModifications": self._describe_volumes_modifications,
             "DescribeInstances": self._describe_instances,
             "DescribeInstanceTypes": self._describe_instance_types,
             "CreateTags": self._create_tags,
@@ -120,8 +145,9 @@ class Cloud:
 
     def due_s(self) -> float | None:
         """Return when ``settle`` next has something to return, by the clock; None: when somebody has asked for more."""
-        attachments = (attachment for volume in self._volumes.values() for attachment in volume.attachments.values())
-        times = [attachment.due_s for attachment in attachments]
+        volumes = [volume for volume in self._volumes.values() if not volume.is_growing]
+        times = [attachment.due_s for volume in volumes for attachment in volume.attachments.values()]
+        times += [v.modification.due_s for v in volumes if v.modification and not v.is_changing_hands]
         times += [volume.deleted_s for volume in self._volumes.values() if not volume.is_emptied]
         times.append(self.network.due_s())
         return min((at_s for at_s in times if at_s is not None), default=None)
@@ -134,12 +160,31 @@ class Cloud:
             if volume.deleted_s is not None and volume.deleted_s <= now_s and not volume.is_emptied:
                 volume.is_emptied = True
                 changes.append(Change(Deed.DELETE, _plane(volume)))
-            for attachment in volume.attachments.values():
+            if grown := self._grow(volume, now_s):
+                changes.append(grown)
+            for attachment in volume.attachments.values() if not volume.is_growing else ():
                 if attachment.due_s is not None and attachment.due_s <= now_s:
                     attachment.due_s = None
                     deed = Deed.CLOSE if attachment.state.is_going else Deed.OPEN
                     changes.append(Change(deed, _plane(volume), attachment.instance, attachment.epoch))
         return changes
+
+    def _grow(self, volume: Volume, now_s: float) -> Change | None:
+        """Move a modification on; it waits while an attachment is opened or closed, and they wait for it."""
+        last = volume.modification
+        if last is None or last.due_s is None or last.due_s > now_s or volume.is_changing_hands:
+            return None
+        last.due_s = None
+        if last.state is not ModificationState.MODIFYING:
+            last.state, last.ended = ModificationState.COMPLETED, self._time()
+            return None
+        exports = []
+        for attachment in volume.attachments.values():
+            if attachment.state is AttachmentState.ATTACHED:
+                volume.epochs += 1
+                exports.append((attachment.instance, volume.epochs))
+        bigger = dataclasses.replace(_plane(volume), size_bytes=last.target_gib << 30)
+        return Change(Deed.GROW, bigger, exports=tuple(exports))
 
     def done(self, change: Change) -> None:
         """The data plane has done it."""
@@ -153,12 +198,28 @@ class Cloud:
                 del volume.attachments[change.instance]
             case Deed.DELETE:
                 del self._volumes[volume.id]
+            case Deed.GROW:
+                self._grown(volume, change)
+
+    def _grown(self, volume: Volume, change: Change) -> None:
+        last, now_s = volume.modification, self.clock()
+        assert last is not None
+        for instance, epoch in change.exports:
+            if attachment := volume.attachments.get(instance):
+                attachment.before, attachment.grown_s = (attachment.epoch, volume.size_gib), now_s
+                attachment.grown_s += self.knobs.device_lag_s
+                attachment.epoch = epoch
+        volume.size_gib = last.target_gib
+        last.state, last.due_s = ModificationState.OPTIMIZING, now_s + self.knobs.latency.optimize_s
 
     def failed(self, change: Change) -> None:
         """The data plane could not; it is to be asked again."""
         volume, again_s = self._volumes[change.volume.id], self.clock() + RETRY_S
         if change.deed is Deed.DELETE:
             volume.is_emptied, volume.deleted_s = False, again_s
+        elif change.deed is Deed.GROW:
+            assert volume.modification is not None
+            volume.modification.due_s = again_s
         else:
             volume.attachments[change.instance].due_s = again_s
 
@@ -196,11 +257,19 @@ class Cloud:
             volume.visible_s += back_s
             volume.available_s += back_s
             volume.is_emptied = False
+            if (last := volume.modification) is not None:
+                last.began_s += back_s
+                if last.due_s is not None:
+                    last.due_s += back_s
+                elif last.is_growing:
+                    last.due_s = now_s
             if volume.deleted_s is not None:
                 volume.deleted_s += back_s
             for attachment in volume.attachments.values():
                 if attachment.shows_s is not None:
                     attachment.shows_s += back_s
+                if attachment.grown_s is not None:
+                    attachment.grown_s += back_s
                 if attachment.due_s is not None:
                     attachment.due_s += back_s
                 elif attachment.state is not AttachmentState.ATTACHED and not attachment.is_stuck:
@@ -210,11 +279,18 @@ class Cloud:
         """Return a volume as the data plane sees it; None where there is none of that id."""
         return _plane(self._volumes[volume]) if volume in self._volumes else None
 
-    def devices_of(self, instance: str) -> list[str]:
+    def devices_of(self, instance: str) -> list[Showing]:
         """Return the volumes that show at ``instance``: attached, and not yet gone."""
-        now_s = self.clock()
-        found = ((volume.id, volume.attachments.get(instance)) for volume in self._volumes.values())
-        return [volume for volume, held in found if held and held.shows_s is not None and held.shows_s <= now_s]
+        now_s, found = self.clock(), []
+        for volume in self._volumes.values():
+            held = volume.attachments.get(instance)
+            if held is None or held.shows_s is None or held.shows_s > now_s:
+                continue
+            epoch, size_gib = held.epoch, volume.size_gib
+            if held.before is not None and held.grown_s is not None and held.grown_s > now_s:
+                epoch, size_gib = held.before
+            found.append(Showing(volume.id, epoch, size_gib << 30))
+        return found
 
     def _let_go(self, attachment: Attachment) -> None:
         attachment.is_stuck = False
@@ -299,6 +375,25 @@ class Cloud:
                 found.is_stuck, found.due_s = True, None
                 found.state = AttachmentState.BUSY if volume.id in self.knobs.busy else AttachmentState.DETACHING
         return describing.attachment_answer(volume, found)
+
+    def _modify_volume(self, request: Request) -> Answer:
+        volume, now_s = self._volume(request["VolumeId"]), self.clock()
+        target_gib = check_modify(volume, request, now_s=now_s, pause_s=self.knobs.modify_pause_s)
+        volume.modification = Modification(volume.size_gib, target_gib, self._time(), now_s)
+        volume.modification.due_s = now_s + self.knobs.latency.modify_s
+        return {"VolumeModification": modification_answer(volume, volume.modification)}
+
+    def _describe_volumes_modifications(self, request: Request) -> Answer:
+        """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_DescribeVolumesModifications.html"""
+        named = [self._volume(name) for name in request.get("VolumeIds", ())]
+        if missing := [volume.id for volume in named if volume.modification is None]:
+            message = f"Modification for volume '{missing[0]}' does not exist."
+            raise CloudError("InvalidVolumeModification.NotFound", message)
+        among = named if "VolumeIds" in request else list(self._volumes.values())
+        answers = [modification_answer(v, v.modification) for v in among if v.modification]
+        left = describing.filtered(answers, request.get("Filters", ()), MODIFICATION_FILTERS)
+        shown, token = describing.page(left, request, ids="VolumeIds")
+        return {"VolumesModifications": shown, "NextToken": token}
 
     # ------------------------------------------------------------------ tags
 

@@ -92,9 +92,9 @@ def _devices(cloud: Cloud, plane: ExportPlane, instances: dict[str, str]) -> API
     def seen_by(node: str) -> Iterator[Device]:
         if node not in instances:
             raise NotFound(f"{node} is no instance of this cloud", field="node")
-        for volume in cloud.devices_of(instances[node]):
+        for showing in cloud.devices_of(instances[node]):
             with contextlib.suppress(NotFound):  # its export has just been closed
-                yield plane.device(volume, node, cloud.knobs.shown.get(volume, Shown()))
+                yield plane.device(showing, node, cloud.knobs.shown.get(showing.volume, Shown()))
 
     return router
 

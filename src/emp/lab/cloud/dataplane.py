@@ -6,9 +6,11 @@ that node's certificates alone, and named by the attachment's number. Its fence 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from emp.lab.cloud.cloud import Showing
 from emp.lab.cloud.knobs import Shown
 from emp.lab.cloud.plane import PlaneVolume
 from emp.model.errors import NotFound
@@ -75,7 +77,19 @@ class ExportPlane:
         await self._service.attach(volume.id, node=self._nodes[instance], epoch=epoch)
 
     async def on_detached(self, volume: PlaneVolume, instance: str, epoch: int) -> None:
-        await self._service.detach(volume.id, node=self._nodes[instance], epoch=epoch)
+        """With it goes what the volume was before it grew."""
+        node = self._nodes[instance]
+        with contextlib.suppress(NotFound):
+            for held in self._service.describe(volume.id).attachments:
+                if held.node == node:
+                    await self._service.detach(volume.id, node=node, epoch=held.epoch)
+
+    async def on_grown(self, volume: PlaneVolume, exports: Sequence[tuple[str, int]]) -> None:
+        """An export keeps the size that it began with, so there is a bigger one beside it."""
+        with contextlib.suppress(NotFound):  # it has never been attached, and is made when it is
+            await self._service.resize(volume.id, volume.size_bytes)
+        for instance, epoch in exports:
+            await self._service.attach(volume.id, node=self._nodes[instance], epoch=epoch)
 
     async def on_deleted(self, volume: PlaneVolume) -> None:
         await self._service.delete(volume.id)
@@ -84,14 +98,15 @@ class ExportPlane:
     def on_tagged(self, volume: PlaneVolume) -> None:
         self._log.tagged(volume)
 
-    def device(self, volume: str, node: str, shown: Shown) -> Device:
+    def device(self, showing: Showing, node: str, shown: Shown) -> Device:
         """Return what ``node`` sees of a volume that shows there. Raises ``NotFound`` if it is gone again."""
+        volume = showing.volume
         found = self._service.describe(volume)
         for held in found.attachments:
-            if held.node == node and isinstance(held.endpoint, NbdEndpoint):
+            if (held.node, held.epoch) == (node, showing.epoch) and isinstance(held.endpoint, NbdEndpoint):
                 return Device(
                     serial=found.serial if shown.serial is None else shown.serial,
-                    size_bytes=found.size_bytes if shown.size_bytes is None else shown.size_bytes,
+                    size_bytes=showing.size_bytes if shown.size_bytes is None else shown.size_bytes,
                     endpoint=held.endpoint,
                 )
         raise NotFound(f"{volume} is not attached to {node}", field="volume")

@@ -38,7 +38,7 @@ LAST_CALLS = 10_000
 POINTS = {
     "CreateVolume": "volumes.create", "DeleteVolume": "volumes.delete", "DescribeVolumes": "volumes.describe",
     "AttachVolume": "volumes.attach", "DetachVolume": "volumes.detach", "DescribeInstances": "volumes.instances",
-    "CreateTags": "volumes.tag", "DeleteTags": "volumes.untag",
+    "ModifyVolume": "volumes.resize", "CreateTags": "volumes.tag", "DeleteTags": "volumes.untag",
 }  # fmt: skip
 """action -> the point that a test may let it go wrong at (``emp.faults``): a pool's own volume server has the same"""
 TICK_S = 0.5
@@ -196,6 +196,8 @@ class Face:
                     await self._plane.on_detached(change.volume, change.instance, change.epoch)
                 case Deed.DELETE:
                     await self._plane.on_deleted(change.volume)
+                case Deed.GROW:
+                    await self._plane.on_grown(change.volume, change.exports)
         except Exception:  # whatever it was, the cloud stays up, and asks again
             log.exception("the data plane could not %s %s at %s", change.deed, change.volume.id, change.instance)
             self.cloud.failed(change)

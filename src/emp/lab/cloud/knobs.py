@@ -22,11 +22,16 @@ class Latency(Model):
     """``attaching``, before the data plane is asked"""
     detach_s: float = Field(default=0.0, ge=0)
     """``detaching``, before the data plane is asked"""
+    modify_s: float = Field(default=0.0, ge=0)
+    """``modifying``, before the data plane is asked: then the volume has its new size"""
+    optimize_s: float = Field(default=0.0, ge=0)
+    """``optimizing`` after that"""
 
 
 INSTANT = Latency()
-AWS = Latency(create_s=1.5, delete_s=1.0, attach_s=2.5, detach_s=4.5)
-"""Detach and attach sum to 7 s: what the project's first page says of moving a gp2 or gp3 volume on AWS."""
+AWS = Latency(create_s=1.5, delete_s=1.0, attach_s=2.5, detach_s=4.5, modify_s=3.0, optimize_s=600.0)
+"""A new size takes "a few seconds" (https://docs.aws.amazon.com/ebs/latest/userguide/ebs-modify-volume.html).
+Detach and attach sum to 7 s: what the project's first page says of moving a gp2 or gp3 volume on AWS."""
 PROFILES = {"instant": INSTANT, "aws": AWS}
 
 
@@ -112,7 +117,9 @@ class Knobs(Model):
     busy: frozenset[str] = frozenset()
     """volumes that a node has mounted: detaching stays ``busy`` unless it is forced"""
     device_lag_s: float = Field(default=0.0, ge=0)
-    """for so long a volume that has been attached does not show at its node"""
+    """for so long a volume that has been attached does not show at its node, nor its new size when it has grown"""
+    modify_pause_s: float = Field(default=6 * 3600.0, ge=0)
+    """for so long after a modification has begun the volume takes no other one"""
     shown: dict[str, Shown] = Field(default_factory=dict)
     """volume -> what its nodes see in its place"""
     faults: tuple[Fault, ...] = ()

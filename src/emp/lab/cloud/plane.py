@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +41,13 @@ class DataPlane(Protocol):
         """Remove its data. Nothing is attached."""
         ...
 
+    async def on_grown(self, volume: PlaneVolume, exports: Sequence[tuple[str, int]]) -> None:
+        """Make it as big as ``volume`` is now; return when each instance of ``exports`` can use all of it.
+
+        By the epoch named with it, as if attached anew; what it had before stays open, until it is detached.
+        """
+        ...
+
     def on_tagged(self, volume: PlaneVolume) -> None:
         """Its tags have been set anew, and are on disk."""
         ...
@@ -57,6 +64,9 @@ class NoDataPlane:
 
     async def on_deleted(self, volume: PlaneVolume) -> None:
         """There is no data."""
+
+    async def on_grown(self, volume: PlaneVolume, exports: Sequence[tuple[str, int]]) -> None:
+        """There is nothing to grow."""
 
     def on_tagged(self, volume: PlaneVolume) -> None:
         """Nobody reads them."""

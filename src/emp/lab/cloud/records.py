@@ -31,6 +31,35 @@ class AttachmentState(StrEnum):
         return self in (AttachmentState.DETACHING, AttachmentState.BUSY)
 
 
+class ModificationState(StrEnum):
+    """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_VolumeModification.html"""
+
+    MODIFYING = "modifying"
+    """it has its old size"""
+    OPTIMIZING = "optimizing"
+    """it has its new one, and cannot be modified again yet"""
+    COMPLETED = "completed"
+
+
+@dataclass
+class Modification:
+    """The last one of a volume."""
+
+    original_gib: int
+    target_gib: int
+    began: datetime
+    began_s: float
+    state: ModificationState = ModificationState.MODIFYING
+    due_s: float | None = None
+    """when the data plane is to grow it, then when it is completed; None: it is being asked, or all is done"""
+    ended: datetime | None = None
+
+    @property
+    def is_growing(self) -> bool:
+        """The data plane has been asked, and has not answered."""
+        return self.state is ModificationState.MODIFYING and self.due_s is None
+
+
 @dataclass
 class Attachment:
     """One volume at one instance; gone from the record once it is detached."""
@@ -47,6 +76,10 @@ class Attachment:
     """detaching does not end by itself"""
     shows_s: float | None = None
     """from when on its node sees the device; None: it has not been opened yet"""
+    grown_s: float | None = None
+    """till then its node sees the device as it was before the volume grew; None: it has not grown meanwhile"""
+    before: tuple[int, int] | None = None
+    """epoch and size in GiB of that"""
 
 
 @dataclass
@@ -72,6 +105,17 @@ class Volume:
     attachments: dict[str, Attachment] = field(default_factory=dict)
     """by instance"""
     epochs: int = 0
+    modification: Modification | None = None
+
+    @property
+    def is_growing(self) -> bool:
+        return self.modification is not None and self.modification.is_growing
+
+    @property
+    def is_changing_hands(self) -> bool:
+        """The data plane opens or closes an attachment at this moment."""
+        held = (each for each in self.attachments.values() if each.state is not AttachmentState.ATTACHED)
+        return any(each.due_s is None and not each.is_stuck for each in held)
 
     def state(self, now_s: float) -> str:
         """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_Volume.html: in use until the last is detached."""
