@@ -223,7 +223,30 @@ async def test_an_evm_that_was_started_anew_heeds_no_order_of_a_migration(
     assert landed == []
 
 
+async def test_with_the_last_relay_its_file_goes(relays: Relays, tmp_path: Path) -> None:
+    """A node at rest has the same files as one that was just switched on."""
+    file = tmp_path / "relays.json"
+    await relays.lend(lending("m1"))
+    await relays.borrow("web", BORROWED)
+    await relays.end_of("web", Side.LENT)
+    assert file.exists()
+    await relays.end_of("web")
+    assert not file.exists()
+
+
 # -- after a restart of the agent
+
+
+async def test_relays_that_have_died_with_the_agent_leave_no_file(
+    relays: Relays, driver: Driver, tmp_path: Path
+) -> None:
+    await relays.borrow("web", BORROWED)
+    driver.relays.clear()
+    file = tmp_path / "relays.json"
+    again = Relays(cast(Any, driver), cast(Any, None), file)
+    await again.start()
+    assert not again.borrows(VOLUME.id)
+    assert not file.exists()
 
 
 async def test_a_machine_that_is_not_adopted_yet_keeps_its_relay(relays: Relays, driver: Driver) -> None:

@@ -76,7 +76,8 @@ class Relays:
             self._uses = {use.name: Use(use.volume, use.evm, Side(use.side), use.migration) for use in uses}
         await self._driver.start()
         names = await self._driver.names()
-        self._uses = {name: use for name, use in self._uses.items() if name in names}
+        if set(self._uses) - set(names):
+            self._save({name: use for name, use in self._uses.items() if name in names})
         for name in names:
             if name not in self._uses:
                 await self._driver.end(name)
@@ -229,7 +230,10 @@ class Relays:
             self._save(self._uses | {use.name: use})
 
     def _save(self, uses: dict[str, Use]) -> None:
-        write_private(self._path, json.dumps([asdict(use) for use in uses.values()]).encode())
+        if uses:
+            write_private(self._path, json.dumps([asdict(use) for use in uses.values()]).encode())
+        else:
+            self._path.unlink(missing_ok=True)
         self._uses = uses
         self._settled &= {use.volume for use in uses.values()}
         self._changed.notify()
