@@ -214,8 +214,8 @@ class Moves:
             await self.volumes.look(volume)
         except NotFound:
             return True
-        except EmpError:
-            pass
+        except EmpError as error:
+            log.info("%s: is %s still there? %s", self.migration.id, volume, error)
         return False
 
     async def _is_at(self, volume: str, node: str) -> bool:
