@@ -148,7 +148,8 @@ class Handovers:
                 held = {attachment.node for attachment in record.attachments}
                 is_over = outcome is Outcome.COMPLETED and (now.order is MoveOrder.SHARED or now.target in held)
                 now = now.model_copy(update={"ended_at": at_s, "broken_off": not is_over})
-            return record.model_copy(update={"handover": now.model_copy(update={"alarm": None})})
+            over = now.model_copy(update={"alarm": now.alarm if now.broken_off else None})
+            return record.model_copy(update={"handover": over})
 
         return update
 

@@ -112,6 +112,7 @@ class Moves:
                 log.error("%s: %s: %s", self.migration.id, volume, error)
                 if self.tries[volume] >= LOOKS and await self._is_no_more(volume):
                     await self._alarm(volume, f"is gone, and its I/O waits for ever: {error.message}")
+                    self.at(volume, None)
                     return
                 where = await self._go_on_as_before(volume, error)
                 await self._alarm(volume, f"{where}: {error.message}; tried again in {pause_s:g} s")
