@@ -14,8 +14,11 @@ import pytest
 
 from emp.controller import moves
 from emp.controller.handovers import Handovers, order_of
+from emp.controller.supervise import Supervision
+from emp.migration.supervisor import Phase, Supervisor
 from emp.model.errors import Forbidden, StoreUnavailable
-from emp.model.migration import Migration, Outcome, VolumeOrder
+from emp.model.migration import Migration, MoveStep, Outcome, VolumeOrder, VolumeStep
+from emp.model.orders import Role
 from emp.model.volume import Handover, MoveOrder, VolumeType
 from tests.fakes.agent import Script
 from tests.fakes.pool import Pool, a_pool
@@ -231,3 +234,16 @@ async def test_what_never_began_leaves_the_last_one_as_it_was(pool: Pool) -> Non
 )
 def test_the_order_is_by_type_and_policy(kind: VolumeType, order: VolumeOrder, goes: MoveOrder) -> None:
     assert order_of(kind, order) is goes
+
+
+async def test_a_target_that_waits_for_its_volumes_is_not_taken_for_cut_off(pool: Pool) -> None:
+    """In the classic order the source hears nothing of it until they are there, and wants a courier."""
+    assert pool.controller is not None
+    services = pool.controller.services
+    tools = services.migrations._tools
+    live = Migration(id="m-1", evm="web", source="n1", target="n2", epoch_target=8, epoch_source=9)
+    waits = Supervision(tools, live)
+    waits._state = Supervisor(phase=Phase.WATCHING, wanted=frozenset({Role.SOURCE}))
+    assert "cannot reach each other" in str(waits._waits_for())
+    waits._tally.moving((VolumeStep(volume=GP3, type=VolumeType.GP3, step=MoveStep.DETACH),))
+    assert waits._waits_for() is None
