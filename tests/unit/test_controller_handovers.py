@@ -222,6 +222,20 @@ async def test_what_never_began_leaves_the_last_one_as_it_was(pool: Pool) -> Non
     assert await handover(pool, GP3) == last
 
 
+@pytest.mark.parametrize(("outcome", "alarm"), [(Outcome.LOST, "vol-0002 is gone"), (Outcome.COMPLETED, None)])
+async def test_the_alarm_stays_where_a_volume_has_not_gone_over(
+    pool: Pool, outcome: Outcome, alarm: str | None
+) -> None:
+    assert pool.controller is not None
+    book, volumes = pool.controller.services.book, pool.controller.services.volumes
+    live = Migration(id="m-1", evm="web", source="n2", target="n1", epoch_target=8, epoch_source=9)  # it is at n1
+    handovers = Handovers(book, volumes, live, lambda _: None)
+    await handovers.note({GP3: "vol-0002 is gone"}, {}, {GP3: 6})
+    await book.write(*handovers.edits((GP3,), outcome, 7.0))
+    made = await handover(pool, GP3)
+    assert (made.alarm, made.tries, made.broken_off) == (alarm, 6, alarm is not None)
+
+
 @pytest.mark.parametrize(
     ("kind", "order", "goes"),
     [
