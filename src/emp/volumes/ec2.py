@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,7 @@ def make_client(
     from botocore.session import Session
 
     session = Session()
+    session.register_component("data_loader", _loader())
     if credentials_file is not None:
         session.set_config_variable("credentials_file", str(credentials_file))
 
@@ -201,6 +203,14 @@ def make_client(
     verify = str(ca_file) if ca_file else None
     made = boto3.Session(botocore_session=session)
     return made.client(service, region_name=region, endpoint_url=endpoint_url, verify=verify, config=config)
+
+
+@cache
+def _loader() -> Any:
+    """Read botocore's models of the services once, and not for each client: they are megabytes."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 def _lost(call: str, message: str) -> EmpError:
