@@ -194,7 +194,7 @@ class Moves:
             log.error("%s: %s: nor does its I/O go on through %s: %s", live.id, volume, live.source, worse)
             return "is not moved yet"
         self.at(volume, MoveStep.RELAYED)
-        return f"stays relayed by {live.source}, which has to stay up"
+        return f"it stays relayed by {live.source}, which has to stay up"
 
     async def _alarm(self, volume: str, text: str) -> None:
         self.alarms[volume] = f"{volume} {text}"
