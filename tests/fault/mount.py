@@ -66,20 +66,21 @@ class Mount:
 
     def violations(self, subject: Subject, *, same_boot: bool) -> list[str]:
         """Return what is wrong with the mount after a cell. Its file is looked at and goes on."""
-        file = self.file_of(subject)
+        wrong: list[str] = []
         try:
+            file = self.file_of(subject)
             if same_boot:
-                wrong = list(self._goes_on(subject))
+                wrong += self._goes_on(subject)
             else:
-                wrong = [found for old in self._files for found in self._damage(old)]
+                for old in self._files:
+                    wrong += self._damage(old)
                 self.begin(subject)
                 wrong += self._grows(subject)
-            for journal in subject.guest().ask(f"journal stop {self.path(file)}", timeout_s=PATIENCE_S):
-                self.note([journal])
+            self.note(subject.guest().ask(f"journal stop {self.path(file)}", timeout_s=PATIENCE_S))
             wrong += self._damage(file)
             self.begin(subject)
         except (EmpError, AssertionError) as error:
-            return [str(error)]
+            wrong.append(str(error))
         return wrong
 
     def _goes_on(self, subject: Subject) -> Iterator[str]:
