@@ -117,7 +117,10 @@ def _partitions() -> Iterator[Cell]:
         )  # fmt: skip
     yield from _row(9, breaks.cut("ST", "CS", for_s=None), {"M": "C"}, case="courier too", hold=_GIVEN, waits="M")
     flushed = "by D the source's QEMU has flushed and let go of its disks: nothing of it asks the volume any more"
-    yield from _row(10, breaks.cut("SV"), {"P": "AC", "D": "AC", "HM": "C", "T": "C"}, note=flushed)
+    flushed += (
+        "; the target's last look at a volume that one node alone can have is by way of the source, and may still fail"
+    )
+    yield from _row(10, breaks.cut("SV"), {"PDH": "AC", "M": "C", "T": "C"}, note=flushed)
     yield from _row(11, breaks.cut("TV"), {"BPDH": "A", "MT": "C"})
     yield from _row(12, breaks.cut("CV"), {"BPDHMT": "C"})
     everybody = ("CT", "ST", "TV")
