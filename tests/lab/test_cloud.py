@@ -155,7 +155,9 @@ def test_a_controller_without_the_permission_leaves_the_evm_where_it_is(cloud: P
 
 
 def test_a_node_in_another_zone_is_no_target(evm: Subject) -> None:
-    check_stays(evm, evm.end_of(evm.begin("n3")), "InvalidVolume.ZoneMismatch")
+    with pytest.raises(Refused, match=r"it is in lab-1a, n3 in lab-1b"):
+        evm.begin("n3")
+    check_only_on(evm, evm.record.owner or "")
 
 
 @pytest.mark.parametrize(

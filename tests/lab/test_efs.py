@@ -121,7 +121,7 @@ def test_an_abort_keeps_the_mount_and_the_lock(pool: Pool, served: Served, new_e
     lock = f"{served.home}/abort.lock"
     assert tell(evm, f"lock take {lock}")["held"]
     with outliving(f"the lab {NAME}"):
-        begun = pool.json("migrate", evm.name, "--to", "n2", "--detach")
+        begun = pool.json("migrate", evm.name, "--to", "n2", "--detach", "--max-bandwidth", "4MiB")
         pool.emp("migration", "abort", begun["id"], check=False)
     done = until(
         lambda: (m := pool.json("migration", "show", begun["id"]))["stage"] == "closed" and m, "it does not end"
