@@ -60,7 +60,8 @@ class Adoption:
         for evm in self._journal.evms:
             await self._try(evm, alive.pop(evm, None))
         for evm in self._residents.shelf.evms - set(self._journal.evms) - set(alive):
-            self._residents.shelf.drop(evm)  # the agent died between the shelf and the journal
+            await assembler.clear(evm, None)  # the agent died between the shelf and the journal
+            self._residents.shelf.drop(evm)
         for evm in ports - set(self._journal.evms) - set(alive):
             await assembler.clear(evm, None)
         return tuple([evm for evm, process in alive.items() if not await self._never_ran(evm, process)])

@@ -196,6 +196,7 @@ def make_client(
     session.register_component("data_loader", _loader())
     if credentials_file is not None:
         session.set_config_variable("credentials_file", str(credentials_file))
+        session.get_component("credential_provider").remove("env")  # else whoever starts the daemon would overrule it
 
     config = Config(
         connect_timeout=CONNECT_S, read_timeout=read_s, retries={"total_max_attempts": 1}, max_pool_connections=32
