@@ -240,6 +240,7 @@ class Migrations:
                 await began.start()
             except BaseException:
                 del self._roles[order.migration]
+                began.drop()
                 raise
             resident.role = began
         self._residents.changed.notify()

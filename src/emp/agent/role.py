@@ -65,6 +65,8 @@ class Role(Generic[State]):
         self.progress = Progress()
         self.watched: tuple[WatchLine, ...] = ()
         self.changed = Signal()
+        self.dropped = False
+        """it never began, and nobody knows of it any more"""
         self._step = step
         self._journal = journal
         self._deadlines_s = {Timer.REPEAT: REPEAT_S, Timer.ANSWER: ANSWER_S, Timer.RETRY: RETRY_S, **deadlines_s}
@@ -201,12 +203,17 @@ class Role(Generic[State]):
             seen = self.changed.version
             status = self.status
             yield status
-            if status.phase.final:
+            if status.phase.final or self.dropped:
                 return
             await self.changed.beyond(seen)
             if not self.phase.final and self._main is not None:
                 blackout = self.state.shown[1] is Stage.BLACKOUT
                 await asyncio.wait([self._main], timeout=_QUIET_S if blackout else _COALESCE_S)
+
+    def drop(self) -> None:
+        """End every watch of a role that could not begin: asked again, this node says that it knows of none."""
+        self.dropped = True
+        self.changed.notify()
 
     async def until(self, condition: Callable[[], bool], *, timeout_s: float) -> bool:
         """Return once ``condition`` holds (looked at after each step), or False after ``timeout_s``."""

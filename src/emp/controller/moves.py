@@ -29,7 +29,7 @@ from emp.controller.agents import AgentClient, Agents
 from emp.controller.nodes import Nodes
 from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
-from emp.model.errors import EmpError, NotFound, OutcomeUnknown, Unavailable
+from emp.model.errors import EmpError, NotFound, OutcomeUnknown, StaleEpoch, Unavailable
 from emp.model.migration import Migration, MoveStep, VolumeMove, VolumeOrder
 from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Relayed, TakeBackOrder, VolumeGrant
 from emp.model.volume import Volume
@@ -133,7 +133,10 @@ class Moves:
             with steps.timed(MoveStep.DETACH):
                 await self.volumes.release((volume,), node=live.source, unheld=True)
         with steps.timed(MoveStep.ATTACH):
-            (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)
+            try:
+                (grant,) = await self.volumes.attach((volume,), node=live.target, epoch=live.epoch_target)
+            except StaleEpoch as error:
+                raise _Gone(f"a newer owner has it: {error.message}") from error
         with steps.timed(MoveStep.LAND):
             order = GoOnOrder(evm=live.evm, epoch=live.epoch_target, grant=grant)
             try:
@@ -170,7 +173,8 @@ class Moves:
         except NotFound:
             return None
         except EmpError:
-            if not self._is_down(self.migration.source):
+            # One that must be empty lends nothing again, so that waiting would help nobody.
+            if not (self._is_down(self.migration.source) or self.migration.policy.source_must_be_empty):
                 raise
             return None  # it is held, and what was on its way is sent again to wherever the volume is next
 
