@@ -12,7 +12,7 @@ from emp.controller.agents import Agents
 from emp.controller.moves import Moves
 from emp.controller.nodes import Nodes
 from emp.controller.volumes import Volumes
-from emp.model.errors import Conflict, EmpError, Forbidden, NotFound, OutcomeUnknown, Refused, Unreachable
+from emp.model.errors import Conflict, EmpError, Forbidden, NotFound, OutcomeUnknown, Refused, StaleEpoch, Unreachable
 from emp.model.migration import Migration, MoveStep, Policy, VolumeOrder
 from emp.model.orders import GoOnOrder, HoldOrder, LendOrder, Lent, Relayed, TakeBackOrder, VolumeGrant
 from emp.model.volume import Attachment, NbdEndpoint, Volume, VolumeType
@@ -103,7 +103,11 @@ class Agent:
         self.world.lent = False
 
     async def hold(self, _: str, order: HoldOrder) -> Relayed:
-        self.world.step("hold")
+        try:
+            self.world.step("hold")
+        except Unreachable:  # it is held all the same
+            self.world.held = True
+            raise
         if not self.world.borrowed:
             raise NotFound("not relayed here")
         self.world.held = True
@@ -325,3 +329,17 @@ async def test_what_is_lent_is_served_as_it_is_attached(world: World) -> None:
     world.attachments = []
     with pytest.raises(NotFound, match="not attached to n1"):
         await moving(world).lend((VOLUME,))
+
+
+async def test_a_volume_that_a_newer_owner_has_is_moved_no_more(world: World) -> None:
+    world.refusing["attach n2"] = [StaleEpoch("it is fenced: epoch 5 is older than 7")]
+    made = moving(world)
+    await finished(made)
+    assert made.made == {} and "lend" not in world.done
+
+
+async def test_a_source_that_must_be_empty_and_has_lost_its_relay_is_not_waited_for(world: World) -> None:
+    world.refusing["hold"] = [Unreachable("what is on its way is not answered")]
+    await finished(moving(world, source_must_be_empty=True))
+    assert world.done == ["hold refused", "take back", "detach n1", "attach n2", "go on"]
+    at_the_target(world)
