@@ -10,12 +10,10 @@ from typing import Any, cast
 import pytest
 from pydantic import ValidationError
 
-from emp.controller import volumes as controller_volumes
 from emp.controller.config import Config, EbsVolumes
 from emp.controller.volumes import Volumes
 from emp.controller.wiring import _volume_driver
 from emp.model.errors import Conflict, OutcomeUnknown, StaleEpoch
-from emp.model.volume import VolumeType
 from emp.volumes.ebs import EbsVolumeDriver
 from tests.fakes.agent import Script
 from tests.fakes.pool import Pool, a_pool
@@ -28,12 +26,6 @@ KINDS = {"nbd": FakeVolumes, "ebs": FakeEbs}
 async def pool(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Pool]:
     async with a_pool(tmp_path, "n1", "n2", volumes=KINDS[request.param]()) as made:
         yield made
-
-
-@pytest.fixture
-def any_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    """EVMs may have volumes of every type, as they may once each can be moved."""
-    monkeypatch.setattr(controller_volumes, "MIGRATABLE_TYPES", tuple(VolumeType))
 
 
 def is_ebs(pool: Pool) -> bool:
@@ -119,7 +111,7 @@ async def test_what_a_fenced_source_had_needs_no_letting_go(pool: Pool) -> None:
     assert ("fence", "", done["epoch_target"], True) in pool.volumes.log
 
 
-async def test_a_cold_start_elsewhere_detaches_first_what_one_node_alone_can_have(any_type: None, pool: Pool) -> None:
+async def test_a_cold_start_elsewhere_detaches_first_what_one_node_alone_can_have(pool: Pool) -> None:
     evm, volume = await made(pool, "gp3:16MiB")
     await pool.lose("n1")
     await pool.post("/v1/nodes/n1/fence", {"confirm": True, "reason": "it burns"})
@@ -132,7 +124,7 @@ async def test_a_cold_start_elsewhere_detaches_first_what_one_node_alone_can_hav
     ], "its node is proven off: if it does not let go, it is made to"  # fmt: skip
 
 
-async def test_a_start_on_the_same_node_takes_over_what_is_attached_there(any_type: None, pool: Pool) -> None:
+async def test_a_start_on_the_same_node_takes_over_what_is_attached_there(pool: Pool) -> None:
     _, volume = await made(pool, "gp3:16MiB")
     pool.volumes.failing["detach"] = Conflict("not now")  # so that the stop leaves it attached
     await pool.post("/v1/evms/web/stop", {"grace_s": 0})
@@ -145,7 +137,7 @@ async def test_a_start_on_the_same_node_takes_over_what_is_attached_there(any_ty
     assert controllers_view(pool, volume) == [("n1", started["epoch"])]
 
 
-async def test_a_cold_start_is_patient_with_a_detach_that_hangs(any_type: None, pool: Pool) -> None:
+async def test_a_cold_start_is_patient_with_a_detach_that_hangs(pool: Pool) -> None:
     _, volume = await made(pool, "gp3:16MiB")
     await pool.lose("n1")
     await pool.post("/v1/nodes/n1/fence", {"confirm": True, "reason": "it burns"})
@@ -158,7 +150,7 @@ async def test_a_cold_start_is_patient_with_a_detach_that_hangs(any_type: None, 
     assert list(pool.volumes.holders(volume)) == ["n2"]
 
 
-async def test_what_somebody_else_has_attached_is_left_to_him(any_type: None, tmp_path: Path) -> None:
+async def test_what_somebody_else_has_attached_is_left_to_him(tmp_path: Path) -> None:
     async with a_pool(tmp_path, "n1", volumes=(ebs := FakeEbs())) as pool:
         volume = await pool.post("/v1/volumes", {"type": "gp3", "size_bytes": "16MiB"})
         ebs.attach_by_hand(volume["id"], "i-00000000000000abc")

@@ -179,9 +179,7 @@ class Relays:
 
     async def until_settled(self, evm: str) -> None:
         """Return once each volume that the EVM borrows is this node's own, or is to go on as it is for now."""
-        while any(
-            u.evm == evm and u.side is Side.BORROWED and u.volume not in self._settled for u in self._uses.values()
-        ):
+        while any(use.volume not in self._settled for use in self._of_evm(evm, Side.BORROWED)):
             await self._changed.beyond(self._changed.version)
 
     def _borrowed(self, volume: str) -> Use:

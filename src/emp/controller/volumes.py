@@ -22,7 +22,7 @@ from emp.volumes.base import SharedStorage, VolumeDriver
 
 log = logging.getLogger(__name__)
 
-MIGRATABLE_TYPES = tuple(kind for kind in VolumeType if kind is not VolumeType.SHARED)
+MADE_TYPES = tuple(kind for kind in VolumeType if kind is not VolumeType.SHARED)
 """What the pool makes."""
 SHOW_S = 5.0
 """for the service to say how one volume is; then its record is shown"""
@@ -54,8 +54,8 @@ def parse_wishes(texts: Sequence[str]) -> tuple[VolumeWish, ...]:
                 raise BadInput(f"{text} is named twice", field=field, hint="name each volume once")
             wishes.append(VolumeWish(id=text))
             continue
-        if kind not in MIGRATABLE_TYPES:
-            hint = f"{', '.join(f'{t}:SIZE' for t in MIGRATABLE_TYPES)}, or the id of a volume"
+        if kind not in MADE_TYPES:
+            hint = f"{', '.join(f'{t}:SIZE' for t in MADE_TYPES)}, or the id of a volume"
             raise BadInput(f"{kind[:40]!r} is not a volume type", field=field, hint=hint)
         size_bytes = check_size(parse_size(size, field=field), field=field)
         wishes.append(VolumeWish(type=VolumeType(kind), size_bytes=size_bytes))
@@ -118,9 +118,9 @@ class Volumes:
         return self.shown(await self.get(volume))
 
     async def create(self, type: VolumeType, size_bytes: int, *, evm: str | None = None) -> Volume:  # noqa: A002
-        if type not in MIGRATABLE_TYPES:
-            hint = f"one of {', '.join(MIGRATABLE_TYPES)}"
-            raise BadInput(f"an EVM with a volume of the type {type} could not be moved", field="type", hint=hint)
+        if type not in MADE_TYPES:
+            hint = f"one of {', '.join(MADE_TYPES)}"
+            raise BadInput(f"the pool makes no volumes of the type {type}", field="type", hint=hint)
         made = await self._driver.create(type=type, size_bytes=size_bytes)
         volume = made.model_copy(update={"evm": evm})
         await self._book.write(put(self._book.volumes, volume.id, volume))
