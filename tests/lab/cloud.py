@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from emp.lab import region
 from emp.lab.cloud.knobs import Knobs
+from emp.lab.down import down
+from emp.lab.region import Profile
 from emp.lab.topology import CTL
+from emp.lab.up import Options, up
 from tests.lab.conftest import Pool
+from tests.leaks import outliving
 
 _TURN = """
 import asyncio, json, sys
@@ -42,6 +48,15 @@ try:
 except ClientError as error:
     print(json.dumps({"Refused": error.response["Error"]["Code"]}))
 """
+
+
+@contextmanager
+def cloud_of_three(name: str) -> Iterator[Pool]:
+    """Give a pool of three nodes with a cloud; n3 is in another zone than the others."""
+    with outliving(f"the lab {name}"):
+        made = Pool(up(Options(name, 3, cloud=Profile.INSTANT, zones={"n3": "b"})))
+    yield made
+    down(made.files)
 
 
 def turn(pool: Pool, **knobs: Any) -> None:

@@ -12,16 +12,14 @@ import pytest
 from emp.lab.checkers import epochs, records
 from emp.lab.cloud.knobs import AWS
 from emp.lab.demo import volume_file
-from emp.lab.down import down
 from emp.lab.journal_check import check_journal
-from emp.lab.region import Profile, instance_of
+from emp.lab.region import instance_of
 from emp.lab.residue import Residue
 from emp.lab.topology import VOL, Topology
-from emp.lab.up import Options, up
 from emp.model.errors import Conflict, Refused
 from emp.model.evm import EvmState
 from emp.model.migration import Migration, Outcome
-from tests.lab.cloud import attached, call, turn
+from tests.lab.cloud import attached, call, cloud_of_three, turn
 from tests.lab.conftest import Pool, run_emp, run_lab
 from tests.lab.pool import Subject, subject, until
 from tests.lab.test_volumes import disks
@@ -35,11 +33,8 @@ GIB = 1 << 30
 
 @pytest.fixture(scope="module")
 def cloud(lab_home: Path) -> Iterator[Pool]:
-    """A pool of three nodes with a cloud; n3 is in another zone than the others."""
-    with outliving(f"the lab {NAME}"):
-        made = Pool(up(Options(NAME, 3, cloud=Profile.INSTANT, zones={"n3": "b"})))
-    yield made
-    down(made.files)
+    with cloud_of_three(NAME) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,13 @@ import pytest
 from emp.lab import partition
 from emp.lab.checkers import epochs
 from emp.lab.demo import volume_file
-from emp.lab.down import down
 from emp.lab.journal_check import check_journal
-from emp.lab.region import Profile, instance_of
+from emp.lab.region import instance_of
 from emp.lab.topology import VOL
-from emp.lab.up import Options, up
 from emp.model.errors import Conflict, Refused
 from emp.model.migration import Migration, Outcome
 from emp.model.volume import Volume
-from tests.lab.cloud import attached, call, turn
+from tests.lab.cloud import attached, call, cloud_of_three, turn
 from tests.lab.conftest import Pool
 from tests.lab.pool import Subject, mend, subject, until
 from tests.leaks import outliving
@@ -33,11 +31,8 @@ STUCK_S = 90.0
 
 @pytest.fixture(scope="module")
 def cloud(lab_home: Path) -> Iterator[Pool]:
-    """A pool of three nodes with a cloud; n3 is in another zone than the others."""
-    with outliving(f"the lab {NAME}"):
-        made = Pool(up(Options(NAME, 3, cloud=Profile.INSTANT, zones={"n3": "b"})))
-    yield made
-    down(made.files)
+    with cloud_of_three(NAME) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,8 @@ def until(what: Callable[[], object], why: str) -> Any:
 
 @pytest.fixture(scope="module")
 def pool(lab_home: Path) -> Iterator[Pool]:
-    """A pool of three nodes with a cloud; n3 stands in another zone."""
-    with outliving(f"the lab {NAME}"):
-        made = Pool(up(Options(NAME, 3, cloud=Profile.INSTANT, zones={"n3": "b"})))
-    yield made
-    down(made.files)
+    with cloud.cloud_of_three(NAME) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
