@@ -161,10 +161,13 @@ async def test_two_of_one_serial_are_both_refused(world: World) -> None:
 async def test_a_device_that_shows_late_is_found_then(tmp_path: Path, access_key: str) -> None:
     """AWS says ``attached`` a moment before the node's kernel has the device."""
     async with cloud(tmp_path, access_key) as world:
-        await world.pool.turn(device_lag_s=0.3)
+        await world.pool.turn(device_lag_s=3600)
         await world.driver.attach(world.volume.id, node="n1", epoch=1)
         with pytest.raises(Unavailable):
             await world.resolver.resolve(world.volume)
+        await world.driver.detach(world.volume.id, node="n1", epoch=1)
+        await world.pool.turn(device_lag_s=0.3)
+        await world.driver.attach(world.volume.id, node="n1", epoch=2)
         async with asyncio.timeout(5):
             while True:
                 with contextlib.suppress(Unavailable):

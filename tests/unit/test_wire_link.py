@@ -291,6 +291,21 @@ async def test_a_peer_that_never_welcomes_is_unreachable(certs: Path) -> None:
             await connect_link("127.0.0.1", port, tls=context, pool=POOL, peer=N2, timeout_s=0.2)
 
 
+async def test_an_opening_that_is_cancelled_leaves_no_link(n2: End, certs: Path) -> None:
+    context = tls.mutual_client(certs / "agent-n1")
+    for steps in range(40):
+        opening = asyncio.create_task(connect_link("127.0.0.1", n2.port, tls=context, pool=POOL, peer=N2))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            (await opening).abort()
+    here = await connect(certs, n2.port)  # and so those before have been accepted, or never will be
+    for _ in range(n2.links.qsize() - 1):
+        await asyncio.wait_for((await n2.links.get()).closed, 5)
+    here.abort()
+
+
 async def test_a_stopping_server_drops_its_links(certs: Path) -> None:
     async with served(certs) as end:
         here = await connect(certs, end.port)

@@ -189,6 +189,21 @@ static void journal_stop(struct journal *j)
     close(j->fd);
 }
 
+/* Waits up to 5 s for a disk on its way (boot, hot-plug); its node shows a moment before it opens (ENXIO till then). */
+static int disk_open(const char *serial, char *device, size_t size)
+{
+    uint64_t deadline = now_us(CLOCK_MONOTONIC) + 5000000;
+    for (;;) {
+        int fd = -1;
+        bool found = find_device(serial, device, size);
+        if (found)
+            fd = open(device, O_RDWR | O_DIRECT | O_CLOEXEC);
+        if (fd >= 0 || (found && errno != ENXIO) || now_us(CLOCK_MONOTONIC) > deadline)
+            return fd;
+        sleep_us(20000);
+    }
+}
+
 static void journal_start(struct buf *out, const char *serial, double rate_hz)
 {
     struct journal *j = NULL;
@@ -204,18 +219,15 @@ static void journal_start(struct buf *out, const char *serial, double rate_hz)
         put(out, "{\"error\": \"%d journals at most\"}", JOURNALS);
         return;
     }
-    char device[40];
+    char device[40] = "";
     bool is_file = serial[0] == '/';
-    uint64_t deadline = now_us(CLOCK_MONOTONIC) + 5000000; /* a disk may still be on its way: boot, hot-plug */
-    snprintf(device, sizeof device, "%s", serial);
-    while (!is_file && !find_device(serial, device, sizeof device)) {
-        if (now_us(CLOCK_MONOTONIC) > deadline) {
-            put(out, "{\"error\": \"no disk with the serial %s\"}", serial);
-            return;
-        }
-        sleep_us(20000);
+    if (is_file)
+        snprintf(device, sizeof device, "%s", serial);
+    int fd = is_file ? open(device, O_RDWR | O_DIRECT | O_CLOEXEC | O_CREAT, 0644) : disk_open(serial, device, sizeof device);
+    if (!device[0]) {
+        put(out, "{\"error\": \"no disk with the serial %s\"}", serial);
+        return;
     }
-    int fd = open(device, O_RDWR | O_DIRECT | O_CLOEXEC | (is_file ? O_CREAT : 0), 0644);
     uint64_t bytes = 0, low = 0;
     struct stat file;
     if (fd < 0 || (is_file ? fstat(fd, &file) : ioctl(fd, BLKGETSIZE64, &bytes))) {
