@@ -145,6 +145,7 @@ class FakeAgent:
         self.tasks: set[asyncio.Task[None]] = set()
         self.sock = socket.create_server((HOST, 0))
         self._beating: asyncio.Task[None] | None = None
+        self._one_beat = asyncio.Lock()
         self._client: WireClient | None = None
 
     # ---------------------------------------------------------- reporting
@@ -179,7 +180,8 @@ class FakeAgent:
         if self._client is None:
             self._client = self.pool.client_of(self.name)
         path = f"/v1/agents/{self.name}/heartbeat"
-        reply = await self._client.request("POST", path, self.report(), response_model=HeartbeatReply)
+        async with self._one_beat:
+            reply = await self._client.request("POST", path, self.report(), response_model=HeartbeatReply)
         self.quarantine = reply.quarantine
         return reply
 
@@ -195,8 +197,10 @@ class FakeAgent:
         self._beating = asyncio.create_task(self.keep_beating(), name=f"beats of {self.name}")
 
     async def stop_beating(self) -> None:
+        """Return when none is on its way any more: one that was only cancelled here may still be heard there."""
         if self._beating is not None:
-            self._beating.cancel()
+            async with self._one_beat:
+                self._beating.cancel()
             await asyncio.wait([self._beating])
             self._beating = None
 

@@ -72,7 +72,7 @@ async def test_it_is_written_as_it_begins(pool: Pool) -> None:
     pool.agents["n1"].script = Script()
     begun = await migrate(pool)
     for volume in (IO2, GP3):
-        shown = await until_state(pool, volume, "moving")
+        shown = await pool.until(f"/v1/volumes/{volume}", lambda v: v["state"] == "moving" and v["handover"])
         assert (shown["handover"]["migration"], shown["handover"]["ended_at"]) == (begun["id"], None)
     await pool.post(f"/v1/migrations/{begun['id']}/abort")
 
