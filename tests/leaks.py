@@ -1,4 +1,5 @@
-"""Fails a test that leaves something behind: an asyncio task, a process, a network namespace, a link, a mount.
+"""Fails a test that leaves something behind: an asyncio task or connection, a process, a network namespace, a link, a
+mount.
 
 Everything that the session starts inherits the mark ``EMP_TEST_ID`` in its environment, so that a process is known for
 ours even when it has left its parent; one whose environment was replaced is known by its parent instead.
@@ -34,7 +35,7 @@ _outliving: set[str] = set()
 GRACE_S = 1.0
 """How long a process that has been told to end may take."""
 TASK_GRACE_S = 0.1
-"""How long a task that has been cancelled may take."""
+"""How long a task that has been cancelled may take, and a connection that has been closed."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,12 @@ def no_task_left_by_the_test(request: pytest.FixtureRequest, nothing_left_by_the
         request.getfixturevalue(f"_no_task_left_in_{scope}_loop")
 
 
+def _connections() -> list[str]:
+    """Name the transports of this loop that are open: collected later, one would be held against another test."""
+    transports: Any = getattr(asyncio.get_running_loop(), "_transports", {})
+    return [f"{one!r} of {one.get_protocol()!r}" for one in transports.values() if one._sock is not None]
+
+
 def _no_task_left_in(loop_scope: LoopScope) -> Any:
     async def guard() -> AsyncIterator[None]:
         before = asyncio.all_tasks()
@@ -232,6 +239,11 @@ def _no_task_left_in(loop_scope: LoopScope) -> Any:
         if left:
             names = "; ".join(f"task {task.get_name()}: {task.get_coro()}" for task in left)
             pytest.fail(f"the test left behind: {names}", pytrace=False)
+        deadline_s = time.monotonic() + TASK_GRACE_S
+        while (open_still := _connections()) and time.monotonic() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # asyncio has no event for the end of a transport
+        if open_still:
+            pytest.fail(f"the test left behind: {'; '.join(open_still)}", pytrace=False)
 
     return pytest_asyncio.fixture(guard, loop_scope=loop_scope)
 

@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 PLANTED = """
-import asyncio, os, subprocess, sys, time
+import asyncio, os, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 from tests import leaks
@@ -30,6 +30,10 @@ async def test_task_in_a_wider_loop():
 async def test_no_task():
     task = asyncio.create_task(asyncio.Event().wait())
     task.cancel()
+
+async def test_connection():
+    here, there = socket.socketpair()
+    children.extend((await asyncio.open_connection(sock=here), there))
 
 def test_child():
     children.append(subprocess.Popen(SLEEP))
@@ -130,13 +134,15 @@ def test_a_session_has_namespaces_and_labs_of_its_own() -> None:
 def test_a_stray_task_or_process_fails_its_test(plant: pytest.Pytester) -> None:
     plant.makepyfile(test_planted=PLANTED)
     result = plant.runpytest_subprocess("-rE", "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=9, errors=6)
+    result.assert_outcomes(passed=10, errors=7)
     result.stdout.fnmatch_lines(
         [
             "*at teardown of test_task *",
             "the test left behind: task stray:*",
             "*at teardown of test_task_in_a_wider_loop *",
             "the test left behind: task wide:*",
+            "*at teardown of test_connection *",
+            "the test left behind: <_SelectorSocketTransport *",
             "*at teardown of test_child *",
             "the test left behind: process *time.sleep(60)*",
             "*at teardown of test_child_without_environment *",
