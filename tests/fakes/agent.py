@@ -118,6 +118,7 @@ class FakeAgent:
         self.boot_id = "boot"
         self.journal_id, self.journal_seq = "", 0
         self.open_roles: tuple[OpenRole, ...] = ()
+        self.lending: tuple[str, ...] = ()
         self.quarantine: str | None = None
         """what the controller's last answer said"""
         self.evms: dict[str, EvmReport] = {}
@@ -168,6 +169,7 @@ class FakeAgent:
             journal_id=self.journal_id,
             journal_seq=self.journal_seq,
             open_roles=self.open_roles,
+            lending=self.lending,
         )
 
     def reboot(self) -> None:

@@ -144,7 +144,7 @@ class AgentDaemon(Daemon):
                 raise
 
         migrations = Migrations(journal, residents, dial, claims, gate, relays, stream_host=config.address)
-        parts = agent_daemon.Parts(facts, images, journal, residents, migrations, claims, gate)
+        parts = agent_daemon.Parts(facts, images, journal, residents, migrations, claims, gate, relays)
         reporter = agent_daemon.Reporter(config, parts)
         app = make_app(residents, migrations, gate, reporter.report)
         adoption = Adoption(journal, residents, migrations, claims)

@@ -164,6 +164,27 @@ async def test_a_source_behind_its_commit_is_told_that_the_target_has_withdrawn(
     assert answer == ("withdrawn", begun["nonce"] or "p1")
 
 
+async def test_a_lost_source_that_comes_back_ends_its_relays(pool: Pool) -> None:
+    """The volume has been taken over from it; its relay is a process of its own, and did not die with its agent."""
+    await pool.create("web", node="n1")
+    source = pool.agents["n1"]
+    source.script = Script()
+    begun = await migrate(pool, target="n2")
+    await pool.until(f"/v1/migrations/{begun['id']}", lambda m: m["stage"] == "source-brownout")
+    source.lending = (begun["id"], "m-unknown")
+    await source.beat()
+    assert "take back" not in {verb for verb, _ in source.orders}, "it is needed yet"
+    await pool.post(f"/v1/migrations/{begun['id']}/abort")
+    await closed(pool, begun)
+    told = len(source.orders)
+    await source.beat()
+    async with asyncio.timeout(30):
+        while "take back" not in {verb for verb, _ in source.orders[told:]}:
+            source.reached.clear()
+            await source.reached.wait()
+    assert [order.volumes for verb, order in source.orders[told:] if verb == "take back"] == [None]
+
+
 async def test_the_last_word_of_a_node_in_doubt_is_taken_once_it_is_believed(pool: Pool) -> None:
     await pool.create("web", node="n1")
     source = pool.agents["n1"]

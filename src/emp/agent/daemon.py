@@ -59,7 +59,7 @@ async def run(config: AgentConfig) -> None:
     probe = wiring.probe(config, devices)
     migrations = Migrations(journal, residents, dial, claims, gate, relays, stream_host=config.address, probe=probe)
     try:
-        await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate), stop)
+        await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate, relays), stop)
     finally:
         log.info("agent of %s stops; its EVMs go on", config.node)
         await migrations.close()
@@ -80,6 +80,7 @@ class Parts:
     migrations: Migrations
     claims: Claims
     gate: Gate
+    relays: Relays
 
 
 def _open_journal(config: AgentConfig) -> tuple[Journal, str | None]:
@@ -190,4 +191,5 @@ class Reporter:
             journal_id="" if distrust else standing.id,
             journal_seq=0 if distrust else standing.seq,
             open_roles=self._parts.migrations.open_roles(),
+            lending=self._parts.relays.lending,
         )

@@ -108,6 +108,11 @@ class Relays:
             await self._driver.open(use.name)
         return endpoint
 
+    @property
+    def lending(self) -> tuple[str, ...]:
+        """Return the migrations for which something is lent here."""
+        return tuple(sorted({use.migration for use in self._uses.values() if use.side is Side.LENT}))
+
     def let_through(self, migration: str) -> None:
         """GIVEN is on disk: let the target's writes through, until that is done; return at once."""
         for use in self._of(Side.LENT, migration=migration):

@@ -165,7 +165,7 @@ def since(node: Node) -> str:
 
 def _lasting(node: Node) -> Node:
     """Return the node without what changes all the time and is told elsewhere."""
-    report = node.report.model_copy(update={"memory_used_bytes": 0, "evms": (), "open_roles": ()})
+    report = node.report.model_copy(update={"memory_used_bytes": 0, "evms": (), "open_roles": (), "lending": ()})
     return node.model_copy(update={"report": report, "last_seen_at": 0.0})
 
 

@@ -6,6 +6,7 @@ An end that was away to the last is told how the migration ended, as often as it
   OWN(e_s) was seen, or that it never got the order, so even a copy that has loaded everything goes.
 - a **source** of a completed one: the target's answer, ACTIVATED; of an aborted one, if it is behind the commit, the
   target's WITHDRAWN, from the target itself.
+- a source that was lost to the last, and **lends** a volume that has been taken over from it: to end that relay.
 - an end of a migration of which there is no record: to go back. A target that has loaded everything stays, unless
   another node runs the EVM under a newer epoch: the missing record may have known better.
 """
@@ -23,7 +24,7 @@ from emp.controller.tasks import Tasks
 from emp.model.evm import EvmState
 from emp.model.migration import Migration, Outcome
 from emp.model.node import Node, OpenRole
-from emp.model.orders import AbortOrder, AnswerOrder, Role, RolePhase
+from emp.model.orders import AbortOrder, AnswerOrder, Role, RolePhase, TakeBackOrder
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ class Sweep:
             key = f"{role.migration} on {node.name}"
             if not self._migrations.is_open(role.migration) and not self._tasks.has(key):
                 self._tasks.start(key, self._tell(node, role))
+        for lent in node.report.lending:
+            key = f"relays of {lent} on {node.name}"
+            known = self._book.migrations.find(lent)
+            if known and not self._migrations.is_open(lent) and not self._tasks.has(key):
+                self._tasks.start(key, self._end_relays(node, known))
 
     async def close(self) -> None:
         await self._tasks.close()
@@ -61,6 +67,11 @@ class Sweep:
                     await self._carry_withdrawal(agent, migration)
             case AnswerOrder():
                 await agent.answer(role.migration, order)
+
+    async def _end_relays(self, node: Node, migration: Migration) -> None:
+        """A migration is closed only once its volumes are where the EVM is: nothing goes through these any more."""
+        log.warning("%s still lends a volume for %s", node.name, migration.id)
+        await self._agents.of(node).take_back(migration.id, TakeBackOrder())
 
     async def _carry_withdrawal(self, source: AgentClient, migration: Migration) -> None:
         """A source behind its commit goes back only by the target's own word, which it has not been able to hear."""

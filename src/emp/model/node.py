@@ -72,6 +72,8 @@ class NodeReport(Model):
     journal_seq: int = 0
     """highest record number: a journal that comes back with another id, or behind this, is quarantined"""
     open_roles: tuple[OpenRole, ...] = ()
+    lending: tuple[str, ...] = ()
+    """migrations for whose target this node relays a volume"""
 
 
 class Fence(Model):
