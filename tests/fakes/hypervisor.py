@@ -104,6 +104,9 @@ class FakeMachine:
     async def run_state(self) -> RunState:
         return await self._ask("query-status", lambda: self.qemu.run_state)
 
+    async def received_bytes(self, nic: int) -> list[int]:
+        return []
+
     async def stream_info(self) -> StreamInfo:
         return await self._ask("query-migrate", self.qemu.query_migrate)
 

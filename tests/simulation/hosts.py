@@ -40,6 +40,36 @@ class SimPort:
         await self._network.acts("announce")
         self._network.world.announced(self.evm, self._network.node)
 
+    def watch(self, macs: Sequence[str]) -> None:
+        here()
+
+    def stopped(self) -> None:
+        here()
+
+    def swallowed(self, received: Sequence[int]) -> list[bytes]:
+        return []
+
+    def pull(self, most: int) -> list[bytes]:
+        raise NotImplementedError("nothing is sent to an EVM here")
+
+    async def filled(self) -> None:
+        raise NotImplementedError("nothing is sent to an EVM here")
+
+    def forget(self) -> None:
+        here()
+
+    async def moved(self) -> None:
+        here()
+
+    def release(self) -> None:
+        here()
+
+    def expect(self) -> None:
+        here()
+
+    def put(self, frames: Sequence[bytes]) -> int:
+        return len(frames)
+
     async def remove(self) -> None:
         await self._network.acts("remove port")
         ports = self._network.ports.get(self.evm, [])

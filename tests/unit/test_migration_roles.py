@@ -67,6 +67,7 @@ def test_source_gives_the_evm_away() -> None:
         "timer blackout",
         "write given(2)",
         "SendGo",
+        "Forward",
         "OpenRelays",
         "timer repeat",
         "write done(2)",
@@ -112,7 +113,7 @@ def test_trouble_in_precopy_leads_back(trouble: Event) -> None:
     state, done = play_source(new_source(), *PRECOPY, trouble)
     assert done[-1] == "CancelStream"
     state, done = play_source(state, StreamMoved(Stream.BROKEN), Written(K.OWN), e.GuestRuns())
-    assert done == ["write own(3)", "CloseRelays", "AwaitGuest", "SendAborted", "ClaimVolumes"]
+    assert done == ["write own(3)", "CloseRelays", "TakeBackFrames", "AwaitGuest", "SendAborted", "ClaimVolumes"]
     assert state.phase is SourcePhase.ABORTED
     assert state.cause
 
@@ -121,7 +122,7 @@ def test_an_abort_after_completed_needs_the_record_and_an_explicit_cont() -> Non
     state, done = play_source(new_source(), *SWITCHOVER, StreamMoved(Stream.COMPLETED), e.AbortAsked("by the user"))
     assert done[-1] == "write own(3)"
     state, done = play_source(state, Written(K.OWN))
-    assert done == ["CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
+    assert done == ["CloseRelays", "TakeBackFrames", "Run", "SendAborted", "ClaimVolumes"]
 
 
 @pytest.mark.parametrize("event", [e.AbortAsked("late"), e.LinkLost(), TimerFired(Timer.BLACKOUT), e.TargetFailed("x")])
@@ -139,7 +140,7 @@ def test_after_the_commit_nothing_but_the_targets_word_leads_back(event: Event) 
 def test_silence_repeats_go() -> None:
     given, _ = play_source(new_source(), *GIVEN)
     _, done = play_source(given, TimerFired(Timer.REPEAT), TimerFired(Timer.REPEAT))
-    assert done == ["SendGo", "OpenRelays", "timer repeat"] * 2
+    assert done == ["SendGo", "Forward", "OpenRelays", "timer repeat"] * 2
 
 
 def test_rescue_by_the_targets_word() -> None:
@@ -147,7 +148,7 @@ def test_rescue_by_the_targets_word() -> None:
     wrong, _ = play_source(given, e.TargetAnswered(Word.WITHDRAWN, "p0"))
     assert wrong.phase is SourcePhase.GIVEN
     state, done = play_source(given, e.TargetAnswered(Word.WITHDRAWN, "p1"), Written(K.OWN), e.GuestRuns())
-    assert done == ["write own(3)", "CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
+    assert done == ["write own(3)", "CloseRelays", "TakeBackFrames", "Run", "SendAborted", "ClaimVolumes"]
     assert state.phase is SourcePhase.ABORTED
 
 
@@ -290,7 +291,7 @@ def test_a_stuck_source_tries_again_until_its_record_is_on_disk_and_then_the_gue
     state, done = play_source(stuck, TimerFired(Timer.REPEAT), e.WriteFailed(K.OWN, "EIO"), TimerFired(Timer.REPEAT))
     assert done == ["write own(3)", "SendAborted", "timer repeat", "write own(3)", "SendAborted"]
     state, done = play_source(state, Written(K.OWN), e.GuestRuns())
-    assert done == ["CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
+    assert done == ["CloseRelays", "TakeBackFrames", "Run", "SendAborted", "ClaimVolumes"]
     assert (state.phase, state.trouble) == (SourcePhase.ABORTED, None)
 
 
@@ -299,9 +300,9 @@ def test_a_stuck_source_goes_by_the_targets_oath_and_still_owes_its_record() -> 
     assert "SendAborted" in done
     assert "Run" not in done
     state, done = play_source(state, e.TargetAnswered(Word.WITHDRAWN, "p1"), e.RunRefused("locked"))
-    assert done == ["CloseRelays", "Run", "timer retry"]
+    assert done == ["CloseRelays", "TakeBackFrames", "Run", "timer retry"]
     state, done = play_source(state, TimerFired(Timer.RETRY), e.GuestRuns())
-    assert (done, state.phase) == (["CloseRelays", "Run"], SourcePhase.STUCK)
+    assert (done, state.phase) == (["CloseRelays", "TakeBackFrames", "Run"], SourcePhase.STUCK)
     state, _ = play_source(state, Written(K.OWN), e.GuestRuns())
     assert state.phase is SourcePhase.ABORTED
 
@@ -379,7 +380,7 @@ def test_a_source_restarted_before_the_commit_asks_its_target_first() -> None:
         TimerFired(Timer.ANSWER),
     ):
         _, done = play_source(state, answer, Written(K.OWN))
-        assert done == ["write own(3)", "CloseRelays", "Run", "SendAborted", "ClaimVolumes"]
+        assert done == ["write own(3)", "CloseRelays", "TakeBackFrames", "Run", "SendAborted", "ClaimVolumes"]
 
 
 @pytest.mark.parametrize("word", [Word.GOING, Word.ACTIVATED])
@@ -391,7 +392,7 @@ def test_a_source_whose_journal_has_lost_the_commit_never_runs(word: Word) -> No
     _, done = play_source(state, *(TimerFired(timer) for timer in Timer), e.AbortAsked("x"), e.LinkLost())
     assert done == ["Ask", "timer repeat"]
     _, done = play_source(state, e.TargetAnswered(Word.WITHDRAWN, "p1"), Written(K.OWN))
-    assert done[:3] == ["write own(3)", "CloseRelays", "Run"]
+    assert done[:4] == ["write own(3)", "CloseRelays", "TakeBackFrames", "Run"]
 
 
 def test_a_loaded_target_that_hears_nothing_asks_and_wants_a_courier() -> None:

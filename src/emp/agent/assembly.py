@@ -39,12 +39,15 @@ class Assembly:
         for port in self.ports:
             await port.block()
 
+    def addresses(self, index: int) -> list[tuple[str, str]]:
+        """Return (MAC, IP) of the EVM and its pods behind the port of that number."""
+        nic = self.spec.nics[index]
+        return [(nic.mac, nic.address)] + [(p.mac, p.address) for p in self.spec.pods if p.nic == index]
+
     async def announce(self) -> None:
         """Every address of the EVM and its pods, each from the port that it is behind."""
         for index, port in enumerate(self.ports):
-            nic = self.spec.nics[index]
-            behind = [(nic.mac, nic.address)] + [(p.mac, p.address) for p in self.spec.pods if p.nic == index]
-            await port.announce(behind)
+            await port.announce(self.addresses(index))
 
     async def dismantle(self) -> None:
         """Kill the machine, wait for its exit, take its relays and ports away. Idempotent."""

@@ -22,7 +22,7 @@ from emp.agent.heartbeat import Heartbeat
 from emp.agent.images import Images
 from emp.agent.journal import Journal, JournalUntrusted, Standing
 from emp.agent.links import exchange_hello
-from emp.agent.migrations import Dial, Migrations
+from emp.agent.migrations import Dial, DialFrames, Migrations
 from emp.agent.relays import Relays
 from emp.agent.residents import Residents
 from emp.agent.shelf import Shelf
@@ -57,7 +57,17 @@ async def run(config: AgentConfig) -> None:
     gate.distrust = untrusted
     dial = _dial(config, journal)
     probe = wiring.probe(config, devices)
-    migrations = Migrations(journal, residents, dial, claims, gate, relays, stream_host=config.address, probe=probe)
+    migrations = Migrations(
+        journal,
+        residents,
+        dial,
+        claims,
+        gate,
+        relays,
+        stream_host=config.address,
+        dial_frames=_dial_frames(config, journal),
+        probe=probe,
+    )
     try:
         await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate, relays), stop)
     finally:
@@ -95,14 +105,24 @@ def _open_journal(config: AgentConfig) -> tuple[Journal, str | None]:
     return journal, None
 
 
-def _dial(config: AgentConfig, journal: Journal) -> Dial:
+def _dial_frames(config: AgentConfig, journal: Journal) -> DialFrames:
+    dial = _dial(config, journal, carries="frames")
+
+    async def dial_frames(peer: Peer, migration: str) -> Link:
+        link, _ = await dial(peer, migration)
+        return link
+
+    return dial_frames
+
+
+def _dial(config: AgentConfig, journal: Journal, *, carries: str | None = None) -> Dial:
     context = tls.mutual_client(config.credentials)
 
     async def dial(peer: Peer, migration: str) -> tuple[Link, Standing]:
         there = Identity(Role.AGENT, peer.node)
         link = await connect_link(peer.host, peer.link_port, tls=context, peer=there, pool=config.pool)
         try:
-            return link, await exchange_hello(link, journal, migration)
+            return link, await exchange_hello(link, journal, migration, carries=carries)
         except BaseException:
             link.abort()
             raise

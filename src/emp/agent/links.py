@@ -5,7 +5,8 @@ The source opens it; after a break whoever has something to say or to ask does.
 =========  ================  ==========================================================
 message    from -> to        fields
 =========  ================  ==========================================================
-hello      both              migration, journal, seq: who dials says it first
+hello      both              migration, journal, seq: who dials says it first; ``carries``:
+                             "frames" on a link of its own (``emp.agent.forwarding``)
 clock      both              t1_s, then back with t2_s, t3_s (RFC 5905, section 8)
 loaded     target -> source  nonce
 go         source -> target  epoch, nonce
@@ -73,9 +74,10 @@ def event_of(message: Message) -> Event | None:
     return None
 
 
-def hello(journal: Journal, migration: str) -> Message:
+def hello(journal: Journal, migration: str, *, carries: str | None = None) -> Message:
     standing = journal.standing
-    return {"type": "hello", "migration": migration, "journal": standing.id, "seq": standing.seq}
+    said = {"type": "hello", "migration": migration, "journal": standing.id, "seq": standing.seq}
+    return said | ({"carries": carries} if carries else {})
 
 
 def standing_in(message: Message) -> Standing | None:
@@ -86,9 +88,9 @@ def standing_in(message: Message) -> Standing | None:
     return None
 
 
-async def exchange_hello(link: Link, journal: Journal, migration: str) -> Standing:
+async def exchange_hello(link: Link, journal: Journal, migration: str, *, carries: str | None = None) -> Standing:
     """Say hello on a link just dialled, and return how far the peer's journal is. Raises ``Unreachable``."""
-    await link.send(hello(journal, migration))
+    await link.send(hello(journal, migration, carries=carries))
     try:
         async with asyncio.timeout(HELLO_S):
             reply = await anext(aiter(link), None)

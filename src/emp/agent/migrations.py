@@ -10,10 +10,12 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 
 from emp.agent.assembly import Assembly
 from emp.agent.claims import Claims
 from emp.agent.devices import MakeProbe
+from emp.agent.forwarding import Arrivals
 from emp.agent.gate import Gate
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import answer_from_journal, hello, standing_in
@@ -64,6 +66,8 @@ _LANDS_S = 5.0
 
 Dial = Callable[[Peer, str], Awaitable[tuple[Link, Standing]]]
 """(peer, migration) -> a link on which both have said ``hello``, and the peer's journal; raises ``Unreachable``"""
+DialFrames = Callable[[Peer, str], Awaitable[Link]]
+"""(peer, migration) -> a link for frames; raises ``Unreachable``"""
 
 
 class Migrations:
@@ -77,9 +81,11 @@ class Migrations:
         relays: Relays,
         *,
         stream_host: str,
+        dial_frames: DialFrames | None = None,
         probe: MakeProbe | None = None,
     ) -> None:
-        """``probe`` says how a target reads its volumes while memory comes in; None: it does not."""
+        """``dial_frames``: None: no frames are forwarded. ``probe`` says how a target reads its volumes while
+        memory comes in; None: it does not."""
         self._journal = journal
         self._residents = residents
         self._dial = dial
@@ -87,6 +93,7 @@ class Migrations:
         self._gate = gate
         self._relays = relays
         self._stream_host = stream_host
+        self._dial_frames = dial_frames
         self._probe = probe
         self._called_off: dict[str, None] = {}
         """migrations that were to be aborted here before their first order came: that comes too late now"""
@@ -393,9 +400,21 @@ class Migrations:
             if standing is None or not isinstance(migration := message.get("migration"), str):
                 break
             await link.send(hello(self._journal, migration))
-            await self._route(link, migration, standing)
+            if message.get("carries") == "frames":
+                await self._take_frames(link, migration)
+            else:
+                await self._route(link, migration, standing)
             return
         await link.close()
+
+    async def _take_frames(self, link: Link, migration: str) -> None:
+        """The target may be running by now, and its role over."""
+        role = self._roles.get(migration)
+        if isinstance(role, TargetRole) and role.assembly and link.peer == Identity(WireRole.AGENT, role.state.source):
+            await Arrivals(migration, role.assembly.ports).take(link)
+        else:
+            log.warning("%s: frames from %s for an EVM that is not here by it", migration, link.peer)
+            await link.close()
 
     async def _route(self, link: Link, migration: str, standing: Standing) -> None:
         role = self._roles.get(migration)
@@ -455,6 +474,7 @@ class Migrations:
             journal=self._journal,
             assembly=self._residents.get(state.evm).assembly,
             dial=lambda: self._dial(peer, state.migration),
+            dial_frames=partial(frames, peer, state.migration) if (frames := self._dial_frames) else None,
             qemu_name=qemu_name,
             claim=lambda: self._claims.begin(self._residents.get(state.evm).entry.volumes, epoch=state.epoch_back),
             distrust=self._distrust,

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembly
+from emp.agent.forwarding import DialFrames, Forwarder
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink, measure_clock
 from emp.agent.relays import Relays
@@ -61,6 +62,7 @@ class SourceRole(Role[Source]):
         journal: Journal,
         assembly: Assembly | None,
         dial: Dial,
+        dial_frames: DialFrames | None,
         qemu_name: Callable[[str], str],
         claim: Callable[[], None],
         distrust: Callable[[str], None],
@@ -83,6 +85,7 @@ class SourceRole(Role[Source]):
         self._on_end = on_end
         self._watchdog = Watchdog(policy, self._ask_target)
         self._peer = PeerLink(self.feed, journal, self._watchdog.told)
+        self._forwarder = self._new_forwarder(policy, dial_frames)
         self._max_blackout_ms = policy.max_blackout_ms
         self._limit_ms = policy.max_blackout_ms
 
@@ -90,6 +93,18 @@ class SourceRole(Role[Source]):
     def machine(self) -> Machine:
         assert self.assembly is not None
         return self.assembly.machine
+
+    def _new_forwarder(self, policy: Policy, dial: DialFrames | None) -> Forwarder | None:
+        if self.assembly is None or dial is None:
+            return None
+        return Forwarder(
+            self.state.migration,
+            self.assembly.ports,
+            [[mac for mac, _ in self.assembly.addresses(nic)] for nic in range(len(self.assembly.ports))],
+            dial,
+            quiet_s=policy.forward_quiet_s,
+            most_s=policy.forward_most_s,
+        )
 
     # -- beginning
 
@@ -105,6 +120,8 @@ class SourceRole(Role[Source]):
         self.measured(clock_offset_ms=offset_ms, clock_error_ms=error_ms)
         self._peer.attach(link, standing)
         self.spawn(self._peer.pump(link))
+        if self._forwarder is not None:
+            await self._forwarder.connect()
         self._listen()
         self.begin(Ordered())
 
@@ -168,6 +185,8 @@ class SourceRole(Role[Source]):
             case MachineEventKind.STREAM:
                 await self._stream_moved(event.stream)
             case MachineEventKind.STOPPED:
+                if self._forwarder is not None:
+                    self._forwarder.stopped()
                 self.measured(stopped_at_s=event.at_s)
             case MachineEventKind.RESUMED:
                 self.measured(resumed_at_s=event.at_s)
@@ -198,6 +217,8 @@ class SourceRole(Role[Source]):
         while await self.machine.run_state() is not RunState.POSTMIGRATE:  # noqa: ASYNC110
             await asyncio.sleep(0.001)  # QEMU has no event for the run state's change
         self.feed(StreamMoved(Stream.COMPLETED))
+        if self._forwarder is not None:
+            self._forwarder.completed(self.machine)
         self._note(await self.machine.stream_info())
 
     def _note(self, info: StreamInfo) -> None:
@@ -298,6 +319,11 @@ class SourceRole(Role[Source]):
                 self._relays.let_through(self.state.migration)
             case events.CloseRelays():
                 await self._take_back_volumes()
+            case events.Forward():
+                if self._forwarder is not None:
+                    self._forwarder.begin()
+            case events.TakeBackFrames():
+                await self._take_back_frames()
             case events.Quarantine(reason):
                 self._distrust(reason)
             case events.Run():
@@ -306,6 +332,14 @@ class SourceRole(Role[Source]):
                 self.spawn(self._await_guest())
             case events.KillMachine():
                 self.spawn(self._kill())
+
+    async def _take_back_frames(self) -> None:
+        if self._forwarder is not None:
+            await self._forwarder.put_back()
+            self._count_frames(self._forwarder)
+
+    def _count_frames(self, forwarder: Forwarder) -> None:
+        self.measured(frames_held=forwarder.held, frames_forwarded=forwarder.forwarded)
 
     async def _take_back_volumes(self) -> None:
         """None may be left beside the guest that runs here, so it is tried until that is so."""
@@ -330,6 +364,8 @@ class SourceRole(Role[Source]):
         self._limit_ms = switchover_limit_ms(0, policy.max_blackout_ms)
         limits = StreamLimits(policy.max_bandwidth_bytes_per_s, self._limit_ms, policy.multifd_channels)
         self._watchdog.begin()
+        if self._forwarder is not None:
+            self._forwarder.watch()
         self.measured(precopy_began_at_s=_now_s())
         guard_s = policy.blackout_deadline_s + policy.guard_margin_s  # so that it acts only when this agent does not
         try:
@@ -412,6 +448,9 @@ class SourceRole(Role[Source]):
             self.feed(events.RunRefused(str(error)))
 
     async def _kill(self) -> None:
+        if self._forwarder is not None and self.state.phase is SourcePhase.DISMANTLING:
+            await self._forwarder.until_moved()
+            self._count_frames(self._forwarder)
         await self.dismantled(self.assembly)
         self.feed(events.MachineGone())
 
@@ -425,6 +464,8 @@ class SourceRole(Role[Source]):
 
     async def close(self) -> None:
         await super().close()
+        if self._forwarder is not None:
+            await self._forwarder.close()
         await self._peer.close()
 
 

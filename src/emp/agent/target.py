@@ -218,6 +218,8 @@ class TargetRole(Role[Target]):
     async def _open_ports(self) -> None:
         assert self.assembly is not None
         try:
+            for port in self.assembly.ports:
+                port.expect()
             await self.assembly.open_ports()
         except EmpError as error:
             # The commit is made: the guest runs here with or without its network, and a person is told.

@@ -22,15 +22,19 @@ from pyroute2 import AsyncIPRoute, IPRoute  # type: ignore[import-untyped]
 from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 
 from emp.host.run import command_failed
+from emp.model.errors import CommandFailed
 
 _IFF_UP = 0x1
 _IFF_PROMISC = 0x100
 _IFF_LOWER_UP = 0x10000
 
-# linux/rtnetlink.h, linux/netlink.h, linux/if_link.h
-_RTM_SETLINK = 19
-_REQUEST, _ACK = 0x1, 0x4
+# linux/rtnetlink.h, linux/netlink.h, linux/if_link.h, linux/neighbour.h
+_RTM_SETLINK, _RTM_NEWNEIGH, _RTM_DELNEIGH = 19, 28, 29
+_REQUEST, _ACK, _REPLACE, _CREATE = 0x1, 0x4, 0x100, 0x400
 _PROTINFO, _NESTED = 12, 0x8000
+_NEIGHBOUR = struct.Struct("=B3xiHBB")
+"""family, interface, state, flags, type"""
+_NUD_NOARP, _NTF_MASTER, _NTF_STICKY, _LLADDR = 0x40, 0x04, 0x40, 2
 _LEARNING, _UNICAST_FLOOD, _FLUSH, _MULTICAST_FLOOD, _BROADCAST_FLOOD, _LOCKED = 8, 9, 24, 27, 30, 39
 
 
@@ -155,19 +159,42 @@ def lock_port(index: int) -> None:
     _set_port(index, closed | {_FLUSH: None})
 
 
+def pin_mac(index: int, mac: str) -> None:
+    """Let a bridge send frames for ``mac`` to this port, wherever it sees that MAC come from. Raise ``CommandFailed``.
+
+    Sticky (bridge(8), ``fdb ... sticky``): a learnt entry, and a static one too, follows the next frame from the MAC.
+    """
+    entry = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, _NUD_NOARP, _NTF_MASTER | _NTF_STICKY, 0)
+    _ask(_RTM_NEWNEIGH, _CREATE | _REPLACE, entry + _attribute(_LLADDR, bytes.fromhex(mac.replace(":", ""))))
+
+
+def unpin_mac(index: int, mac: str) -> None:
+    """Undo ``pin_mac``. Idempotent. Raise ``CommandFailed``."""
+    entry = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, 0, _NTF_MASTER, 0)
+    try:
+        _ask(_RTM_DELNEIGH, 0, entry + _attribute(_LLADDR, bytes.fromhex(mac.replace(":", ""))))
+    except CommandFailed as error:
+        if error.details["returncode"] not in (errno.ENOENT, errno.ENODEV):
+            raise
+
+
 def _set_port(index: int, flags: dict[int, int | None]) -> None:
-    """Send one RTM_SETLINK by hand: a port is opened inside the blackout, and a library takes ten times as long.
+    attributes = b"".join(_attribute(kind, b"" if value is None else bytes([value])) for kind, value in flags.items())
+    body = struct.pack("=BxHiII", socket.AF_BRIDGE, 0, index, 0, 0) + _attribute(_PROTINFO | _NESTED, attributes)
+    _ask(_RTM_SETLINK, 0, body)
+
+
+def _ask(kind: int, flags: int, body: bytes) -> None:
+    """Send one request by hand: a port is opened inside the blackout, and a library takes ten times as long.
 
     The kernel works on it inside ``send``, under the lock that all changes of links share.
     """
-    attributes = b"".join(_attribute(kind, b"" if value is None else bytes([value])) for kind, value in flags.items())
-    body = struct.pack("=BxHiII", socket.AF_BRIDGE, 0, index, 0, 0) + _attribute(_PROTINFO | _NESTED, attributes)
-    request = struct.pack("=IHHII", 16 + len(body), _RTM_SETLINK, _REQUEST | _ACK, 1, 0) + body
+    request = struct.pack("=IHHII", 16 + len(body), kind, _REQUEST | _ACK | flags, 1, 0) + body
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as asking:
         asking.send(request)
         (code,) = struct.unpack_from("=i", asking.recv(4096), 16)  # the acknowledgement: 0 or minus errno
     if code:
-        raise command_failed(["netlink", "port", "set", str(index), str(flags)], -code, os.strerror(-code))
+        raise command_failed(["netlink", str(kind), body.hex()], -code, os.strerror(-code))
 
 
 def _attribute(kind: int, payload: bytes) -> bytes:

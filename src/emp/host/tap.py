@@ -13,6 +13,7 @@ import os
 import struct
 from pathlib import Path
 
+from emp.host import packet
 from emp.host.run import command_failed
 from emp.model.errors import MissingDependency
 
@@ -59,6 +60,21 @@ def tap_interface(descriptor: int) -> str:
 def header_bytes(descriptor: int) -> int:
     """Return the length of the virtio-net header before each frame: 10, or 12 once QEMU says so. Raise ``OSError``."""
     return int(struct.unpack("i", fcntl.ioctl(descriptor, _TUNGETVNETHDRSZ, bytes(4)))[0])
+
+
+def read_frames(descriptor: int, most: int) -> list[bytes]:
+    """Take up to ``most`` frames that wait for the machine, each with its header as ``emp.host.packet`` has it.
+
+    Raise ``OSError`` when the tap is down or gone.
+    """
+    header, frames = header_bytes(descriptor), []
+    for _ in range(most):
+        try:
+            data = os.read(descriptor, header + packet.LONGEST_BYTES)
+        except BlockingIOError:
+            break
+        frames.append(data[: packet.HEADER_BYTES] + data[header:])
+    return frames
 
 
 def find_taps(pid: int) -> dict[str, int]:

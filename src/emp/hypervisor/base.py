@@ -187,6 +187,14 @@ class Machine(Protocol):
 
     async def run_state(self) -> RunState: ...
     async def stream_info(self) -> StreamInfo: ...
+    async def received_bytes(self, nic: int) -> list[int]:
+        """Return how much each of the newest buffers holds that the guest has received by a NIC, oldest first.
+
+        A frame fills one buffer or several in a row, and its header of 12 bytes counts (virtio 1.2, 5.1.6.4). For a
+        guest that stands still; empty where the hypervisor cannot say. Raises as ``stream_info``.
+        """
+        ...
+
     async def cont(self) -> None:
         """Start the vCPUs. The caller (R1 of the protocol) has checked that it may; refused in ``inmigrate``.
 

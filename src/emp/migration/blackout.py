@@ -30,6 +30,7 @@ from emp.migration.events import (
     BlockPorts,
     ClaimVolumes,
     Event,
+    Forward,
     GoArrived,
     GuestRuns,
     KillMachine,
@@ -89,7 +90,7 @@ def source_giving(state: Source, event: Event) -> tuple[Source, tuple[Action, ..
     match event:
         case Written(RecordKind.GIVEN):
             given = replace(state, phase=SourcePhase.GIVEN, trouble=None)
-            return given, (SendGo(), OpenRelays(), SetTimer(Timer.REPEAT))
+            return given, (SendGo(), Forward(), OpenRelays(), SetTimer(Timer.REPEAT))
         case WriteFailed(RecordKind.GIVEN, reason) if state.machine_gone:  # the target's is the only copy left
             return replace(state, trouble=f"{way_back.UNWRITABLE}: {reason}"), (SetTimer(Timer.REPEAT),)
         case TimerFired(Timer.REPEAT) if state.machine_gone:
@@ -112,7 +113,7 @@ def source_given(state: Source, event: Event) -> tuple[Source, tuple[Action, ...
         case PeerAsks(nonce) if nonce == state.nonce:
             return state, (SendGo(),)
         case TimerFired(Timer.REPEAT):
-            return replace(state, unanswered=True), (SendGo(), OpenRelays(), SetTimer(Timer.REPEAT))
+            return replace(state, unanswered=True), (SendGo(), Forward(), OpenRelays(), SetTimer(Timer.REPEAT))
         case TargetFailed(reason):  # it keeps its copy, and tries again at the next GO
             return replace(state, trouble=f"the target: {reason}"), ()
         case MachineGone():

@@ -318,6 +318,16 @@ class CloseRelays:
 
 
 @dataclass(frozen=True)
+class Forward:
+    """Source, GIVEN on disk: frames for the EVM go to the target."""
+
+
+@dataclass(frozen=True)
+class TakeBackFrames:
+    """Source, on its way back: what was held goes to the guest here."""
+
+
+@dataclass(frozen=True)
 class Quarantine:
     """The journal of this node is proven to have lost a record: nothing is answered from it any more."""
 
@@ -354,6 +364,8 @@ Action = (
     | ClaimVolumes
     | OpenRelays
     | CloseRelays
+    | Forward
+    | TakeBackFrames
     | Quarantine
     | KillMachine
     | SetTimer

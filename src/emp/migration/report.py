@@ -46,6 +46,8 @@ def build_report(
         bandwidth_bytes_per_s=s.bandwidth_bytes_per_s,
         abort_pause_ms=_ms(_span(s.stopped_at_s, s.resumed_at_s)) if aborted else None,
         watch=watch,
+        frames_held=s.frames_held,
+        frames_forwarded=s.frames_forwarded,
         commit_ms=_ms(_span(s.given_at_s, resumed_at_s)),
     )
 

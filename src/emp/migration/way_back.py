@@ -45,6 +45,7 @@ from emp.migration.events import (
     SourceAborted,
     Stream,
     StreamMoved,
+    TakeBackFrames,
     TargetAnswered,
     TargetFailed,
     TargetLoaded,
@@ -137,7 +138,7 @@ def _source_owns(state: Source) -> tuple[Source, tuple[Action, ...]]:
         return replace(state, phase=SourcePhase.LOST, trouble=None), (CloseRelays(), SendAborted())
     start = Run() if state.completed else AwaitGuest()
     resuming = replace(state, phase=SourcePhase.RESUMING, trouble=None)
-    return resuming, (CloseRelays(), start, SendAborted(), ClaimVolumes())
+    return resuming, (CloseRelays(), TakeBackFrames(), start, SendAborted(), ClaimVolumes())
 
 
 def source_stuck(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:
@@ -169,7 +170,11 @@ def source_stuck(state: Source, event: Event) -> tuple[Source, tuple[Action, ...
 
 
 def _run_if_sworn(state: Source) -> tuple[Action, ...]:
-    return (CloseRelays(), Run()) if state.withdrawn and state.completed and not state.machine_gone else ()
+    return (
+        (CloseRelays(), TakeBackFrames(), Run())
+        if state.withdrawn and state.completed and not state.machine_gone
+        else ()
+    )
 
 
 def source_resuming(state: Source, event: Event) -> tuple[Source, tuple[Action, ...]]:

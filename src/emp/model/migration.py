@@ -69,6 +69,10 @@ class Policy(Model):
     """time without an answer from the QEMU that waits on the target"""
     target_volume_s: float = Field(default=10.0, ge=1)
     """time without a read of each of its volumes from the target"""
+    forward_quiet_s: float = Field(default=0.3, ge=0)
+    """time without a frame for the EVM on the source, once the network has moved, after which it forwards no more"""
+    forward_most_s: float = Field(default=5.0, gt=0)
+    """the source forwards no longer than this, counted from when it knows that the EVM runs on the target"""
     target_free_memory_bytes: int = Field(default=128 << 20, ge=0)
     """memory that the target's host must keep available"""
     volume_order: VolumeOrder = VolumeOrder.RESUME_FIRST
@@ -184,6 +188,10 @@ class Report(Model):
     abort_pause_ms: float | None = None
     """how long the guest stood still because of a switchover that was aborted"""
     watch: tuple[WatchLine, ...] = ()
+    frames_held: int | None = None
+    """came for the EVM between its stop on the source and the news that it runs on the target"""
+    frames_forwarded: int | None = None
+    """sent on from the source to the target in all"""
     commit_ms: float | None = None
     """from GIVEN on the source's disk to the target's running guest"""
     volumes: tuple[VolumeMove, ...] = ()

@@ -266,6 +266,10 @@ class RoleFigures(Model):
     """target: QEMU's RESUME (source, aborted: its own RESUME)"""
     port_open_at_s: float | None = None
     announced_at_s: float | None = None
+    frames_held: int | None = None
+    """source: came for the EVM between its stop here and the news that it runs on the target"""
+    frames_forwarded: int | None = None
+    """source: sent on to the target in all"""
     clock_offset_ms: float | None = None
     """source: target's clock less the source's, as the link measured it"""
     clock_error_ms: float | None = None

@@ -36,6 +36,53 @@ class Port(Protocol):
         in the background a few times (RFC 5227, RFC 4861 7.2.6). Returns after the first round."""
         ...
 
+    # The source, from pre-copy until the network has moved. A *frame* is as ``emp.host.packet`` has it.
+
+    def watch(self, macs: Sequence[str]) -> None:
+        """Pre-copy begins: remember what goes to the machine, and let frames for these MACs come here from now on even
+        when they show elsewhere. Raise ``HostError``."""
+        ...
+
+    def stopped(self) -> None:
+        """The guest has stopped: what comes waits here for ``pull``, or for the guest if it runs here again. Nothing is
+        announced from here any more."""
+        ...
+
+    def swallowed(self, received: Sequence[int]) -> list[bytes]:
+        """Behind the commit, once, before ``pull``: the frames that the machine took as its guest stopped, and did not
+        give to it. ``received``: what ``Machine.received_bytes`` says."""
+        ...
+
+    def pull(self, most: int) -> list[bytes]:
+        """Behind the commit: take up to ``most`` frames from the machine. Raise ``OSError`` when the port is gone."""
+        ...
+
+    async def filled(self) -> None:
+        """Return when there is something to ``pull``."""
+        ...
+
+    def forget(self) -> None:
+        """Undo ``watch`` and ``expect``; what was held goes to the machine. Idempotent."""
+        ...
+
+    async def moved(self) -> None:
+        """Return when the network shows that the MACs are elsewhere, as far as can be seen from here."""
+        ...
+
+    def release(self) -> None:
+        """Nothing comes here any more: the EVM is elsewhere. Idempotent."""
+        ...
+
+    # The target, and the source when a committed migration comes back.
+
+    def expect(self) -> None:
+        """Before ``open``: note what broadcast and multicast arrives by itself, so that ``put`` doubles none of it."""
+        ...
+
+    def put(self, frames: Sequence[bytes]) -> int:
+        """Queue frames for the machine, as if they had come from the network; return how many were taken."""
+        ...
+
     async def remove(self) -> None:
         """Take the port away: tap, rules, everything. Idempotent."""
         ...

@@ -11,16 +11,16 @@ flags whether it is open.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
+import socket
 from collections.abc import Sequence
 
-from emp.host import netlink, tap
+from emp.host import netlink, packet, tap
 from emp.host.netlink import Link, Netlink
 from emp.model.errors import EmpError, HostError
 from emp.model.evm import EvmSpec
-from emp.network.announce import REPEATS_S, announcements
+from emp.network.tap_port import TapPort, readable
 
 _PREFIX = "emp"
 _ALIAS = "emp-evm"
@@ -42,22 +42,14 @@ def _evm_of(link: Link) -> str | None:
     return None
 
 
-class L2Port:
+class L2Port(TapPort):
     """One tap on the node's bridge; see ``emp.network.base.Port``."""
 
-    def __init__(self, interface: str, index: int, tap_fd: int) -> None:
-        self._interface = interface
-        self._index = index
-        self._tap_fd = tap_fd
-        self._repeating: asyncio.Task[None] | None = None
-
-    @property
-    def interface(self) -> str:
-        return self._interface
-
-    @property
-    def tap_fd(self) -> int:
-        return self._tap_fd
+    def __init__(self, interface: str, index: int, tap_fd: int, *, uplink: str) -> None:
+        super().__init__(interface, index, tap_fd)
+        self._uplink = uplink
+        self._pinned: tuple[str, ...] = ()
+        self._arrivals: socket.socket | None = None
 
     async def open(self) -> None:
         netlink.open_port(self._index)
@@ -66,50 +58,44 @@ class L2Port:
         await self._hush()
         netlink.lock_port(self._index)
 
-    async def announce(self, addresses: Sequence[tuple[str, str]]) -> None:
-        """See ``Port``. Raise ``HostError`` if the tap does not take the frames.
-
-        They go in at the tap's descriptor, as if the guest had sent them: so the node's own bridge learns too, and a
-        blocked port lets none out.
+    def watch(self, macs: Sequence[str]) -> None:
+        """See ``Port``. Or the bridge would learn from the target's first frame that the MACs are behind the uplink,
+        and drop what the switch had sent here before that. It is done early: 100 MACs take some milliseconds.
         """
-        await self._hush()
-        frames = announcements(addresses)
-        try:
-            self._send(frames)
-        except OSError as error:
-            raise HostError(f"cannot announce on {self._interface}: {error.strerror}") from error
-        self._repeating = asyncio.create_task(self._repeat(frames), name=f"announce {self._interface}")
+        super().watch(macs)
+        self._arrivals = packet.open_packet(self._uplink, program=packet.sent_by(macs))
+        self._pinned = tuple(macs)
+        for mac in macs:
+            netlink.pin_mac(self._index, mac)
 
-    async def remove(self) -> None:
-        await self.close()
-        await netlink.delete_link(self._index)
-
-    async def close(self) -> None:
-        await self._hush()
-        descriptor, self._tap_fd = self._tap_fd, -1
-        if descriptor >= 0:
-            await asyncio.to_thread(os.close, descriptor)  # the last one takes the tap with it: 15 ms and more
-
-    def _send(self, frames: Sequence[bytes]) -> None:
-        header = bytes(tap.header_bytes(self._tap_fd))  # all zero: no offload
-        for frame in frames:
-            with contextlib.suppress(BlockingIOError):  # the queue is full; there is another round
-                os.write(self._tap_fd, header + frame)
-
-    async def _repeat(self, frames: Sequence[bytes]) -> None:
-        began_s = asyncio.get_running_loop().time()
-        for after_s in REPEATS_S:
-            await asyncio.sleep(began_s + after_s - asyncio.get_running_loop().time())
+    async def moved(self) -> None:
+        """See ``Port``: when each MAC was seen coming in by the uplink, the switches on the way know it as well."""
+        waited = {bytes.fromhex(mac.replace(":", "")) for mac in self._pinned}
+        loop = asyncio.get_running_loop()
+        while waited and self._arrivals is not None:
             try:
-                self._send(frames)
-            except OSError:
-                return  # the tap has gone, and with it what there was to announce
+                frame, address = self._arrivals.recvfrom(packet.LONGEST_BYTES)
+            except BlockingIOError:
+                await readable(loop, self._arrivals.fileno())
+                continue
+            if address[2] != packet.OUTGOING:
+                waited.discard(frame[packet.SENDER])
 
-    async def _hush(self) -> None:
-        task, self._repeating = self._repeating, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait({task})
+    def release(self) -> None:
+        netlink.lock_port(self._index)
+        self._unpin()
+
+    def forget(self) -> None:
+        self._unpin()
+        super().forget()
+
+    def _unpin(self) -> None:
+        pinned, self._pinned = self._pinned, ()
+        for mac in pinned:
+            netlink.unpin_mac(self._index, mac)
+        if self._arrivals is not None:
+            packet.close_later(self._arrivals)
+            self._arrivals = None
 
 
 class L2Driver:
@@ -198,7 +184,7 @@ class L2Driver:
         except BaseException:
             os.close(descriptor)
             raise
-        return L2Port(interface, link.index, descriptor)
+        return L2Port(interface, link.index, descriptor, uplink=self._uplink)
 
     async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[L2Port, ...]:
         """See ``NetworkDriver``. The descriptors may come in any order; raise ``HostError`` if they are not exactly the
@@ -213,7 +199,9 @@ class L2Driver:
             for descriptor in tap_fds:
                 os.close(descriptor)
             raise
-        return tuple(L2Port(name, index, held[name]) for name, index in zip(wanted, indices, strict=True))
+        return tuple(
+            L2Port(name, index, held[name], uplink=self._uplink) for name, index in zip(wanted, indices, strict=True)
+        )
 
     async def leftovers(self) -> frozenset[str]:
         return frozenset(evm for link in await self._links.links() if (evm := _evm_of(link)))

@@ -65,6 +65,8 @@ class Link(asyncio.Protocol):
         self._reading = True
         self._cause: EmpError | None = None
         self._goodbye = False
+        self.on_data: Callable[[bytes], None] | None = None
+        """takes each piece of data as it arrives; without it one is a breach of the protocol"""
 
     # what an agent uses
 
@@ -74,13 +76,20 @@ class Link(asyncio.Protocol):
         ``Unreachable``: the link was closed already. ``OutcomeUnknown``: it closed while waiting. ``BadInput``: beyond
         1 MiB. No error does not mean that it has arrived: that is for the peer to say.
         """
-        if self._goodbye or self.closed.done() or self._transport.is_closing():
-            raise Unreachable(f"the link to {self.peer} is closed", hint=str(self._cause) if self._cause else None)
-        self._write(encode(Kind.MESSAGE, pydantic_core.to_json(message)))
+        self._send(Kind.MESSAGE, pydantic_core.to_json(message))
         if not self._writable.is_set():
             await self._writable.wait()
             if self.closed.done():
                 raise OutcomeUnknown(f"the link to {self.peer} closed before the message was out")
+
+    def send_data(self, data: bytes) -> bool:
+        """Write at once; False when the peer is behind: then ``await writable()`` before more. Raise as ``send``."""
+        self._send(Kind.DATA, data)
+        return self._writable.is_set()
+
+    async def writable(self) -> None:
+        """Return when more can be sent, or the link is closed."""
+        await self._writable.wait()
 
     def __aiter__(self) -> Self:
         return self
@@ -153,6 +162,10 @@ class Link(asyncio.Protocol):
             if len(self._received) >= MAX_PENDING and self._reading:
                 self._reading = False
                 self._transport.pause_reading()
+        elif kind is Kind.DATA:
+            if self.on_data is None:
+                raise BadInput("data that nobody expects")
+            self.on_data(payload)
         elif kind is Kind.WELCOME:
             self._welcomed.set()
         elif kind is Kind.BYE:
@@ -186,6 +199,11 @@ class Link(asyncio.Protocol):
     async def welcome_or_closed(self) -> None:
         """Wait until the accepting side has answered, one way or the other."""
         await self._welcomed.wait()
+
+    def _send(self, kind: Kind, payload: bytes) -> None:
+        if self._goodbye or self.closed.done() or self._transport.is_closing():
+            raise Unreachable(f"the link to {self.peer} is closed", hint=str(self._cause) if self._cause else None)
+        self._write(encode(kind, payload))
 
     def _write(self, frame: bytes) -> None:
         self._sent_at = self._loop.time()

@@ -21,6 +21,8 @@ class Kind(IntEnum):
     """one JSON object"""
     BYE = 3
     """last frame of a link that is closed on purpose; a JSON error when it is closed for a reason"""
+    DATA = 4
+    """bytes, for whoever has said that they are expected"""
 
 
 def encode(kind: Kind, payload: bytes = b"") -> bytes:
@@ -41,7 +43,7 @@ class Decoder:
         self._buffer += data
         while len(self._buffer) >= _HEADER.size:
             length, kind = _HEADER.unpack_from(self._buffer)
-            if length > MAX_PAYLOAD_BYTES or kind > Kind.BYE:
+            if length > MAX_PAYLOAD_BYTES or kind > Kind.DATA:
                 raise BadInput(f"not a frame of this protocol: kind {kind}, {length} bytes")
             end = _HEADER.size + length
             if len(self._buffer) < end:

@@ -24,7 +24,7 @@ from emp.hypervisor.base import (
     StreamInfo,
     StreamLimits,
 )
-from emp.hypervisor.qemu import guarding, stream
+from emp.hypervisor.qemu import guarding, ring, stream
 from emp.hypervisor.qemu.command_line import tls_credentials
 from emp.hypervisor.qemu.disks import CREDENTIALS
 from emp.hypervisor.qemu.ending import ending
@@ -136,6 +136,9 @@ class QemuMachine:
 
     async def stream_info(self) -> StreamInfo:
         return stream.stream_info(await self._ask("query-migrate"))
+
+    async def received_bytes(self, nic: int) -> list[int]:
+        return await ring.received_bytes(self._ask, nic)
 
     async def cont(self) -> None:
         # In inmigrate QEMU would say yes, and start the guest by itself once it has loaded. It never gets back there.

@@ -6,7 +6,6 @@ a source forwards for its old guest carry the clients' MACs, so any frame here w
 
 from __future__ import annotations
 
-import ctypes
 import selectors
 import socket
 import struct
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from emp.host import packet
 from emp.lab.checkers.owners import Tenure
 from emp.lab.kernel import CLONE_NEWNET, join_namespace
 from emp.lab.places import NAMESPACES
@@ -24,9 +24,7 @@ from emp.lab.topology import FABRIC, Topology
 
 _ETH_P_ALL = 0x0003
 _PACKET_OUTGOING = 4
-_SO_ATTACH_FILTER = 26
 _SO_TIMESTAMPNS = 35
-_LOAD_WORD, _LOAD_HALF, _JUMP_EQUAL, _RETURN = 0x20, 0x28, 0x15, 0x06
 _SNAP_BYTES = 64
 
 SLACK_S = 0.02
@@ -48,7 +46,7 @@ class FrameWitness:
 
     def __init__(self, topology: Topology, macs: Iterable[str]) -> None:
         self.seen: list[Seen] = []
-        self._macs = [bytes.fromhex(mac.replace(":", "")) for mac in macs]
+        self._macs = tuple(macs)
         self._selector = selectors.DefaultSelector()
         visitor = threading.Thread(target=self._open, args=(topology,), name="open packet sockets")
         visitor.start()
@@ -76,7 +74,7 @@ class FrameWitness:
             port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
             port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             port.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            _only_from(port, self._macs)
+            packet.attach(port, packet.sent_by(self._macs, most_bytes=_SNAP_BYTES))
             port.bind((place.name, _ETH_P_ALL))
             self._selector.register(port, selectors.EVENT_READ, place.name)
 
@@ -113,24 +111,3 @@ def _monotonic_s(ancillary: list[tuple[int, int, bytes]]) -> float:
             seconds, nanoseconds = struct.unpack("qq", data[:16])
             behind_s = time.time() - (seconds + nanoseconds / 1e9)
     return now_s - behind_s
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("count", ctypes.c_ushort), ("code", ctypes.c_void_p))
-
-
-def _only_from(port: socket.socket, macs: Sequence[bytes]) -> None:
-    """Attach a classic BPF filter (socket(7), SO_ATTACH_FILTER) that lets frames from these MACs through."""
-    lines = []
-    for mac in macs:
-        lines += [
-            (_LOAD_WORD, 0, 0, 6),
-            (_JUMP_EQUAL, 0, 3, int.from_bytes(mac[:4], "big")),
-            (_LOAD_HALF, 0, 0, 10),
-            (_JUMP_EQUAL, 0, 1, int.from_bytes(mac[4:], "big")),
-            (_RETURN, 0, 0, _SNAP_BYTES),
-        ]
-    code = b"".join(struct.pack("HBBI", *line) for line in [*lines, (_RETURN, 0, 0, 0)])
-    buffer = ctypes.create_string_buffer(code, len(code))
-    program = _Program(len(code) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    port.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(program))

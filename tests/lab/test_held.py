@@ -1,0 +1,251 @@
+"""Which frame a machine has swallowed as its guest stopped, on a real tap: ``emp.network.held`` and its port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from emp.host import netlink, packet, tap
+from emp.host.run import run_sync
+from emp.network.tap_port import TapPort
+from tests.segment import Segment
+
+TAP = "emptest0"
+GUEST = bytes.fromhex("525400000001")
+SWALLOWED_BY_QEMU = 1
+
+
+def frame(number: int, *, to: bytes = GUEST) -> bytes:
+    return packet.PLAIN + to + bytes.fromhex("020000000009") + b"\x88\xb6" + number.to_bytes(46, "big")
+
+
+def numbers(frames: list[bytes]) -> list[int]:
+    return [int.from_bytes(one[packet.HEADER_BYTES + 14 :], "big") for one in frames]
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    made = Segment()
+    try:
+        with made.inside("left"):
+            yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+async def port(segment: Segment) -> AsyncIterator[TapPort]:
+    made = TapPort(TAP, 0, tap.open_tap(TAP))
+    netlink.set_ipv6(TAP, disable_ipv6=1)  # it would solicit routers by itself
+    run_sync("ip", "link", "set", TAP, "up", "txqueuelen", "1000")
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def network(port: TapPort) -> Iterator[Network]:
+    made = Network()
+    yield made
+    made.close()
+
+
+class Network:
+    """Sends to the guest from the other side of the tap."""
+
+    def __init__(self) -> None:
+        self._socket = packet.open_packet(TAP, program=None)
+
+    def send(self, *sent: int, to: bytes = GUEST) -> None:
+        for number in sent:
+            self._socket.send(frame(number, to=to))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def machine_takes(port: TapPort, count: int) -> list[int]:
+    return numbers(tap.read_frames(port.tap_fd, count))
+
+
+async def left(port: TapPort) -> list[int]:
+    """What is pulled until nothing more comes."""
+    found: list[bytes] = []
+    with contextlib.suppress(TimeoutError):
+        while True:
+            await asyncio.wait_for(port.filled(), 0.05)
+            found += port.pull(2)
+    return numbers(found)
+
+
+async def test_nothing_was_on_its_way(port: TapPort, network: Network) -> None:
+    port.watch([])
+    network.send(1, 2, 3)
+    assert machine_takes(port, 3) == [1, 2, 3]
+    port.stopped()
+    tap.read_frames(port.tap_fd, SWALLOWED_BY_QEMU)  # it is the mark
+    network.send(4, 5)
+    assert port.swallowed([]) == []
+    assert await left(port) == [4, 5]
+
+
+async def test_the_first_frame_after_the_stop_is_the_one(port: TapPort, network: Network) -> None:
+    port.watch([])
+    network.send(1, 2, 3)
+    assert machine_takes(port, 3) == [1, 2, 3]
+    network.send(4)
+    assert machine_takes(port, SWALLOWED_BY_QEMU) == [4]
+    network.send(5, 6)
+    port.stopped()
+    network.send(7)
+    swallowed = port.swallowed([])
+    assert numbers(swallowed) == [4]
+    assert await left(port) == [5, 6, 7]
+
+
+async def test_it_may_have_come_before_the_stop(port: TapPort, network: Network) -> None:
+    """QEMU had not come to it when its guest stopped."""
+    port.watch([])
+    network.send(1, 2, 3, 4)
+    assert machine_takes(port, 2) == [1, 2]
+    port.stopped()
+    assert machine_takes(port, SWALLOWED_BY_QEMU) == [3]
+    swallowed = port.swallowed([])
+    assert numbers(swallowed) == [3]
+    assert await left(port) == [4]
+
+
+async def test_a_long_brownout_keeps_the_newest(port: TapPort, network: Network) -> None:
+    port.watch([])
+    for round_ in range(40):
+        network.send(*range(1000 * round_, 1000 * round_ + 500))
+        assert len(machine_takes(port, 500)) == 500
+        await asyncio.sleep(0.006)  # what the port looks at goes on beside
+    network.send(50_000)
+    assert machine_takes(port, SWALLOWED_BY_QEMU) == [50_000]
+    port.stopped()
+    swallowed = port.swallowed([])
+    assert numbers(swallowed) == [50_000]
+    assert await left(port) == []
+
+
+async def test_after_an_abort_the_guest_finds_everything(port: TapPort, network: Network) -> None:
+    port.watch([])
+    port.stopped()
+    network.send(1, 2)
+    port.forget()
+    taken = tap.read_frames(port.tap_fd, 10)
+    assert taken[0][packet.RECEIVER] != GUEST, "the mark is for nobody"
+    assert numbers(taken[1:]) == [1, 2]
+
+
+async def test_what_was_read_up_to_the_mark_is_put_back(port: TapPort, network: Network) -> None:
+    port.watch([])
+    network.send(1, 2)
+    assert machine_takes(port, SWALLOWED_BY_QEMU) == [1]
+    port.stopped()
+    assert len(port.swallowed([])) == 1
+    port.forget()
+    assert machine_takes(port, 10) == [2]
+
+
+async def test_a_watch_that_has_begun_can_begin_anew(port: TapPort, network: Network) -> None:
+    port.watch([])
+    network.send(1)
+    port.watch([])
+    assert machine_takes(port, 1) == [1]
+    network.send(2)
+    assert machine_takes(port, SWALLOWED_BY_QEMU) == [2]
+    port.stopped()
+    swallowed = port.swallowed([])
+    assert numbers(swallowed) == [2]
+
+
+BROADCAST = b"\xff" * 6
+
+
+async def test_a_broadcast_that_came_by_itself_is_not_put_again(port: TapPort, network: Network) -> None:
+    port.expect()
+    network.send(1, 2, to=BROADCAST)
+    network.send(3)
+    assert port.put([frame(1, to=BROADCAST), frame(9, to=BROADCAST), frame(1, to=BROADCAST), frame(3)]) == 4
+    assert machine_takes(port, 20) == [1, 2, 3, 9, 1, 3], "unicast comes one way only"
+
+
+async def test_what_the_tap_does_not_take_is_counted_out(port: TapPort) -> None:
+    run_sync("ip", "link", "set", TAP, "down")
+    assert port.put([frame(1)]) == 0
+
+
+async def test_an_offloaded_frame_keeps_its_header(port: TapPort, network: Network) -> None:
+    """The checksum that a sender left to the hardware: flags 1, from byte 34, to be put 6 bytes further (UDP)."""
+    offloaded = bytes((1, 0, 0, 0, 0, 0, 34, 0, 6, 0)) + frame(7)[packet.HEADER_BYTES :]
+    port.put([offloaded])
+    (read,) = tap.read_frames(port.tap_fd, 5)
+    assert len(read) == len(offloaded) and read[packet.RECEIVER] == GUEST
+
+
+class Ring:
+    """What the guest's ring says of the frames that the machine has given to it."""
+
+    def __init__(self, port: TapPort) -> None:
+        self._port = port
+        self.received: list[int] = [0] * 256
+
+    def gets(self, count: int, *, buffer_bytes: int = 4096, drops: int = 0) -> list[int]:
+        """The machine takes frames, gives them to the guest, but for ``drops`` that its filter stops."""
+        frames = tap.read_frames(self._port.tap_fd, count + drops)
+        for one in frames[drops:]:
+            size = 12 + len(one) - packet.HEADER_BYTES
+            self.received += [buffer_bytes] * (size // buffer_bytes) + [size % buffer_bytes] * (size % buffer_bytes > 0)
+        self.received = self.received[-256:]
+        return numbers(frames)
+
+
+@pytest.fixture
+def ring(port: TapPort) -> Ring:
+    return Ring(port)
+
+
+WATCHED = ["52:54:00:00:00:01"]
+
+
+@pytest.mark.parametrize("before", [0, 1, 30, 300])
+@pytest.mark.parametrize("thrown_away", [0, 1, 2])
+async def test_frames_that_the_machine_threw_away_are_known(
+    port: TapPort, network: Network, ring: Ring, before: int, thrown_away: int
+) -> None:
+    """All frames are as long as each other, so that only the spacers tell them apart."""
+    port.watch(WATCHED)
+    ring.gets(1)
+    for number in range(before):
+        network.send(number)
+        if number % 50 == 49:
+            await asyncio.sleep(0.012)  # two looks, and a spacer: what it is for takes its turn
+            ring.gets(100)
+    ring.gets(1000)
+    lost = list(range(1000, 1000 + thrown_away))
+    network.send(*lost, 2000)
+    assert machine_takes(port, thrown_away + SWALLOWED_BY_QEMU) == [*lost, 2000]
+    network.send(2001)
+    port.stopped()
+    network.send(2002)
+    assert numbers(port.swallowed(ring.received)) == [*lost, 2000]
+    assert await left(port) == [2001, 2002]
+
+
+async def test_frames_that_fill_several_buffers_or_none_are_counted_right(
+    port: TapPort, network: Network, ring: Ring
+) -> None:
+    port.watch(WATCHED)
+    ring.gets(1)
+    network.send(1, 2)
+    ring.gets(2, buffer_bytes=40)
+    network.send(3, to=BROADCAST)
+    ring.gets(0, drops=1)
+    network.send(4, 5)
+    assert machine_takes(port, 2) == [4, 5]
+    port.stopped()
+    assert numbers(port.swallowed(ring.received)) == [4, 5]
