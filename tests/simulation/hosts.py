@@ -67,6 +67,9 @@ class SimPort:
     def expect(self) -> None:
         here()
 
+    def settle(self) -> None:
+        here()
+
     def put(self, frames: Sequence[bytes]) -> int:
         return len(frames)
 

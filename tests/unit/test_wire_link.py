@@ -306,6 +306,37 @@ async def test_an_opening_that_is_cancelled_leaves_no_link(n2: End, certs: Path)
     here.abort()
 
 
+async def test_data_goes_to_whom_expects_it(pair: tuple[Link, Link]) -> None:
+    here, there = pair
+    taken: list[bytes] = []
+    there.on_data = taken.append
+    assert here.send_data(b"one")
+    here.send_data(b"two" * 100_000)
+    await here.send({"then": "a message"})
+    assert await anext(aiter(there)) == {"then": "a message"}
+    assert taken == [b"one", b"two" * 100_000], "in order with messages"
+
+
+async def test_data_that_nobody_expects_ends_the_link(pair: tuple[Link, Link]) -> None:
+    here, there = pair
+    here.send_data(b"one")
+    assert "nobody expects" in str(await there.closed)
+
+
+async def test_who_sends_faster_than_is_read_is_told_to_wait(pair: tuple[Link, Link]) -> None:
+    here, there = pair
+    taken: list[int] = []
+    there.on_data = lambda data: taken.append(len(data))
+    sent = 1
+    while here.send_data(bytes(500_000)):
+        sent += 1
+    await here.writable()
+    here.send_data(b"")
+    await here.send({})
+    await anext(aiter(there))
+    assert taken == [500_000] * sent + [0]
+
+
 async def test_a_stopping_server_drops_its_links(certs: Path) -> None:
     async with served(certs) as end:
         here = await connect(certs, end.port)

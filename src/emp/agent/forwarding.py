@@ -233,8 +233,13 @@ class Forwarder:
                         await self._quiet(self._quiet_s)
         except TimeoutError:
             log.warning("%s: the network has not shown within %g s that it moved", self._name, self._most_s)
+        except OSError as error:
+            log.warning("%s: whether the network has moved cannot be seen: %s", self._name, error)
         for port in self._ports:
-            port.release()
+            try:
+                port.release()
+            except EmpError as error:  # it is removed next
+                log.warning("%s: %s is not closed: %s", self._name, port.interface, error)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LOCAL_S):
                 await self._quiet(_SETTLE_S)
@@ -270,6 +275,7 @@ class Arrivals:
     def __init__(self, name: str, ports: Sequence[Port]) -> None:
         self._name = name
         self._ports = ports
+        self._lost = 0
 
     async def take(self, link: Link) -> None:
         """Until the connection ends."""
@@ -279,9 +285,11 @@ class Arrivals:
                 pass
         finally:
             for port in self._ports:
-                port.forget()
+                port.settle()
+            if self._lost:
+                log.warning("%s: %d forwarded frames found no room in their queue", self._name, self._lost)
 
     def _put(self, message: bytes) -> None:
         for nic, frame in unpack(message):
-            if nic < len(self._ports) and not self._ports[nic].put([frame]):
-                log.warning("%s: a forwarded frame was lost at %s", self._name, self._ports[nic].interface)
+            if nic < len(self._ports):
+                self._lost += 1 - self._ports[nic].put([frame])

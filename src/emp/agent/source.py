@@ -113,6 +113,8 @@ class SourceRole(Role[Source]):
         link, standing = await self._dial()
         try:
             offset_ms, error_ms = await measure_clock(link)
+            if self._forwarder is not None:
+                await self._forwarder.connect()
         except BaseException:
             link.abort()
             raise
@@ -120,8 +122,6 @@ class SourceRole(Role[Source]):
         self.measured(clock_offset_ms=offset_ms, clock_error_ms=error_ms)
         self._peer.attach(link, standing)
         self.spawn(self._peer.pump(link))
-        if self._forwarder is not None:
-            await self._forwarder.connect()
         self._listen()
         self.begin(Ordered())
 

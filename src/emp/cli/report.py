@@ -46,6 +46,9 @@ def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
         lines.append(f"blackout and vCPU pause span two hosts' clocks: +-{milliseconds(report.clock_error_ms)}")
     if report.abort_pause_ms is not None:
         lines.append(f"the guest stood still for {milliseconds(report.abort_pause_ms)} before it went back")
+    if report.frames_forwarded is not None:
+        held = report.frames_held or 0
+        lines.append(f"frames for the EVM: {held} held on the source, {report.frames_forwarded} forwarded in all")
     lines += volume_lines(report.volumes)
     return lines + watch_lines(report, all_checks=verbose)
 

@@ -62,7 +62,7 @@ class Port(Protocol):
         ...
 
     def forget(self) -> None:
-        """Undo ``watch`` and ``expect``; what was held goes to the machine. Idempotent."""
+        """Undo ``watch``; what was held goes to the machine. Idempotent."""
         ...
 
     async def moved(self) -> None:
@@ -77,6 +77,10 @@ class Port(Protocol):
 
     def expect(self) -> None:
         """Before ``open``: note what broadcast and multicast arrives by itself, so that ``put`` doubles none of it."""
+        ...
+
+    def settle(self) -> None:
+        """Nothing more is ``put``: undo ``expect``. Idempotent."""
         ...
 
     def put(self, frames: Sequence[bytes]) -> int:

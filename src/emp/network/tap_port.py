@@ -70,6 +70,7 @@ class TapPort:
         await self._hush()
         self._ahead = []
         self.forget()
+        self.settle()
         descriptor, self._tap_fd = self._tap_fd, -1
         if descriptor >= 0:
             await asyncio.to_thread(os.close, descriptor)  # the last one takes the tap with it: 15 ms and more
@@ -130,19 +131,20 @@ class TapPort:
         ahead, self._ahead = self._ahead, []
         if ahead:
             self.put(ahead)
-        if self._side is not None:
-            packet.close_later(self._side)
-            self._side, self._direct = None, None
 
     # -- what another node has forwarded
 
     def expect(self) -> None:
-        if self._side is not None:
-            packet.close_later(self._side)
+        self.settle()
         self._side = packet.open_packet(
             self._interface, program=packet.leaving(to_groups_only=True), receive_bytes=1 << 20
         )
         self._direct = Counter()
+
+    def settle(self) -> None:
+        if self._side is not None:
+            packet.close_later(self._side)
+            self._side, self._direct = None, None
 
     def put(self, frames: Sequence[bytes]) -> int:
         if self._side is None:
