@@ -4,7 +4,8 @@
  *
  *   UDP, TCP 7777  echo: the reply is the request's own bytes, a blank, a reply counter, a blank, the boot id, newline
  *                  (TCP: per line, the newline of the request comes last)
- *   UDP 7779       sink: datagrams are counted and not answered (one-way streams)
+ *   UDP 7779       sink: datagrams are counted and not answered (one-way streams; `streams.h` has the numbered ones)
+ *   TCP 7779       takes bulk data and compares it; TCP 7780 gives the same without end
  *   TCP 7778       control: one command per line, one line of JSON per answer; see `commands` at the end
  *
  * One thread owns the sockets (epoll). Memory rewriting and each journal have threads of their own, and a command that
@@ -14,6 +15,7 @@
 #include <arpa/inet.h>
 #include <ctype.h>
 #include <dirent.h>
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
@@ -45,7 +47,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ECHO_PORT = 7777, CONTROL_PORT = 7778, SINK_PORT = 7779 };
+enum { ECHO_PORT = 7777, CONTROL_PORT = 7778, SINK_PORT = 7779, SOURCE_PORT = 7780 };
 enum { PAGE_BYTES = 4096, BATCH = 64, DATAGRAM_BYTES = 65536, LINE_BYTES = 65536, OUT_BYTES = 262144, ARGS = 8 };
 
 static char boot_id[40], role[8] = "evm", name[64] = "emp";
@@ -98,10 +100,14 @@ __attribute__((format(printf, 2, 3))) static void put(struct buf *b, const char 
 #include "memory.h"
 #include "journal.h"
 #include "lock.h"
+#include "streams.h"
 
 /* ---- sockets ------------------------------------------------------------------------------------------------------ */
 
-enum kind { ECHO_LISTEN, CONTROL_LISTEN, ECHO_UDP, SINK_UDP, JOBS_DONE, ECHO_CONN, CONTROL_CONN };
+enum kind {
+    ECHO_LISTEN, CONTROL_LISTEN, SINK_LISTEN, SOURCE_LISTEN, ECHO_UDP, SINK_UDP, JOBS_DONE,
+    ECHO_CONN, CONTROL_CONN, SINK_CONN, SOURCE_CONN, /* in the listeners' order */
+};
 struct source { enum kind kind; int fd; };
 struct conn {
     struct source source; /* first: epoll hands it out */
@@ -144,10 +150,6 @@ static void udp_ready(struct source *source)
     int n = recvmmsg(source->fd, in, BATCH, MSG_DONTWAIT, NULL);
     if (n <= 0)
         return;
-    if (source->kind == SINK_UDP) {
-        counts.sink += (uint64_t)n;
-        return;
-    }
     counts.udp += (uint64_t)n;
     for (int i = 0; i < n; i++) {
         struct cmsghdr *c = CMSG_FIRSTHDR(&in[i].msg_hdr);
@@ -243,6 +245,17 @@ static void conn_ready(struct conn *c, uint32_t events)
         conn_close(c);
 }
 
+static void bulk_ready(struct conn *c, uint32_t events)
+{
+    bool alive = !(events & EPOLLERR);
+    if (alive && events & EPOLLIN)
+        alive = bulk_take(c->source.fd, &c->sent);
+    if (alive && events & EPOLLOUT)
+        alive = bulk_give(c->source.fd, &c->sent);
+    if (!alive)
+        conn_close(c);
+}
+
 static void watch(struct source *source, uint32_t events)
 {
     struct epoll_event event = {.events = events, .data.ptr = source};
@@ -258,8 +271,8 @@ static void accept_ready(struct source *source)
         if (!c)
             abort();
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-        c->source = (struct source){source->kind == ECHO_LISTEN ? ECHO_CONN : CONTROL_CONN, fd};
-        c->events = EPOLLIN;
+        c->source = (struct source){source->kind - ECHO_LISTEN + ECHO_CONN, fd};
+        c->events = EPOLLIN | (source->kind == SOURCE_LISTEN ? EPOLLOUT : 0u);
         counts.connections++;
         watch(&c->source, c->events);
     }
@@ -314,7 +327,8 @@ static void cmd_poweroff(struct buf *out, int argc, char **argv)
 
 static const struct command { const char *name; void (*run)(struct buf *out, int argc, char **argv); } commands[] = {
     {"status", cmd_status}, {"memory", cmd_memory}, {"verify", cmd_verify}, {"corrupt", cmd_corrupt},
-    {"journal", cmd_journal}, {"lock", cmd_lock}, {"disks", cmd_disks}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
+    {"journal", cmd_journal}, {"lock", cmd_lock}, {"disks", cmd_disks}, {"sink", cmd_sink}, {"bulk", cmd_bulk},
+    {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
@@ -438,6 +452,7 @@ int main(int argc, char **argv)
             crc = crc & 1 ? crc >> 1 ^ 0xedb88320 : crc >> 1;
         crc_table[i] = crc;
     }
+    bulk_fill();
     signal(SIGPIPE, SIG_IGN);
     setrlimit(RLIMIT_NOFILE, &files);
     prctl(PR_SET_NAME, name); /* `ps` in the guest shows which pod it is */
@@ -448,6 +463,8 @@ int main(int argc, char **argv)
     open_port(ECHO_UDP, SOCK_DGRAM, ECHO_PORT);
     open_port(ECHO_LISTEN, SOCK_STREAM, ECHO_PORT);
     open_port(SINK_UDP, SOCK_DGRAM, SINK_PORT);
+    open_port(SINK_LISTEN, SOCK_STREAM, SINK_PORT);
+    open_port(SOURCE_LISTEN, SOCK_STREAM, SOURCE_PORT);
     open_port(CONTROL_LISTEN, SOCK_STREAM, CONTROL_PORT);
     if (pthread_create(&thread, NULL, rewriter, NULL))
         return 1;
@@ -457,9 +474,14 @@ int main(int argc, char **argv)
         for (int i = 0; i < n; i++) {
             struct source *source = events[i].data.ptr;
             switch (source->kind) {
-            case ECHO_LISTEN: case CONTROL_LISTEN: accept_ready(source); break;
-            case ECHO_UDP: case SINK_UDP: udp_ready(source); break;
+            case ECHO_LISTEN: case CONTROL_LISTEN: case SINK_LISTEN: case SOURCE_LISTEN: accept_ready(source); break;
+            case ECHO_UDP: udp_ready(source); break;
+            case SINK_UDP: sink_ready(source->fd); break;
             case JOBS_DONE: jobs_ready(); break;
+            case SINK_CONN: case SOURCE_CONN:
+                if (!((struct conn *)source)->gone)
+                    bulk_ready((struct conn *)source, events[i].events);
+                break;
             case ECHO_CONN: case CONTROL_CONN:
                 if (!((struct conn *)source)->gone)
                     conn_ready((struct conn *)source, events[i].events);
