@@ -36,6 +36,7 @@ def build_report(
             target_brownout_s=_span(both_at_s, closed_at_s),
         ),
         vcpu_pause_ms=_ms(_span(s.stopped_at_s, resumed_at_s)),
+        resumed_at_s=resumed_at_s,
         clock_error_ms=s.clock_error_ms,
         qemu_downtime_ms=s.qemu_downtime_ms,
         qemu_total_ms=s.qemu_total_ms,

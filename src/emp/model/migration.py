@@ -176,6 +176,8 @@ class Report(Model):
     stages: StageTimes = StageTimes()
     vcpu_pause_ms: float | None = None
     """from the source's STOP to the target's RESUME, by the hosts' wall clocks"""
+    resumed_at_s: float | None = None
+    """the target's RESUME by the source's clock, in seconds since the Unix epoch"""
     clock_error_ms: float | None = None
     """how far the two hosts' clocks may disagree in the two figures above (half the link's round trip)"""
     qemu_downtime_ms: float | None = None
