@@ -93,7 +93,7 @@ class EvmCreate(Model):
     """None: placement picks"""
     nics: int = Field(default=1, ge=1, le=8)
     """network cards, each with an address of its own; pods sit behind the first"""
-    pods: tuple[str, ...] = Field(default=(), max_length=32)
+    pods: tuple[str, ...] = Field(default=(), max_length=128)
     """each ``NAME`` or ``NAME=ADDRESS``"""
     volumes: tuple[str, ...] = Field(default=(), max_length=16)
     """each ``TYPE:SIZE`` (made now, deleted with the EVM) or the id of a volume that exists"""
