@@ -25,6 +25,7 @@ from emp.lab.topology import FABRIC, Topology
 _ETH_P_ALL = 0x0003
 _PACKET_OUTGOING = 4
 _SO_TIMESTAMPNS = 35
+_SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _SNAP_BYTES = 64
 
 SLACK_S = 0.02
@@ -46,6 +47,8 @@ class FrameWitness:
 
     def __init__(self, topology: Topology, macs: Iterable[str]) -> None:
         self.seen: list[Seen] = []
+        self.dropped = 0
+        """frames that came faster than we took them; known at the end"""
         self._macs = tuple(macs)
         self._selector = selectors.DefaultSelector()
         visitor = threading.Thread(target=self._open, args=(topology,), name="open packet sockets")
@@ -64,7 +67,10 @@ class FrameWitness:
         self._stop.set()
         self._thread.join()
         for key in list(self._selector.get_map().values()):
-            socket.socket.close(key.fileobj)  # type: ignore[arg-type]
+            assert isinstance(key.fileobj, socket.socket)
+            statistics = key.fileobj.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8)  # packet(7): packets, drops
+            self.dropped += struct.unpack("II", statistics)[1]
+            key.fileobj.close()
         self._selector.close()
 
     def _open(self, topology: Topology) -> None:
@@ -87,7 +93,7 @@ class FrameWitness:
                 except (BlockingIOError, OSError):
                     continue  # ENETDOWN: the port is being taken down
                 if address[2] != _PACKET_OUTGOING:
-                    self.seen.append(Seen(_monotonic_s(ancillary), key.data, struct.unpack_from("!H", data, 12)[0]))
+                    self.seen.append(Seen(monotonic_s(ancillary), key.data, struct.unpack_from("!H", data, 12)[0]))
 
 
 def violations(seen: Sequence[Seen], tenures: Sequence[Tenure], slack_s: float = SLACK_S) -> list[str]:
@@ -103,7 +109,7 @@ def violations(seen: Sequence[Seen], tenures: Sequence[Tenure], slack_s: float =
     ]
 
 
-def _monotonic_s(ancillary: list[tuple[int, int, bytes]]) -> float:
+def monotonic_s(ancillary: list[tuple[int, int, bytes]]) -> float:
     """Return when the kernel took the frame, on the clock on which fault points are reached."""
     now_s, behind_s = time.monotonic(), 0.0
     for _, kind, data in ancillary:
