@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from emp.lab import region
-from emp.lab.cloud.knobs import Knobs
+from emp.lab import cloud_control, region
 from emp.lab.down import down
 from emp.lab.region import Profile
 from emp.lab.topology import CTL
@@ -17,20 +16,6 @@ from emp.lab.up import Options, up
 from tests.lab.conftest import Pool
 from tests.leaks import outliving
 
-_TURN = """
-import asyncio, json, sys
-from pathlib import Path
-from emp.wire.http import WireClient
-from emp.wire.identity import Identity
-from emp.wire.tls import mutual_client
-
-async def turn(url, knobs):
-    tls = mutual_client(Path("/var/lib/emp/pki"))
-    async with WireClient(url, tls=tls, server=Identity.parse("volumes-main")) as client:
-        await client.request("PUT", "/knobs", json.loads(knobs))
-
-asyncio.run(turn(*sys.argv[1:]))
-"""
 _CALL = """
 import json, sys
 from pathlib import Path
@@ -61,7 +46,7 @@ def cloud_of_three(name: str) -> Iterator[Pool]:
 
 def turn(pool: Pool, **knobs: Any) -> None:
     """Set the cloud's knobs; what is not named is as it is by default."""
-    _run(pool, _TURN, region.url(), Knobs(**knobs).model_dump_json())
+    cloud_control.turn(pool.files, **knobs)
 
 
 def call(pool: Pool, action: str, service: str = "ec2", **parameters: Any) -> Any:
