@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 
 from emp.lab.images import Image, ensure_image
 from emp.lab.journal_check import check_journal
+from emp.lab.loads import bulk_pattern
 from tests.lab.vm import BRIDGE, PATIENCE_S, Disk, Vm, control, echo, segment, wait_for_echo
 from tests.leaks import outliving
 
@@ -169,6 +171,78 @@ def test_one_way_datagrams_are_counted_and_not_answered(guest: Vm) -> None:
         for _ in range(500):
             client.sendto(b"counted", (EVM, 7779))
     wait_until(lambda: control(EVM, "status")["echo"]["sink"] == before + 500)
+
+
+def test_a_numbered_stream_is_counted_with_its_losses_duplicates_and_disorder(guest: Vm) -> None:
+    assert control(EVM, "sink start 41") == {
+        "stream": 41, "received": 0, "duplicated": 0, "reordered": 0, "next": 0, "silence_ms": 0.0,
+    }  # fmt: skip
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.connect((EVM, 7779))
+        for stream, number in ((41, 0), (41, 1), (41, 4), (41, 3), (41, 3), (41, 7), (40, 8), (41, 2), (41, 1 << 40)):
+            client.send(struct.pack("!QQ", stream, number))
+        client.send(b"short")
+    wait_until(lambda: control(EVM, "sink")["received"] >= 6)
+    counted = control(EVM, "sink")
+    assert {"received": 6, "duplicated": 1, "reordered": 2, "next": 8}.items() <= counted.items()
+    again = control(EVM, "sink start 42")
+    assert (again["stream"], again["received"], again["next"]) == (42, 0, 0)
+    assert "error" in control(EVM, "sink start nonsense")
+
+
+def test_a_stream_one_way_arrives_as_it_was_sent(guest: Vm) -> None:
+    control(EVM, "sink start 43")
+    words = ["one-way", EVM, "--rate", "2000", "--stream", "43"]
+    report = loaded(words, lambda: wait_until(lambda: control(EVM, "sink")["received"] >= 1000))
+    wait_until(lambda: control(EVM, "sink")["received"] == report["sent"])
+    counted = control(EVM, "sink")
+    assert (counted["duplicated"], counted["reordered"], counted["next"]) == (0, 0, report["sent"])
+
+
+def test_bulk_data_is_the_same_on_both_sides_and_a_wrong_byte_is_noticed(guest: Vm) -> None:
+    before = control(EVM, "bulk")
+
+    def both_ways() -> None:
+        wait_until(lambda: control(EVM, "bulk")["taken_bytes"] > before["taken_bytes"] + MIB)
+        wait_until(lambda: control(EVM, "bulk")["given_bytes"] > before["given_bytes"] + MIB)
+
+    window, _ = loaded(["bulk", EVM], both_ways)["windows"]
+    assert (window["resets"], window["wrong"]) == (0, 0)
+    assert min(window["up"]["bytes"], window["down"]["bytes"]) > MIB // 2
+    assert control(EVM, "bulk")["wrong"] == before["wrong"]
+    with socket.create_connection((EVM, 7779), PATIENCE_S) as connection:
+        connection.sendall(b"!" + bulk_pattern()[1:])
+    wait_until(lambda: control(EVM, "bulk")["wrong"] > before["wrong"])
+
+
+def test_open_connections_answer_at_a_mark_and_not_while_the_guest_stands(guest: Vm) -> None:
+    def pause() -> None:
+        guest.qmp("stop")
+        time.sleep(0.5)  # the length of the pause, not a wait for something
+        guest.qmp("cont")
+
+    report = loaded(["connections", EVM, "--number", "200"], pause)
+    window, _ = report["windows"]
+    assert (report["open"], window["resets"], window["wrong"]) == (200, 0, 0)
+    assert window["worst_ms"] >= 450
+    assert window["asked"] == window["answered"] >= 400
+
+
+def loaded(words: list[str], meanwhile: Callable[[], None]) -> dict[str, Any]:
+    """Return what the client's load says that it has done."""
+    command = [sys.executable, "-m", "emp.lab.loads", *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as load:
+        try:
+            assert load.stdout is not None
+            assert load.stdout.readline() == "ready\n"
+            meanwhile()
+            output, _ = load.communicate("mark end\nstop\n", timeout=PATIENCE_S)
+        finally:
+            load.kill()
+    marked, last = output.splitlines()
+    assert marked == "marked end"
+    report: dict[str, Any] = json.loads(last)
+    return report
 
 
 def test_evm_and_pod_each_have_a_service_of_their_own(guest: Vm) -> None:

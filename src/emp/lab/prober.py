@@ -31,7 +31,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from emp.lab.prober_stats import Stream
 
@@ -230,7 +230,13 @@ class Prober:
     """
 
     def __init__(
-        self, targets: dict[str, str], *, rate_hz: float = 1000, port: int = ECHO_PORT, grace_s: float = 0.5
+        self,
+        targets: dict[str, str],
+        *,
+        rate_hz: float = 1000,
+        port: int = ECHO_PORT,
+        grace_s: float = 0.5,
+        tcp: bool = True,
     ) -> None:
         self.targets = targets
         self.rate_hz = rate_hz
@@ -247,8 +253,9 @@ class Prober:
                 at = str(ipaddress.ip_address(address)), port
                 self._udp[name] = UdpProbe(self._poller, at, self._interval_ns, now_ns, self._grace_ns)
                 self._probes.append(self._udp[name])
-                self._tcp[name] = TcpProbe(self._poller, at, now_ns, self._grace_ns)
-                self._probes.append(self._tcp[name])
+                if tcp:
+                    self._tcp[name] = TcpProbe(self._poller, at, now_ns, self._grace_ns)
+                    self._probes.append(self._tcp[name])
         except (OSError, ValueError):
             self.close()
             raise
@@ -272,7 +279,7 @@ class Prober:
                 name: {
                     "address": address,
                     "udp": self._udp[name].stream.report(now_ns, offset_ns),
-                    "tcp": self._tcp[name].report(now_ns, offset_ns),
+                    "tcp": self._tcp[name].report(now_ns, offset_ns) if name in self._tcp else None,
                 }
                 for name, address in self.targets.items()
             },
@@ -330,10 +337,18 @@ def write_atomically(path: Path, report: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-class _Commands:
+class Marked(Protocol):
+    """Takes the commands: ``stop`` sets ``stopping``."""
+
+    stopping: bool
+
+    def mark(self, name: str) -> None: ...
+
+
+class Commands:
     """``mark NAME`` and ``stop`` from standard input, read without waiting."""
 
-    def __init__(self, prober: Prober) -> None:
+    def __init__(self, prober: Marked) -> None:
         self._prober = prober
         self._buffer = b""
         self._open = True
@@ -368,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("targets", nargs="+", metavar="NAME=ADDR")
     parser.add_argument("--rate", type=float, default=1000, help="UDP requests per second and target (1000)")
     parser.add_argument("--port", type=int, default=ECHO_PORT)
+    parser.add_argument("--udp-only", action="store_true", help="no TCP connections: for many targets")
     parser.add_argument("--duration", type=float, help="seconds; until SIGTERM by default")
     parser.add_argument("--grace", type=float, default=0.5, help="seconds after which a reply counts as lost (0.5)")
     parser.add_argument("--report", type=Path, help="where the final report goes; standard output by default")
@@ -380,10 +396,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 1 <= options.rate <= 20000:
         parser.error("--rate: 1 to 20000 per second")
     try:
-        prober = Prober(targets, rate_hz=options.rate, port=options.port, grace_s=options.grace)
+        prober = Prober(
+            targets, rate_hz=options.rate, port=options.port, grace_s=options.grace, tcp=not options.udp_only
+        )
     except (OSError, ValueError) as error:
         parser.error(f"cannot probe {', '.join(options.targets)}: {error}")
-    commands = _Commands(prober)
+    commands = Commands(prober)
 
     def stop(signum: int, frame: object) -> None:
         prober.stopping = True

@@ -1,11 +1,11 @@
-"""Runs the client-side checker in the client's place and reads its figures: see ``prober`` for what they mean."""
+"""Runs what a client does in the client's place and reads its figures; ``prober`` and ``loads`` say what they mean."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,14 +18,15 @@ from emp.model.errors import HostError
 END_S = 10.0
 
 
-class Probing:
-    """``with Probing(files, {"evm": "10.77.1.0"}) as probing:`` sends from then on; ``mark`` begins a window."""
+class ClientProgram:
+    """``with ClientProgram(files, "emp.lab.loads", ["bulk", "10.77.1.0"]) as load:`` runs from then on.
 
-    def __init__(self, files: LabFiles, targets: Mapping[str, str], *, rate_hz: int = 1000) -> None:
-        words = [f"{name}={address}" for name, address in targets.items()]
-        self._argv = command_in(
-            files, CLIENT.name, [sys.executable, "-m", "emp.lab.prober", *words, "--rate", str(rate_hz)]
-        )
+    Raises ``HostError`` if it dies, or says what it should not.
+    """
+
+    def __init__(self, files: LabFiles, module: str, words: Sequence[str]) -> None:
+        self._module = module
+        self._argv = command_in(files, CLIENT.name, [sys.executable, "-m", module, *words])
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -40,7 +41,7 @@ class Probing:
         self._expect(f"marked {name}")
 
     def stop(self) -> dict[str, Any]:
-        """End the streams, wait for replies on their way, and return the report."""
+        """End it, wait for replies on their way, and return the report."""
         self._say("stop")
         output, _ = self._process.communicate(timeout=END_S)
         report: dict[str, Any] = json.loads(output)
@@ -60,13 +61,24 @@ class Probing:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise HostError("the client's prober has died") from None
+            raise HostError(f"{self._module} in the client has died") from None
 
     def _expect(self, line: str) -> None:
         assert self._process.stdout is not None
         said = self._process.stdout.readline().strip()
         if said != line:
-            raise HostError(f"the client's prober said {said!r} instead of {line!r}")
+            raise HostError(f"{self._module} in the client said {said!r} instead of {line!r}")
+
+
+class Probing(ClientProgram):
+    """``with Probing(files, {"evm": "10.77.1.0"}) as probing:`` sends from then on; ``mark`` begins a window."""
+
+    def __init__(
+        self, files: LabFiles, targets: Mapping[str, str], *, rate_hz: float = 1000, udp_only: bool = False
+    ) -> None:
+        words = [f"{name}={address}" for name, address in targets.items()]
+        words += ["--rate", str(rate_hz), *(["--udp-only"] if udp_only else [])]
+        super().__init__(files, "emp.lab.prober", words)
 
 
 def window(report: dict[str, Any], target: str, name: str) -> dict[str, Any]:
