@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models bench-relay bench-volumes lock clean
+.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models bench-relay bench-volumes bench-network lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -67,6 +67,10 @@ bench-relay: setup-dev ## Measure what a relay of a volume costs, write build/be
 bench-volumes: setup ## Measure what volumes of each kind cost, at most RUNS of a case, write build/bench/volumes.json
 	@mkdir -p build/bench
 	@$(AS_ROOT) $(PY) -m bench.volumes $(if $(RUNS),--runs $(RUNS))
+
+bench-network: setup ## Measure what a network client sees, RUNS of each of CASES on DRIVERS, write build/bench/network.json
+	@mkdir -p build/bench
+	@$(AS_ROOT) $(PY) -m bench.network $(if $(RUNS),--runs $(RUNS)) $(if $(CASES),--cases $(CASES)) $(if $(DRIVERS),--drivers $(DRIVERS))
 
 lock: ## Pin the requirements anew (needs uv)
 	@uv --version >/dev/null || { echo "make lock needs uv: install it first" >&2; exit 1; }
