@@ -74,6 +74,21 @@ def test_the_witness_sees_what_comes_from_a_mac_and_not_what_goes_to_its_node(wi
     assert witness.dropped == 0
 
 
+def test_where_nodes_route_an_evm_is_known_by_its_addresses(wire: None) -> None:
+    with FrameWitness(TOPOLOGY, [], ["10.0.0.1"]) as witness:
+        send(
+            NODE,
+            "eth0",
+            packet("10.0.0.2", "10.0.0.1", UDP),
+            frame(MAC, OTHER, ARP),
+            packet("10.0.0.1", "10.0.0.2", TCP),
+        )
+        deadline_s = time.monotonic() + 5
+        while not witness.seen and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    assert [(seen.node, seen.kind) for seen in witness.seen] == [("n1", 0x0800)]
+
+
 def test_what_came_faster_than_it_was_taken_is_counted(wire: None) -> None:
     witness = FrameWitness(TOPOLOGY, [MAC])
     send(NODE, "eth0", *[frame(MAC, OTHER, ARP)] * 10_000)  # before anybody takes them

@@ -1,6 +1,6 @@
-"""The network: from which node, and when, frames with an EVM's own MACs come onto the lab's switch.
+"""The network: from which node, and when, frames with an EVM's own MACs or addresses come onto the lab's switch.
 
-A packet socket on each node's port of the switch, with a filter for the MACs and the kernel's time stamps. Frames that
+A packet socket on each node's port of the switch, with a filter for them and the kernel's time stamps. Frames that
 a source forwards for its old guest carry the clients' MACs, so any frame here was sent in the EVM's name.
 """
 
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from types import TracebackType
 from typing import Self
 
@@ -23,9 +24,11 @@ from emp.lab.places import NAMESPACES
 from emp.lab.topology import FABRIC, Topology
 
 _ETH_P_ALL = 0x0003
+_IPV4 = 0x0800
 _PACKET_OUTGOING = 4
 _SO_TIMESTAMPNS = 35
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
+_LOAD_WORD, _LOAD_HALF, _JUMP_EQUAL, _RETURN = 0x20, 0x28, 0x15, 0x06
 _SNAP_BYTES = 64
 
 SLACK_S = 0.02
@@ -43,13 +46,17 @@ class Seen:
 
 
 class FrameWitness:
-    """``with FrameWitness(topology, macs) as witness: ...``; then ``violations(witness.seen, tenures)``."""
+    """``with FrameWitness(topology, macs) as witness: ...``; then ``violations(witness.seen, tenures)``.
 
-    def __init__(self, topology: Topology, macs: Iterable[str]) -> None:
+    ``addresses``: the EVM's IPv4 ones; where nodes route, its frames are on the wire with the node's MAC.
+    """
+
+    def __init__(self, topology: Topology, macs: Iterable[str], addresses: Iterable[str] = ()) -> None:
         self.seen: list[Seen] = []
         self.dropped = 0
         """frames that came faster than we took them; known at the end"""
         self._macs = tuple(macs)
+        self._addresses = [IPv4Address(address).packed for address in addresses]
         self._selector = selectors.DefaultSelector()
         visitor = threading.Thread(target=self._open, args=(topology,), name="open packet sockets")
         visitor.start()
@@ -80,7 +87,8 @@ class FrameWitness:
             port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
             port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             port.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            packet.attach(port, packet.sent_by(self._macs, most_bytes=_SNAP_BYTES))
+            program = [*_from_addresses(self._addresses), *packet.sent_by(self._macs, most_bytes=_SNAP_BYTES)]
+            packet.attach(port, program)
             port.bind((place.name, _ETH_P_ALL))
             self._selector.register(port, selectors.EVENT_READ, place.name)
 
@@ -117,3 +125,17 @@ def monotonic_s(ancillary: list[tuple[int, int, bytes]]) -> float:
             seconds, nanoseconds = struct.unpack("qq", data[:16])
             behind_s = time.time() - (seconds + nanoseconds / 1e9)
     return now_s - behind_s
+
+
+def _from_addresses(addresses: Iterable[bytes]) -> packet.Program:
+    """Begin a filter that lets packets from these IPv4 addresses through."""
+    lines: list[tuple[int, int, int, int]] = []
+    for address in addresses:
+        lines += [
+            (_LOAD_HALF, 0, 0, 12),
+            (_JUMP_EQUAL, 0, 3, _IPV4),
+            (_LOAD_WORD, 0, 0, 26),
+            (_JUMP_EQUAL, 0, 1, int.from_bytes(address, "big")),
+            (_RETURN, 0, 0, _SNAP_BYTES),
+        ]
+    return lines
