@@ -83,7 +83,7 @@ class Subject:
         spec = self.client.evms.create(create).spec
         self._address = spec.nics[0].address
         self._pods = {pod.name: pod.address for pod in spec.pods}
-        self._macs = [mac for mac, _ in spec.addresses]
+        self._macs, self._addresses = zip(*spec.addresses, strict=True)
         self._guest = Guest(self.state.topology, self._address)
         for address in (self._address, *self._pods.values()):
             Guest(self.state.topology, address).wait_first_packet()
@@ -244,7 +244,7 @@ class Subject:
         target = next(node for node in NODES if node != source)
         began_s, topology = time.monotonic(), self.state.topology
         with ExitStack() as watching:
-            witness = watching.enter_context(FrameWitness(topology, self._macs))
+            witness = watching.enter_context(FrameWitness(topology, self._macs, self._addresses))
             capture = None
             if split:  # it would take too much of the processor on a fast stream
                 capture = watching.enter_context(
