@@ -37,7 +37,7 @@ from emp.host.schedule import before_others
 from emp.lab.down import down
 from emp.lab.state import LabFiles, LabState
 from emp.lab.up import Options, up
-from emp.model.errors import EmpError
+from emp.model.errors import EmpError, Refused
 
 NAME = "bench-network"
 RUNS = 20
@@ -74,14 +74,20 @@ def bearable(subject: Subject, case: Case, console: Console) -> int:
 
 
 def measure(state: LabState, chosen: Sequence[Case], runs: int, console: Console) -> dict[Case, list[Run]]:
-    found: dict[Case, list[Run]] = {case: [] for case in chosen}
+    """Return the runs of each case; one whose EVM cannot be made is left out, which its demands then say."""
     with Client.from_context(state.name) as client:
         subjects: dict[int, Subject] = {}
         for pods in sorted({_pods(case) for case in chosen}):
-            subjects[pods] = Subject(state, client, f"with-{pods}" if pods else "plain", pods)
-            console.print(f"an EVM with {pods} pods: all answer after {subjects[pods].boot_s:.1f} s")
-        rates_hz = {case: bearable(subjects[_pods(case)], case, console) for case in chosen}
-        began_s, order = time.monotonic(), in_turn(chosen, runs)
+            try:
+                subjects[pods] = Subject(state, client, f"with-{pods}" if pods else "plain", pods)
+            except Refused as error:
+                console.print(f"an EVM with {pods} pods cannot be had, its cases are left out: {error}")
+            else:
+                console.print(f"an EVM with {pods} pods: all answer after {subjects[pods].boot_s:.1f} s")
+        due = [case for case in chosen if _pods(case) in subjects]
+        found: dict[Case, list[Run]] = {case: [] for case in due}
+        rates_hz = {case: bearable(subjects[_pods(case)], case, console) for case in due}
+        began_s, order = time.monotonic(), in_turn(due, runs)
         for number, case in enumerate(order, 1):
             run = subjects[_pods(case)].run(case, rates_hz[case])
             found[case].append(run)
