@@ -93,8 +93,9 @@ def measure(state: LabState, chosen: Sequence[Case], runs: int, console: Console
             found[case].append(run)
             left_s = (time.monotonic() - began_s) / number * (len(order) - number)
             stream = run.stream
+            where = f", {run.lost_at_ms[0]:+.1f} ms from RESUME first" if run.lost_at_ms else ""
             console.print(
-                f"{number:4} of {len(order)}: {case.name:12} {stream.lost} of {stream.sent} lost, gap"
+                f"{number:4} of {len(order)}: {case.name:12} {stream.lost} of {stream.sent} lost{where}, gap"
                 f" {run.gap_ms:.0f} ms, vCPUs paused {run.pause_ms:.1f} ms; {left_s / 60:.1f} min left"
             )
     return found

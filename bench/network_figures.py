@@ -79,6 +79,8 @@ class Run:
     """from RESUME on the target, or the first request on the tap if later, to the guest's first UDP frame there"""
     late_ms: float = 0.0
     """at worst, of a packet that the client sent: its own delay, not the network's"""
+    lost_at_ms: tuple[float, ...] = ()
+    """from RESUME on: when the first packets that were lost were due to be sent; of the stream one way"""
     violations: tuple[str, ...] = ()
     capture_dropped: int = 0
     frames_held: int | None = None

@@ -65,6 +65,28 @@ class Moved:
 
 
 @dataclass
+class OneWay:
+    """What the client says of a stream that it sent, and the guest that counted it."""
+
+    rate_hz: int
+    sent: dict[str, Any]
+    counted: dict[str, Any]
+
+    @property
+    def stream(self) -> Stream:
+        sent, counted = self.sent["sent"], self.counted
+        return Stream(sent, sent - counted["received"], counted["duplicated"], counted["reordered"])
+
+    def lost_at_ms(self, resumed_s: float) -> tuple[float, ...]:
+        """Return when the first that were lost had been due, from the target's RESUME (Unix time) on.
+
+        Where the client left sends out, those behind were due later than this says.
+        """
+        due_s = (self.sent["begun_at_s"] + number / self.rate_hz for number in self.counted["missing"])
+        return tuple(round((at_s - resumed_s) * 1000, 2) for at_s in due_s)
+
+
+@dataclass
 class Subject:
     """An EVM with so many pods; it is created, and waited for, when it is first asked for."""
 
@@ -104,7 +126,7 @@ class Subject:
     def at_rest(self, case: Case, rate_hz: int) -> Stream:
         """Return what becomes of a UDP stream without a migration."""
         if case.kind == ONE_WAY:
-            return self._stream(rate_hz, lambda: time.sleep(REST_S))[0]
+            return self._stream(rate_hz, lambda: time.sleep(REST_S)).stream
         with Probing(self._files, {_EVM: self._address}, rate_hz=rate_hz) as probing:
             probing.mark(_REST)
             time.sleep(REST_S)  # how long the control lasts
@@ -123,10 +145,13 @@ class Subject:
         at_rest = self.at_rest(case, rate_hz)
         moves: list[Moved] = []
 
-        stream, silence_ms, late_ms = self._stream(rate_hz, lambda: moves.append(self._move(split=False)))
+        streamed = self._stream(rate_hz, lambda: moves.append(self._move(split=False)))
         (moved,) = moves
+        resumed_s = known(moved.migration.report.resumed_at_s, "resumed_at_s")
         # The guest's clock stands while the guest does. Its silence may be at another time: then this is too much.
-        return moved.run(rate_hz, stream, at_rest, moved.pause_ms + silence_ms, late_ms=late_ms)
+        gap_ms = moved.pause_ms + streamed.counted["silence_ms"]
+        late_ms, lost_at_ms = streamed.sent["worst_late_ms"], streamed.lost_at_ms(resumed_s)
+        return moved.run(rate_hz, streamed.stream, at_rest, gap_ms, late_ms=late_ms, lost_at_ms=lost_at_ms)
 
     def _bulk(self, case: Case, rate_hz: int) -> Run:
         with ClientProgram(self._files, "emp.lab.loads", ["bulk", self._address]) as load:
@@ -203,26 +228,15 @@ class Subject:
 
             yield move, end
 
-    def _stream(self, rate_hz: int, meanwhile: Callable[[], None]) -> tuple[Stream, float, float]:
-        """Send numbered datagrams while ``meanwhile`` runs; return what came of them, the guest's longest silence, and
-        how late a datagram left at worst (ms)."""
+    def _stream(self, rate_hz: int, meanwhile: Callable[[], None]) -> OneWay:
+        """Send numbered datagrams while ``meanwhile`` runs."""
         self._streams += 1
         self._guest.ask(f"sink start {self._streams}")
         words = ["one-way", self._address, "--rate", str(rate_hz), "--stream", str(self._streams)]
         with ClientProgram(self._files, "emp.lab.loads", words) as load:
             meanwhile()
             sent = load.stop()
-        counted = self._received(sent["sent"])
-        return (
-            Stream(
-                sent=sent["sent"],
-                lost=sent["sent"] - counted["received"],
-                duplicated=counted["duplicated"],
-                reordered=counted["reordered"],
-            ),
-            float(counted["silence_ms"]),
-            float(sent["worst_late_ms"]),
-        )
+        return OneWay(rate_hz, sent, self._received(sent["sent"]))
 
     def _received(self, sent: int) -> dict[str, Any]:
         """Return what the guest has counted, once it has all or no more comes."""

@@ -176,6 +176,7 @@ def test_one_way_datagrams_are_counted_and_not_answered(guest: Vm) -> None:
 def test_a_numbered_stream_is_counted_with_its_losses_duplicates_and_disorder(guest: Vm) -> None:
     assert control(EVM, "sink start 41") == {
         "stream": 41, "received": 0, "duplicated": 0, "reordered": 0, "next": 0, "silence_ms": 0.0,
+        "missing": [],
     }  # fmt: skip
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.connect((EVM, 7779))
@@ -185,6 +186,7 @@ def test_a_numbered_stream_is_counted_with_its_losses_duplicates_and_disorder(gu
     wait_until(lambda: control(EVM, "sink")["received"] >= 6)
     counted = control(EVM, "sink")
     assert {"received": 6, "duplicated": 1, "reordered": 2, "next": 8}.items() <= counted.items()
+    assert counted["missing"] == [5, 6]
     again = control(EVM, "sink start 42")
     assert (again["stream"], again["received"], again["next"]) == (42, 0, 0)
     assert "error" in control(EVM, "sink start nonsense")

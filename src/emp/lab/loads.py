@@ -100,9 +100,11 @@ class OneWay:
             now_ns = time.monotonic_ns()
 
     def report(self) -> dict[str, Any]:
-        """``left_out``: sends that a stall of ours has cost; ``errors``: those that our own host refused."""
+        """``begun_at_s``: when number 0 was due, in Unix time. ``left_out``: sends that a stall of ours has cost;
+        ``errors``: those that our own host refused."""
         took_s = (time.monotonic_ns() - self._begun_ns) / 1e9
         return {
+            "begun_at_s": round(time.time() - took_s, 6),
             "sent": self.sent,
             "errors": self._errors,
             "left_out": self._left_out,

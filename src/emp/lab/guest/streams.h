@@ -2,7 +2,7 @@
 
 /* A datagram is one of the stream when it begins with the stream's id and its own number, both 64 bits, big-endian.
    `reordered` is RFC 4737's (section 3.3): its number is lower than the highest that came before. A duplicate is not. */
-enum { SINK_NUMBERS = 1 << 24, BULK_BYTES = 65521 };
+enum { SINK_NUMBERS = 1 << 24, SINK_MISSING = 16, BULK_BYTES = 65521 };
 static pthread_mutex_t sink_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct { uint64_t stream, received, duplicated, reordered, next, last_us, silence_us; } sink;
 static uint8_t sink_seen[SINK_NUMBERS / 8];
@@ -50,7 +50,8 @@ static void sink_ready(int fd)
     pthread_mutex_unlock(&sink_lock);
 }
 
-/* `sink start STREAM` begins to count a stream, `sink` says how it is. `silence_ms`: the longest time without one of its
+/* `sink start STREAM` begins to count a stream, `sink` says how it is, with the first of those that are missing below the
+   highest. `silence_ms`: the longest time without one of its
    datagrams, by this guest's clock, which stands while the guest does. */
 static void cmd_sink(struct buf *out, int argc, char **argv)
 {
@@ -67,9 +68,13 @@ static void cmd_sink(struct buf *out, int argc, char **argv)
         sink.stream = stream;
     }
     put(out, "{\"stream\": %llu, \"received\": %llu, \"duplicated\": %llu, \"reordered\": %llu, \"next\": %llu, "
-        "\"silence_ms\": %.3f}", (unsigned long long)sink.stream, (unsigned long long)sink.received,
+        "\"silence_ms\": %.3f, \"missing\": [", (unsigned long long)sink.stream, (unsigned long long)sink.received,
         (unsigned long long)sink.duplicated, (unsigned long long)sink.reordered, (unsigned long long)sink.next,
         (double)sink.silence_us / 1e3);
+    for (uint64_t number = 0, told = 0; sink.received < sink.next && number < sink.next && told < SINK_MISSING; number++)
+        if (!(sink_seen[number / 8] & 1 << number % 8))
+            put(out, told++ ? ", %llu" : "%llu", (unsigned long long)number);
+    put(out, "]}");
     pthread_mutex_unlock(&sink_lock);
 }
 
