@@ -163,11 +163,23 @@ async def test_what_was_held_is_sent_at_once_and_in_order(source: Source, target
     source.port.comes(frame(2, to=EVERYBODY), frame(3, to=POD))
     source.forwarder.begin()
     assert numbers(target.port.got) == [1, 2, 3], "before anything else happens"
+    assert target.arrivals.caught_up.is_set()
     source.port.comes(frame(4))
     assert await target.has(4) == [1, 2, 3, 4]
     assert (source.forwarder.held, source.forwarder.forwarded) == (4, 4)
     source.forwarder.begin()
     assert len(target.port.got) == 4, "a GO that is repeated begins nothing anew"
+
+
+async def test_the_target_is_told_when_what_was_held_has_been_sent(
+    source: Source, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "_AT_ONCE", 10)
+    source.port.comes(*map(frame, range(150)))
+    source.forwarder.begin()
+    assert len(target.port.got) == 10 and not target.arrivals.caught_up.is_set()
+    await asyncio.wait_for(target.arrivals.caught_up.wait(), 5)
+    assert numbers(target.port.got) == list(range(150))
 
 
 async def test_it_waits_a_moment_for_the_guests_ring(source: Source, target: Target) -> None:

@@ -6,6 +6,9 @@
         |-- held ----->|-- forwarded: all ---->|-- forwarded: unicast ----->|-- over
         (in the tap)    (copies are kept)       (copies are dropped)
 
+The target announces itself when what was held has arrived, or after ``ANNOUNCED_S``: what then comes directly would
+overtake it.
+
 Until the commit nothing is taken out of the tap, so an abort needs nothing put back. The two agents have a connection
 of their own for the frames, opened before HANDOVER: an order never waits behind them. What the target or the connection
 does not take at once stays in the source's tap, whose queue is bounded and counts what it drops.
@@ -29,6 +32,10 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64
 """frames in one turn of the event loop"""
+ANNOUNCED_S = 0.05
+"""the target waits so long at most for what was held"""
+CAUGHT_UP = b""
+"""the message that says: what was held has been sent"""
 _AT_ONCE = 512
 """frames that were held and are sent before anything else happens; some 5 ms"""
 _CHUNK_BYTES = 256 << 10
@@ -98,6 +105,9 @@ class Forwarder:
         self._tasks: list[asyncio.Task[None]] = []
         self._watches = False
         self._runs = asyncio.Event()
+        self._behind = set(range(len(ports)))
+        """ports whose queue has not been empty since the commit"""
+        self._has_caught_up = False
         self._received: list[asyncio.Task[list[int]] | None] = [None for _ in ports]
         self._copies: list[list[bytes]] = [[] for _ in ports]
         self._copied_bytes = 0
@@ -160,14 +170,20 @@ class Forwarder:
         self.held += len(held)
         with contextlib.suppress(OSError):  # the task says it
             held += self._pulled(nic, port, _AT_ONCE)
-        return self._send_at_once(self._link, nic, held) if self._link is not None else held
+        if self._link is None or not self._send_at_once(self._link, nic, held):
+            return held
+        self._say_if_caught_up()
+        return []
 
     def _pulled(self, nic: int, port: Port, most: int) -> list[bytes]:
         """Take what there is for the target, up to ``most`` frames."""
         own = self._own[nic]
+        pulled = port.pull(most)
+        if len(pulled) < most:
+            self._behind.discard(nic)
         # The target's announcements come by here too. The guest must not see them: a bridge in it would take its pods
         # for being outside.
-        frames = [frame for frame in port.pull(most) if frame[packet.SENDER] not in own]
+        frames = [frame for frame in pulled if frame[packet.SENDER] not in own]
         if self._runs.is_set():  # broadcast and multicast reach the target by themselves by now
             return [frame for frame in frames if frame[packet.RECEIVER] in own]
         self.held += len(frames)
@@ -175,15 +191,22 @@ class Forwarder:
         self._copied_bytes += sum(map(len, frames))
         return frames
 
-    def _send_at_once(self, link: Link, nic: int, frames: list[bytes]) -> list[bytes]:
-        """Send without waiting; return what is left when the connection is gone."""
+    def _send_at_once(self, link: Link, nic: int, frames: list[bytes]) -> bool:
+        """Send without waiting, unless the connection is gone."""
         try:
             for message in pack(nic, frames):
                 link.send_data(message)
         except EmpError:
-            return frames
+            return False
         self.forwarded += len(frames)
-        return []
+        return True
+
+    def _say_if_caught_up(self) -> None:
+        """Once what was held on every port has been sent."""
+        if not self._behind and not self._has_caught_up and self._link is not None:
+            self._has_caught_up = True
+            with contextlib.suppress(EmpError):  # the target waits for it in vain, for a moment
+                self._link.send_data(CAUGHT_UP)
 
     async def _carry(self, nic: int, port: Port, waiting: list[bytes] | None) -> None:
         received = self._received[nic]
@@ -195,6 +218,7 @@ class Forwarder:
             if frames:
                 self._frame_at_s = asyncio.get_running_loop().time()
                 await self._send(nic, frames)
+            self._say_if_caught_up()
             await asyncio.sleep(0)  # a flood must not take the event loop from the migration
             if self._copied_bytes > _COPIES_BYTES:
                 await self._runs.wait()
@@ -276,6 +300,8 @@ class Arrivals:
         self._name = name
         self._ports = ports
         self._lost = 0
+        self.caught_up = asyncio.Event()
+        """what the source held has arrived"""
 
     async def take(self, link: Link) -> None:
         """Until the connection ends."""
@@ -290,6 +316,8 @@ class Arrivals:
                 log.warning("%s: %d forwarded frames found no room in their queue", self._name, self._lost)
 
     def _put(self, message: bytes) -> None:
+        if message == CAUGHT_UP:
+            self.caught_up.set()
         for nic, frame in unpack(message):
             if nic < len(self._ports):
                 self._lost += 1 - self._ports[nic].put([frame])

@@ -15,7 +15,6 @@ from functools import partial
 from emp.agent.assembly import Assembly
 from emp.agent.claims import Claims
 from emp.agent.devices import MakeProbe
-from emp.agent.forwarding import Arrivals
 from emp.agent.gate import Gate
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import answer_from_journal, hello, standing_in
@@ -411,7 +410,7 @@ class Migrations:
         """The target may be running by now, and its role over."""
         role = self._roles.get(migration)
         if isinstance(role, TargetRole) and role.assembly and link.peer == Identity(WireRole.AGENT, role.state.source):
-            await Arrivals(migration, role.assembly.ports).take(link)
+            await role.take_frames(link)
         else:
             log.warning("%s: frames from %s for an EVM that is not here by it", migration, link.peer)
             await link.close()

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembler, Assembly
 from emp.agent.devices import MakeProbe
+from emp.agent.forwarding import ANNOUNCED_S, Arrivals
 from emp.agent.health import Health
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink
@@ -66,6 +67,7 @@ class TargetRole(Role[Target]):
         self._claim = claim
         self._on_end = on_end
         self._probe = probe
+        self._arrivals: Arrivals | None = None
         self._health: Health | None = None
         self._peer = PeerLink(self.feed, journal, self._told)
 
@@ -270,8 +272,17 @@ class TargetRole(Role[Target]):
                 log.warning("%s: does it run? %s", self.state.migration, error)
             await asyncio.sleep(REPEAT_S)
 
+    async def take_frames(self, link: Link) -> None:
+        """Use ``link`` for what the source forwards, until it ends; the role may be over by then."""
+        assert self.assembly is not None
+        self._arrivals = Arrivals(self.state.migration, self.assembly.ports)
+        await self._arrivals.take(link)
+
     async def _announce(self) -> None:
         assert self.assembly is not None
+        if self._arrivals is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrivals.caught_up.wait(), ANNOUNCED_S)
         await self.assembly.announce()
         self.measured(announced_at_s=time.time())
 
