@@ -1,0 +1,116 @@
+"""Anti-spoofing: what a guest may say on the wire, as nftables rules at the ingress of its tap.
+
+A frame passes only if it comes from a MAC of the EVM, and speaks as no address but the EVM's: in its IPv4 or IPv6
+source, its ARP sender, and the target of a neighbour advertisement. What does not pass is counted, before the bridge
+sees it, so neither the bridge's table nor a neighbour's learns from it. A guest that has no address yet may say so
+(0.0.0.0 in DHCP and ARP probes, RFC 5227; :: in duplicate address detection, RFC 4862). No guest is a router here:
+router advertisements and redirects are dropped (RFC 6105), as are VLAN tags, by which it would leave its segment.
+
+One table per tap, of the family ``netdev``: it needs nothing of the bridge, works for a routed tap as well, costs other
+interfaces nothing, and is in force while no agent runs (docs/design/0015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_address
+
+from emp.host import nft
+from emp.model.errors import HostError
+
+_PREFIX = "emp-guard-"
+_COUNTER = "spoofed"
+
+
+def table_of(interface: str) -> str:
+    return f"{_PREFIX}{interface}"
+
+
+def rules(interface: str, macs: Iterable[str], addresses: Iterable[str]) -> str:
+    """Return the ``nft`` script that puts these rules in the place of those that were, the counter kept.
+
+    ``macs`` and ``addresses`` in canonical text form: nothing that a guest wrote gets here unparsed.
+    """
+    parsed = sorted({ip_address(address) for address in addresses}, key=lambda ip: (ip.version, int(ip)))
+    four = [str(ip) for ip in parsed if ip.version == 4]
+    six = [str(ip) for ip in parsed if ip.version == 6]
+    # ``nft`` 1.0 has no name for the target of an advertisement: 128 bits, 8 bytes into ICMPv6 (RFC 4861, 4.4)
+    targets = ", ".join(f"{int(ip):#034x}" for ip in parsed if ip.version == 6)
+    advertised = f"@th,64,128 {{ {targets} }} accept" if targets else ""
+    table = table_of(interface)
+    return f"""
+add table netdev {table}
+flush table netdev {table}
+add set netdev {table} macs {{ type ether_addr; }}
+add set netdev {table} four {{ type ipv4_addr; }}
+add set netdev {table} six {{ type ipv6_addr; }}
+flush set netdev {table} macs
+flush set netdev {table} four
+flush set netdev {table} six
+table netdev {table} {{
+    counter {_COUNTER} {{ }}
+    set macs {{ type ether_addr; elements = {{ {", ".join(sorted(set(macs)))} }} }}
+    set four {{ type ipv4_addr; elements = {{ {", ".join(["0.0.0.0", *four])} }} }}
+    set six {{ type ipv6_addr; elements = {{ {", ".join(["::", *six])} }} }}
+    chain refuse {{
+        counter name {_COUNTER} drop
+    }}
+    chain says_arp {{
+        arp htype 1 arp ptype ip arp hlen 6 arp plen 4 arp saddr ether @macs arp saddr ip @four accept
+        goto refuse
+    }}
+    chain advertised {{
+        {advertised}
+        goto refuse
+    }}
+    chain says_six {{
+        ip6 saddr != @six goto refuse
+        icmpv6 type {{ nd-router-advert, nd-redirect }} goto refuse
+        icmpv6 type nd-neighbor-advert goto advertised
+    }}
+    chain guest {{
+        type filter hook ingress device "{interface}" priority 0; policy accept;
+        ether saddr != @macs goto refuse
+        ether type {{ 8021q, 8021ad }} goto refuse
+        meta protocol vmap {{ arp : goto says_arp, ip6 : goto says_six }}
+        meta protocol ip ip saddr != @four goto refuse
+    }}
+}}
+"""
+
+
+class Guard:
+    """The rules of one tap. They outlive the agent, and are taken away by ``remove``."""
+
+    def __init__(self, interface: str, macs: Iterable[str]) -> None:
+        self._interface = interface
+        self._macs = frozenset(macs)
+
+    async def allow(self, addresses: Iterable[str]) -> None:
+        """Let the guest speak as these addresses and no others, from now on. Raise ``HostError``: then as before."""
+        await nft.apply(rules(self._interface, self._macs, addresses))
+
+    @property
+    def spoofed(self) -> int:
+        """Frames that did not pass since the tap was made. Raise ``HostError``."""
+        counted = nft.packets(table_of(self._interface), _COUNTER)
+        if counted is None:
+            raise HostError(
+                f"the rules of {self._interface} are gone: its guest may use any address",
+                hint="do not flush nftables on a node; restart its agent, which makes them again",
+            )
+        return counted
+
+
+async def remove(interface: str) -> None:
+    """Take a tap's rules away. Idempotent."""
+    table = table_of(interface)
+    await nft.apply(f"add table netdev {table}\ndelete table netdev {table}\n")
+
+
+async def sweep(interfaces: Iterable[str]) -> None:
+    """Take the rules of every tap away that is not among ``interfaces``: one that is gone leaves its table behind."""
+    kept = {table_of(interface) for interface in interfaces}
+    for table in nft.tables():
+        if table.startswith(_PREFIX) and table not in kept:
+            await remove(table.removeprefix(_PREFIX))
