@@ -17,6 +17,7 @@ from emp.model.errors import HostError
 from emp.model.evm import EvmSpec, Nic, Pod
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
+from tests.frames import arp
 from tests.segment import Segment, arp_fields, frame, guest_receives, guest_sends, put_on_wire
 
 MAC = "52:54:00:00:00:01"
@@ -24,7 +25,7 @@ OTHER_MAC = "52:54:00:00:00:02"
 CLIENT = "02:00:00:00:00:fe"
 
 
-def spec(name: str = "web", nics: int = 1) -> EvmSpec:
+def spec(name: str = "web", nics: int = 1, pods: int = 1) -> EvmSpec:
     return EvmSpec(
         name=name,
         uuid=UUID(int=1),
@@ -37,7 +38,10 @@ def spec(name: str = "web", nics: int = 1) -> EvmSpec:
         nics=tuple(
             Nic(mac=f"52:54:00:00:00:{n:02x}", address=f"10.77.1.{n}", prefix_length=16) for n in range(1, nics + 1)
         ),
-        pods=(Pod(name="pod", mac="52:54:00:00:01:01", address="10.77.2.1", prefix_length=16),),
+        pods=tuple(
+            Pod(name=f"pod{n}", mac=f"52:54:00:00:01:{n:02x}", address=f"10.77.2.{n}", prefix_length=16)
+            for n in range(1, pods + 1)
+        ),
     )
 
 
@@ -140,11 +144,11 @@ async def test_an_open_tap_keeps_frames_for_a_machine_that_does_not_run_yet(
 
 
 async def test_announcing_tells_the_segment_of_every_address_at_once(segment: Segment, driver: NetworkDriver) -> None:
-    (port,) = await driver.plug(spec())
+    (port,) = await driver.plug(spec(pods=9))
     with segment.inside("right"):
         put_on_wire("eth0", frame(MAC))  # so far, it was over there
     await port.open()
-    addresses = [(f"52:54:00:00:01:{n:02x}", f"10.77.2.{n}") for n in range(1, 10)] + [(MAC, "10.77.1.1")]
+    addresses = spec(pods=9).addresses
     took_ms = []
     for _ in range(5):
         began_s = time.perf_counter()
@@ -158,6 +162,17 @@ async def test_announcing_tells_the_segment_of_every_address_at_once(segment: Se
     assert {entry["ifname"] for entry in table if entry["mac"] == MAC} == {"left"}
     table = json.loads(segment.command("left", "bridge", "-j", "fdb", "show", "br", "emp0"))
     assert {entry["ifname"] for entry in table if entry["mac"] == MAC} == {port.interface}
+    await port.close()
+
+
+async def test_the_guest_is_asked_for_its_groups_and_nobody_else(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    await port.announce([(MAC, "10.77.1.1")])
+    segment.settle()
+    asked = [data[:6].hex(":") for data in guest_receives(port.tap_fd)]
+    assert asked == ["01:00:5e:00:00:01", "33:33:00:00:00:01"]
+    assert {data[:6].hex(":") for data in segment.left.drain()} == {"ff:ff:ff:ff:ff:ff"}
     await port.close()
 
 
@@ -195,6 +210,101 @@ async def test_announcing_on_a_tap_that_was_taken_away_is_an_error(segment: Segm
     with pytest.raises(HostError, match=port.interface):
         await port.announce([(MAC, "10.77.1.1")])
     await port.close()
+
+
+async def test_a_guest_speaks_as_what_it_declares_and_what_it_is_allowed(
+    segment: Segment, driver: NetworkDriver
+) -> None:
+    """Whichever card a frame comes from: the EVM's addresses are its own on all of them."""
+    ports = await driver.plug(spec(nics=2))
+    for port in ports:
+        await port.open()
+    own = [arp(MAC, "10.77.1.1", "10.77.0.1"), arp("52:54:00:00:01:01", "10.77.2.1", "10.77.0.1")]
+    others = [arp(MAC, "10.77.3.3", "10.77.0.1"), arp("52:54:00:00:00:77", "10.77.1.1", "10.77.0.1")]
+    for data in (*own, *others):
+        for port in ports:
+            guest_sends(port.tap_fd, data)
+    segment.settle()
+    assert sorted(segment.left.drain()) == sorted(2 * own)
+    for port in ports:
+        assert port.traffic().spoofed_frames == 2
+        await port.allow(["10.77.1.1", "10.77.3.3"])
+        for data in (*own, *others):
+            guest_sends(port.tap_fd, data)
+    segment.settle()
+    assert sorted(segment.left.drain()) == sorted(2 * [own[0], others[0]])
+    assert [port.traffic().spoofed_frames for port in ports] == [4, 4]
+    for port in ports:
+        await port.remove()
+        await port.remove()
+
+
+async def test_removing_an_older_port_leaves_the_rules_of_the_one_in_its_place(
+    segment: Segment, driver: NetworkDriver
+) -> None:
+    (stale,) = await driver.plug(spec())
+    (port,) = await driver.plug(spec())
+    await stale.remove()
+    await port.open()
+    guest_sends(port.tap_fd, arp(MAC, "10.77.3.3", "10.77.0.1"))
+    segment.settle()
+    assert segment.left.drain() == []
+    assert port.traffic().spoofed_frames == 1
+    await port.remove()
+
+
+async def test_a_restarted_agent_finds_the_rules_and_the_counts(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    await port.allow(["10.77.3.3"])
+    machine = os.dup(port.tap_fd)
+    guest_sends(machine, arp(MAC, "10.77.1.1", "10.77.0.1"))
+    await port.close()
+    await driver.start()
+    guest_sends(machine, arp(MAC, "10.77.1.1", "10.77.0.1"))
+    (adopted,) = await driver.adopt(spec(), [os.dup(machine)])
+    guest_sends(machine, arp(MAC, "10.77.3.3", "10.77.0.1"))
+    segment.settle()
+    assert segment.left.drain() == [arp(MAC, "10.77.3.3", "10.77.0.1")]
+    assert (adopted.traffic().spoofed_frames, adopted.traffic().sent_frames) == (2, 1)
+    await adopted.remove()
+    os.close(machine)
+
+
+async def test_what_a_guest_speaks_for_is_heard_allowed_or_not(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+    port.listen(lambda mac, ip: heard.put_nowait((mac, ip)))
+    guest_sends(port.tap_fd, frame(MAC))
+    guest_sends(port.tap_fd, arp(MAC, "10.77.1.1", "10.77.0.1"))
+    guest_sends(port.tap_fd, arp(MAC, "10.77.3.3", "10.77.0.1"))
+    async with asyncio.timeout(5):
+        assert [await heard.get() for _ in range(2)] == [(MAC, "10.77.1.1"), (MAC, "10.77.3.3")]
+    await port.close()
+    assert heard.empty()
+
+
+async def test_frames_are_counted_as_the_guest_sees_them(segment: Segment, driver: NetworkDriver) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    for _ in range(3):
+        guest_sends(port.tap_fd, frame(MAC))
+    guest_sends(port.tap_fd, frame(CLIENT))
+    for _ in range(5):
+        segment.left.send(frame(CLIENT, MAC))
+    segment.settle()
+    assert len(guest_receives(port.tap_fd)) == 5
+    seen = port.traffic()
+    assert (seen.sent_frames, seen.received_frames, seen.spoofed_frames, seen.dropped_frames) == (3, 5, 1, 0)
+    assert seen.received_bytes >= 5 * len(frame(CLIENT))
+    for _ in range(12_000):
+        segment.left.send(frame(CLIENT, MAC))
+    segment.settle()
+    lost = port.traffic().dropped_frames
+    assert 0 < lost == 12_000 - len(guest_receives(port.tap_fd))
+    await port.remove()
+    with pytest.raises(HostError):
+        port.traffic()
 
 
 async def test_the_tap_lives_as_long_as_agent_or_machine(segment: Segment, driver: NetworkDriver) -> None:

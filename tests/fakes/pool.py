@@ -52,7 +52,7 @@ class Pool:
         self.power = FakePower()
         self.agents: dict[str, FakeAgent] = {}
         self.token = Secret.new()
-        self.subnet = {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"}
+        self.subnet: dict[str, Any] = {"subnet": "10.77.0.0/16", "evm_first": "10.77.1.0", "evm_last": "10.77.250.255"}
         self.credentials = _credentials()
         self.token.write(directory / "token")
         self._servers = contextlib.AsyncExitStack()

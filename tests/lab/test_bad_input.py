@@ -130,6 +130,20 @@ def test_a_target_short_of_memory(pool: Pool, evm: Subject) -> None:
     assert "64 MiB free" in create.error
 
 
+def test_a_target_whose_frames_are_smaller(pool: Pool, evm: Subject) -> None:
+    """Its bridge says how much fits; the lab's nodes all have the same, until somebody changes one."""
+    link = ("exec", "--name", pool.name, "n2", "--", "ip", "link", "set", "dev", "br0", "mtu")
+    run_lab(*link, "1400")
+    try:
+        until(lambda: evm.client.nodes.get("n2").report.mtu_bytes == 1400, "n2 reports it")
+        said = refusal(pool, "migrate", evm.name, "--to", "n2")
+    finally:
+        run_lab(*link, "1500")
+    until(lambda: evm.client.nodes.get("n2").report.mtu_bytes == 1500, "n2 is as before")
+    assert said.exit_code == 5
+    assert "1500 bytes on the source, 1400 bytes on the target" in said.error
+
+
 def test_no_node_that_fits(pool: Pool, evm: Subject) -> None:
     said = refusal(pool, "evm", "create", "other", "--memory", "5GiB")
     assert said.exit_code == 5
@@ -231,8 +245,8 @@ def test_what_is_taken_already(pool: Pool, evm: Subject) -> None:
     assert (again.exit_code, again.field) == (4, "name")
     assert "choose another" in (again.hint or "")
     address = refusal(pool, "evm", "create", "other", "--pod", f"shop={evm.guest().address}")
-    assert address.exit_code in (2, 4)
-    assert evm.guest().address in address.error
+    assert (address.exit_code, address.field) == (4, "pods[0]")
+    assert f"{evm.guest().address} is taken" in address.error
 
 
 def test_nothing_came_of_what_was_refused(pool: Pool, evm: Subject) -> None:

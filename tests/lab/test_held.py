@@ -38,7 +38,7 @@ def segment() -> Iterator[Segment]:
 
 @pytest.fixture
 async def port(segment: Segment) -> AsyncIterator[TapPort]:
-    made = TapPort(TAP, 0, tap.open_tap(TAP))
+    made = TapPort(TAP, 0, tap.open_tap(TAP), macs=())
     netlink.set_ipv6(TAP, disable_ipv6=1)  # it would solicit routers by itself
     run_sync("ip", "link", "set", TAP, "up", "txqueuelen", "1000")
     yield made

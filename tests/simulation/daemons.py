@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from emp.agent import daemon as agent_daemon
+from emp.agent.addresses import SeenFiles
 from emp.agent.adoption import Adoption
 from emp.agent.api import make_app
 from emp.agent.assembly import Assembler
@@ -130,7 +131,8 @@ class AgentDaemon(Daemon):
         devices = Devices(volumes)
         relays = Relays(self.relays, devices, config.run_dir / "relays.json")
         await relays.start()
-        assembler = Assembler(self.hypervisor, self.network, images, devices, relays)
+        seen = SeenFiles(config.run_dir / "addresses")
+        assembler = Assembler(self.hypervisor, self.network, images, devices, relays, seen)
         residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
         claims, gate = Claims(NbdVolumeClaims(volumes)), Gate()
         gate.distrust = untrusted
@@ -156,7 +158,7 @@ class AgentDaemon(Daemon):
         net.link_servers[self.host] = process, migrations.take_link
         client: Any = SimWire(net, me, self.host, "ctl")
         hear = agent_daemon._hear
-        beat = Heartbeat(client, self.host, reporter.report, residents.changed, lambda reply: hear(gate, reply))
+        beat = Heartbeat(client, self.host, reporter.report, residents.changed, lambda reply: hear(parts, reply))
         process.spawn(adoption.go_on(), "adoption")
         await beat.run()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emp.agent.images import NodeImage
 from emp.model.evm import EvmSpec
+from emp.model.network import NO_TRAFFIC, Traffic
 from tests.simulation.loop import here
 
 if TYPE_CHECKING:
@@ -73,6 +74,20 @@ class SimPort:
     def put(self, frames: Sequence[bytes]) -> int:
         return len(frames)
 
+    async def allow(self, addresses: Collection[str]) -> None:
+        await self._network.acts("allow addresses")
+
+    def listen(self, heard: Callable[[str, str], None]) -> None:
+        here()
+
+    @property
+    def mtu_bytes(self) -> int:
+        return 1500
+
+    def traffic(self) -> Traffic:
+        here()
+        return NO_TRAFFIC
+
     async def remove(self) -> None:
         await self._network.acts("remove port")
         ports = self._network.ports.get(self.evm, [])
@@ -101,6 +116,10 @@ class SimNetwork:
 
     async def start(self) -> None:
         here()
+
+    @property
+    def mtu_bytes(self) -> int:
+        return 1500
 
     async def plug(self, spec: EvmSpec) -> tuple[SimPort, ...]:
         await self.acts("plug")

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+import emp.agent.addresses
 import emp.agent.api
 import emp.agent.journal
 import emp.agent.relays
@@ -90,6 +91,7 @@ def install() -> None:
     _patch(emp.volumes.server.state, "read_private", _read)
     _patch(emp.volumes.server.state, "write_private", _write)
     _patch(emp.agent.relays, "write_private", _write)
+    _patch(emp.agent.addresses, "write_private", _write)
     logging.raiseExceptions = True
 
 

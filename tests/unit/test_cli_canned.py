@@ -17,6 +17,7 @@ from emp.model.migration import (
     VolumeMove,
     VolumeStep,
 )
+from emp.model.network import EvmNetwork, LearntAddress, Traffic
 from emp.model.node import EvmReport, Node, NodeReport, Versions
 from emp.model.volume import Attachment, Handover, MoveOrder, NbdEndpoint, Volume, VolumeState, VolumeType
 
@@ -41,6 +42,11 @@ WEB = Evm(
     ),
     state=EvmState.RUNNING, owner="n1", epoch=7, created_at=1_700_000_000.0,
 )  # fmt: skip
+ON_THE_WIRE = EvmNetwork(
+    learnt=(LearntAddress(mac="52:54:00:00:00:02", address="10.77.9.9"),),
+    refused=(LearntAddress(mac="52:54:00:00:00:01", address="10.77.0.2"),),
+    traffic=Traffic(received_frames=7, received_bytes=2048, sent_frames=5, dropped_frames=3, spoofed_frames=2),
+)
 VOL = Volume(
     id="vol-1", type=VolumeType.IO2, size_bytes=1 << 30, serial="s1", evm="web",
     attachments=(

@@ -12,7 +12,7 @@ from emp.model.errors import BadInput, Conflict, NotFound
 from emp.model.evm import EvmState
 from emp.model.migration import MigrationRequest
 from emp.model.node import Fence
-from tests.unit.test_cli_canned import ABORTED, SHARED, VOL, WEB
+from tests.unit.test_cli_canned import ABORTED, ON_THE_WIRE, SHARED, VOL, WEB
 
 if TYPE_CHECKING:
     from tests.unit.test_cli_pool import Controller
@@ -72,6 +72,11 @@ def routes(pool: Controller) -> None:
     @app.post("/v1/evms/{name}/stop")
     def evm(name: str) -> Any:
         return _get(pool.evms, name, "evm")
+
+    @app.get("/v1/evms/{name}/network")
+    def network(name: str) -> Any:
+        _get(pool.evms, name, "evm")
+        return ON_THE_WIRE
 
     @app.post("/v1/evms", status_code=201)
     def create(request: dict[str, Any]) -> Any:

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from emp.migration.preflight import CHECKS, Facts, VolumeFacts, failed, preflight
+from emp.model.evm import EvmState
 from emp.model.migration import VolumeOrder
-from emp.model.node import NodeReport
+from emp.model.node import EvmReport, NodeReport
 from emp.model.volume import Attachment, Volume, VolumeType
 from tests.fakes.values import GIB, MIB, a_report, a_spec, versions
 
@@ -108,6 +109,25 @@ def test_the_target_must_not_run_an_older_qemu(source: str, target: str, ok: boo
 
 def test_minor_versions_of_emp_work_together() -> None:
     assert failures(facts(a_report("n2", versions=versions(emp="0.2.0")))) == {}
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "own", "message"),
+    [
+        (1500, 9001, 1500, "1500 bytes on the source, 9001 bytes on the target; set bridge and uplink of both nodes"),
+        (9001, 1500, 9001, "9001 bytes on the source, 1500 bytes on the target"),
+        (1500, 1500, 9001, "web has 9001 bytes at its taps, n2 takes 1500"),
+        (1500, 1500, 1500, None),
+        (9001, 9001, 1500, None),
+        (None, 1500, 1500, None),
+    ],
+)
+def test_frames_fit_on_both_ends(here: int | None, there: int, own: int, message: str | None) -> None:
+    running = EvmReport(name="web", state=EvmState.RUNNING, epoch=1, mtu_bytes=own)
+    given = facts(a_report("n2", mtu_bytes=there), source=a_report("n1", mtu_bytes=here, evms=(running,)))
+    found = failures(given).get("mtu")
+    assert (found is None) == (message is None)
+    assert (message or "") in (found or "")
 
 
 def test_an_address_outside_of_the_subnet_is_named() -> None:

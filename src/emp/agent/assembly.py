@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from emp.agent.addresses import Addresses, Seen, SeenFiles
 from emp.agent.console import Console
 from emp.agent.devices import Devices
 from emp.agent.images import Images
@@ -28,6 +29,7 @@ class Assembly:
     spec: EvmSpec
     machine: Machine
     ports: tuple[Port, ...]
+    addresses: Addresses
     console: Console
     relays: Relays
 
@@ -39,15 +41,9 @@ class Assembly:
         for port in self.ports:
             await port.block()
 
-    def addresses(self, index: int) -> list[tuple[str, str]]:
-        """Return (MAC, IP) of the EVM and its pods behind the port of that number."""
-        nic = self.spec.nics[index]
-        return [(nic.mac, nic.address)] + [(p.mac, p.address) for p in self.spec.pods if p.nic == index]
-
     async def announce(self) -> None:
         """Every address of the EVM and its pods, each from the port that it is behind."""
-        for index, port in enumerate(self.ports):
-            await port.announce(self.addresses(index))
+        await self.addresses.announce()
 
     async def dismantle(self) -> None:
         """Kill the machine, wait for its exit, take its relays and ports away. Idempotent."""
@@ -56,6 +52,7 @@ class Assembly:
         await self.relays.end_of(self.spec.name, Side.BORROWED)
         for port in self.ports:
             await port.remove()
+        self.addresses.forget()
 
     async def close(self) -> None:
         """Let go without touching anything: the agent stops, the EVM goes on."""
@@ -67,13 +64,20 @@ class Assembly:
 
 class Assembler:
     def __init__(
-        self, hypervisor: Hypervisor, network: NetworkDriver, images: Images, devices: Devices, relays: Relays
+        self,
+        hypervisor: Hypervisor,
+        network: NetworkDriver,
+        images: Images,
+        devices: Devices,
+        relays: Relays,
+        seen: SeenFiles,
     ) -> None:
         self.hypervisor = hypervisor
         self.network = network
         self.images = images
         self.devices = devices
         self.relays = relays
+        self.seen = seen
 
     async def assemble(self, entry: Entry, *, incoming: bool) -> Assembly:
         """Volumes that are there, blocked ports, then a machine that boots or waits for a stream.
@@ -107,7 +111,7 @@ class Assembler:
                 await port.remove()
             await self.relays.end_of(spec.name, Side.BORROWED)
             raise
-        return await self._with_console(spec, machine, ports)
+        return await self._assembled(spec, machine, ports, None)
 
     async def _volumes(self, entry: Entry) -> tuple[BlockDevice, ...]:
         """Return what each volume is opened from, in the EVM's order."""
@@ -125,7 +129,7 @@ class Assembler:
         except BaseException:
             await machine.close()  # it is adopted again: a monitor of QEMU's serves one client
             raise
-        return await self._with_console(spec, machine, ports)
+        return await self._assembled(spec, machine, ports, self.seen.get(spec.name))
 
     async def clear(self, evm: str, process: ProcessId | None) -> None:
         """Kill a machine that has lost, and take every relay and port of the EVM away. Idempotent."""
@@ -133,10 +137,14 @@ class Assembler:
             await self.hypervisor.kill_stranger(evm, process)
         await self.relays.end_of(evm, Side.BORROWED)
         await self.network.remove(evm)
+        self.seen.drop(evm)
 
-    async def _with_console(self, spec: EvmSpec, machine: Machine, ports: tuple[Port, ...]) -> Assembly:
+    async def _assembled(self, spec: EvmSpec, machine: Machine, ports: tuple[Port, ...], seen: Seen | None) -> Assembly:
+        addresses = Addresses(spec, ports, self.seen, seen=seen)
+        with contextlib.suppress(HostError):  # a machine that has just died has no tap; its GONE event tells
+            addresses.listen()
         console = Console(machine.console_path)
         with contextlib.suppress(OSError):  # a machine that has just died has no console; its GONE event tells
             async with asyncio.timeout(2):
                 await console.start()
-        return Assembly(spec, machine, ports, console, self.relays)
+        return Assembly(spec, machine, ports, addresses, console, self.relays)

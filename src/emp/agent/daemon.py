@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from emp import __version__
 from emp.agent import wiring
+from emp.agent.addresses import SeenFiles
 from emp.agent.adoption import Adoption
 from emp.agent.api import make_app, make_local_app
 from emp.agent.assembly import Assembler
@@ -51,7 +52,8 @@ async def run(config: AgentConfig) -> None:
     devices = wiring.devices(config)
     relays = Relays(wiring.relays(config), devices, config.run_dir / "relays.json")
     await relays.start()
-    assembler = Assembler(hypervisor, network, images, devices, relays)
+    seen = SeenFiles(config.run_dir / "addresses")
+    assembler = Assembler(hypervisor, network, images, devices, relays, seen)
     residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
     claims, gate = Claims(wiring.claims(config)), Gate()
     gate.distrust = untrusted
@@ -155,7 +157,7 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
         on_link = parts.migrations.take_link
         await stack.enter_async_context(LinkServer(links, tls=server_tls, pool=config.pool, on_link=on_link))
         beat = Heartbeat(
-            controller, config.node, reporter.report, parts.residents.changed, lambda reply: _hear(gate, reply)
+            controller, config.node, reporter.report, parts.residents.changed, lambda reply: _hear(parts, reply)
         )
         work = [
             asyncio.create_task(beat.run(), name="heartbeat"),
@@ -170,10 +172,12 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
         await asyncio.gather(*work, return_exceptions=True)
 
 
-def _hear(gate: Gate, reply: HeartbeatReply) -> None:
+def _hear(parts: Parts, reply: HeartbeatReply) -> None:
+    gate = parts.gate
     if reply.quarantine != gate.ordered:
         log.critical("the controller: %s", reply.quarantine or "the quarantine is over")
     gate.ordered = reply.quarantine
+    parts.residents.allow(reply.allowed)
 
 
 class Reporter:
@@ -211,5 +215,6 @@ class Reporter:
             journal_id="" if distrust else standing.id,
             journal_seq=0 if distrust else standing.seq,
             open_roles=self._parts.migrations.open_roles(),
+            mtu_bytes=residents.mtu_bytes,
             lending=self._parts.relays.lending,
         )

@@ -15,6 +15,8 @@ answer     target -> source  word (``emp.migration.events.Word``), nonce
 failed     target -> source  reason
 aborted    source -> target
 health     both              a question, then back with ``emp.agent.health``'s answer
+addresses  source -> target  learnt: what the EVM may use beside what it declares; on each link, and when that changes
+traffic    source -> target  counted: what went over the EVM's taps until it was given away; behind go
 =========  ================  ==========================================================
 
 A question about a migration that no role is busy with is answered from the journal. ``journal`` and ``seq`` (in every

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from emp.agent.source import SourceRole
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState
 from emp.migration import admission
 from emp.migration.records import OWNING, RUNNABLE, Record, RecordKind
-from emp.model.errors import Conflict, EmpError, NotFound, OutcomeUnknown, Refused, StaleEpoch, Unavailable
+from emp.model.errors import Conflict, EmpError, HostError, NotFound, OutcomeUnknown, Refused, StaleEpoch, Unavailable
 from emp.model.evm import EvmState
 from emp.model.names import format_size
 from emp.model.node import EvmReport
@@ -80,6 +80,12 @@ class Residents:
     def report(self, resident: Resident) -> EvmReport:
         last = self.journal.last(resident.name)
         migrating = resident.role is not None and not resident.role.phase.final
+        addresses = resident.assembly.addresses if resident.assembly else None
+        traffic = mtu_bytes = None
+        if addresses is not None and resident.assembly is not None:
+            with contextlib.suppress(HostError):  # its taps are gone, and its machine with them
+                traffic = addresses.traffic
+                mtu_bytes = min(port.mtu_bytes for port in resident.assembly.ports)
         return EvmReport(
             name=resident.name,
             state=EvmState.MIGRATING if migrating else resident.state,
@@ -87,7 +93,24 @@ class Residents:
             reason=resident.reason,
             migration=resident.role.state.migration if resident.role and migrating else None,
             qemu_pid=resident.assembly.machine.process.pid if resident.assembly else None,
+            learnt=addresses.learnt if addresses else (),
+            asked=addresses.asked if addresses else (),
+            traffic=traffic,
+            mtu_bytes=mtu_bytes,
         )
+
+    def allow(self, allowed: Mapping[str, Collection[str]]) -> None:
+        """The controller's word on addresses that guests were heard to use."""
+        for name, addresses in allowed.items():
+            if (resident := self._residents.get(name)) and resident.assembly is not None:
+                self._chore(resident.assembly.addresses.allow(addresses), f"addresses of {name}")
+
+    @property
+    def mtu_bytes(self) -> int | None:
+        """Of the node's network; None: it cannot be told."""
+        with contextlib.suppress(HostError):
+            return self.assembler.network.mtu_bytes
+        return None
 
     @property
     def memory_used_bytes(self) -> int:
@@ -261,6 +284,7 @@ class Residents:
         if resident.assembly is not None:
             follow = self._follow(resident, resident.assembly.machine.events())
             resident.follower = asyncio.create_task(follow, name=f"resident {resident.name}")
+            resident.assembly.addresses.tell = self.changed.notify
         self.changed.notify()
 
     async def depart(self, name: str) -> None:

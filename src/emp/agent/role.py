@@ -136,11 +136,12 @@ class Role(Generic[State]):
         if timer is Timer.RETRY:
             self._deadlines_s[timer] = min(2 * after_s, RETRY_MOST_S)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a slow action beside the event loop of this role."""
         task = asyncio.create_task(work, name=f"{self.name}: {getattr(work, '__name__', work)}")
         self._tasks.add(task)
         task.add_done_callback(self._spawned_done)
+        return task
 
     def _spawned_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -83,6 +83,7 @@ class SourceRole(Role[Source]):
         self._distrust = distrust
         self._relays = relays
         self._on_end = on_end
+        self._telling: asyncio.Task[None] | None = None
         self._watchdog = Watchdog(policy, self._ask_target)
         self._peer = PeerLink(self.feed, journal, self._watchdog.told)
         self._forwarder = self._new_forwarder(policy, dial_frames)
@@ -100,7 +101,7 @@ class SourceRole(Role[Source]):
         return Forwarder(
             self.state.migration,
             self.assembly.ports,
-            [[mac for mac, _ in self.assembly.addresses(nic)] for nic in range(len(self.assembly.ports))],
+            [self.assembly.addresses.macs(nic) for nic in range(len(self.assembly.ports))],
             dial,
             quiet_s=policy.forward_quiet_s,
             most_s=policy.forward_most_s,
@@ -123,12 +124,14 @@ class SourceRole(Role[Source]):
         self._peer.attach(link, standing)
         self.spawn(self._peer.pump(link))
         self._listen()
+        self._telling = self.spawn(self._tell_addresses())
         self.begin(Ordered())
 
     def resume(self, event: events.Event) -> None:
         """Go on after a restart of the agent: the state was made from the journal."""
         self._listen()
         self.spawn(self._keep_link())
+        self._telling = self.spawn(self._tell_addresses())
         self.begin(event)
 
     def _listen(self) -> None:
@@ -157,8 +160,30 @@ class SourceRole(Role[Source]):
             await self._speak()
             await self._peer.pump(link)
 
+    async def _tell_addresses(self) -> None:
+        """What the EVM learns to use before the switchover may be used on the target too."""
+        while self.assembly is not None and not self.state.committed:
+            changed = self.assembly.addresses.changed
+            seen = changed.version
+            await self._send_addresses()
+            await changed.beyond(seen)
+
+    async def _send_addresses(self) -> None:
+        if self.assembly is not None:
+            learnt = [one.model_dump() for one in self.assembly.addresses.learnt]
+            await self._peer.send({"type": "addresses", "learnt": learnt})
+
+    async def _send_traffic(self) -> None:
+        """For the counters alone: it follows GO, and is lost with the link."""
+        if self.assembly is not None:
+            with contextlib.suppress(EmpError):
+                counted = self.assembly.addresses.traffic
+                await self._peer.send({"type": "traffic", "counted": counted.model_dump()})
+
     async def _speak(self) -> None:
         """Say over a new link at once what would be said at the next repeat."""
+        if not self.state.committed:
+            await self._send_addresses()
         match self.state.phase:
             case SourcePhase.GIVEN:
                 await self.act(events.SendGo())
@@ -309,6 +334,7 @@ class SourceRole(Role[Source]):
             case events.SendGo():
                 message = {"type": "go", "epoch": self.state.epoch_target, "nonce": self.state.nonce}
                 await self._send_or_dial(message)
+                self.spawn(self._send_traffic())
             case events.SendAborted():
                 await self._peer.send({"type": "aborted"})
             case events.Ask():
@@ -459,6 +485,8 @@ class SourceRole(Role[Source]):
             self.measured(given_at_s=_now_s())
 
     async def ended(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
         await self._on_end(self)
         await self._peer.close()
 

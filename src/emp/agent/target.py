@@ -11,6 +11,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from pydantic import ValidationError
+
 from emp.agent.assembly import Assembler, Assembly
 from emp.agent.devices import MakeProbe
 from emp.agent.forwarding import ANNOUNCED_S, Arrivals
@@ -26,6 +28,7 @@ from emp.migration.states import Target, TargetPhase
 from emp.migration.target import step
 from emp.migration.way_back import VOLUME_UNREAD
 from emp.model.errors import Conflict, EmpError, OutcomeUnknown
+from emp.model.network import LearntAddress, Traffic
 from emp.model.orders import Prepared
 from emp.model.orders import Role as RoleName
 from emp.model.volume import RbdImage
@@ -117,9 +120,20 @@ class TargetRole(Role[Target]):
         await self._peer.pump(link)
 
     def _told(self, message: Message) -> None:
-        """Only the source's brownout asks, and only then is there anything to be healthy."""
-        if message.get("type") == "health" and self.state.phase is TargetPhase.PREPARED and self.assembly is not None:
-            self.spawn(self._peer.send(self._health_of(self.assembly).asked()))
+        """What is not the core's business: a question in the source's brownout, and what it has seen of the EVM."""
+        if self.assembly is None:
+            return
+        addresses, prepared = self.assembly.addresses, self.state.phase is TargetPhase.PREPARED
+        try:
+            match message:
+                case {"type": "health"} if prepared:
+                    self.spawn(self._peer.send(self._health_of(self.assembly).asked()))
+                case {"type": "addresses", "learnt": [*learnt]} if prepared:
+                    self.spawn(addresses.take([LearntAddress.model_validate(one) for one in learnt]))
+                case {"type": "traffic", "counted": counted}:
+                    addresses.came_with(Traffic.model_validate(counted))
+        except ValidationError as error:
+            log.warning("%s: %s of the source: %s", self.state.migration, message.get("type"), error)
 
     def _health_of(self, assembly: Assembly) -> Health:
         if self._health is None:

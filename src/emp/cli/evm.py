@@ -13,6 +13,7 @@ from emp.model.errors import BadInput
 
 if TYPE_CHECKING:
     from emp.model.evm import Evm
+    from emp.model.network import Traffic
 
 app = typer.Typer(help="EVMs: elastic VMs.", no_args_is_help=True, add_completion=False)
 
@@ -105,9 +106,9 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
     """Show one EVM: where it runs, how it is, what it is made of."""
     session: Session = ctx.obj
     with session.client() as client:
-        evm = client.evms.get(name)
+        evm, network = client.evms.get(name), client.evms.network(name)
     if as_json:
-        print_json(evm)
+        print_json(evm.model_dump(mode="json") | {"network": network.model_dump(mode="json")})
         return
     spec = evm.spec
     print_facts(
@@ -122,6 +123,9 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
             ("machine", f"{spec.machine}, {spec.cpu_model}"),
             ("nics", "\n".join(f"{nic.address}/{nic.prefix_length}  {nic.mac}" for nic in spec.nics)),
             ("pods", "\n".join(f"{pod.address}/{pod.prefix_length}  {pod.mac}  {pod.name}" for pod in spec.pods)),
+            ("learnt", "\n".join(f"{one.address}  {one.mac}" for one in network.learnt)),
+            ("refused", "\n".join(f"{one.address}  {one.mac}  not this EVM's to use" for one in network.refused)),
+            ("traffic", _traffic(network.traffic) if network.traffic else None),
             ("volumes", "\n".join(spec.volumes)),
             ("efs", "\n".join(f"{m.file_system}:{m.path} at {m.mount_point}, from {m.address}" for m in spec.efs)),
             ("restart", spec.restart.value),
@@ -196,6 +200,18 @@ def console(
 
     session: Session = ctx.obj
     attach(session, name, for_s=None if duration is None else parse_duration_s(duration, field="for"), as_json=as_json)
+
+
+def _traffic(counted: Traffic) -> str:
+    lines = [
+        f"received {counted.received_frames} frames, {size(counted.received_bytes)}",
+        f"sent {counted.sent_frames} frames, {size(counted.sent_bytes)}",
+    ]
+    if counted.dropped_frames:
+        lines.append(f"dropped {counted.dropped_frames} frames that the guest did not take in time")
+    if counted.spoofed_frames:
+        lines.append(f"dropped {counted.spoofed_frames} frames that the guest sent in another's name")
+    return "\n".join(lines)
 
 
 def _grace_s(text: str | None) -> float | None:

@@ -10,6 +10,7 @@ from emp.client.nouns import ORDER_S, Noun, part, without_none
 if TYPE_CHECKING:
     from emp.model.api import EvmCreate, Listing
     from emp.model.evm import Evm
+    from emp.model.network import EvmNetwork
 
 CONSOLE_QUIET_S = 24 * 3600.0
 """a console without output for so long is given up"""
@@ -25,6 +26,10 @@ class Evms(Noun):
     def get(self, name: str) -> Evm:
         """Raises ``NotFound``."""
         return self.ask(_evm, "GET", _path(name))
+
+    def network(self, name: str) -> EvmNetwork:
+        """Return what it does on the wire, as its node last reported. Raises ``NotFound``."""
+        return self.ask(_network, "GET", f"{_path(name)}/network")
 
     def create(self, request: EvmCreate | Mapping[str, Any]) -> Evm:
         """Return the EVM once its QEMU runs. ``request``: an ``EvmCreate``, or its fields.
@@ -79,6 +84,12 @@ class Evms(Noun):
 
 def _path(name: str) -> str:
     return f"/v1/evms/{part(name, field='evm')}"
+
+
+def _network() -> type[EvmNetwork]:
+    from emp.model.network import EvmNetwork
+
+    return EvmNetwork
 
 
 def _evm() -> type[Evm]:

@@ -17,6 +17,8 @@ from emp.model.errors import AlreadyExists, BadInput, Conflict
 from emp.model.evm import EvmSpec, Nic, Pod
 from emp.model.names import Name, check_ip, check_name
 
+LEARNT = "learnt"
+
 
 class Claim(Model):
     """The record that an address is taken, under the address as its name."""
@@ -25,7 +27,7 @@ class Claim(Model):
     mac: str
     evm: Name
     holder: str
-    """``nic 0``, or ``pod NAME``"""
+    """``nic 0``, ``pod NAME``, or ``learnt``: its guest took it by itself"""
 
 
 class PodWish(Model):
@@ -97,11 +99,7 @@ def _mac(octets: bytes) -> str:
 
 def _check_asked(network: Network, address: str, taken: Set[str], *, field: str) -> None:
     ip = ipaddress.ip_address(address)
-    if (
-        not isinstance(ip, ipaddress.IPv4Address)
-        or not network.first <= ip <= network.last
-        or not _is_host(ip, network)
-    ):
+    if not isinstance(ip, ipaddress.IPv4Address) or not network.hands_out(ip):
         raise BadInput(
             f"{address} is not an address that this pool hands out",
             field=field,
@@ -109,10 +107,6 @@ def _check_asked(network: Network, address: str, taken: Set[str], *, field: str)
         )
     if address in taken:
         raise AlreadyExists(f"{address} is taken", field=field, hint="choose another, or leave it out")
-
-
-def _is_host(ip: ipaddress.IPv4Address, network: Network) -> bool:
-    return ip not in (network.block.network_address, network.block.broadcast_address)
 
 
 def _free(network: Network, taken: Set[str]) -> Iterator[str]:

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from emp.controller import trust
-from emp.controller.addresses import claims
 from emp.controller.agents import AgentClient, Agents
 from emp.controller.book import Book, Intent, Upkeep, Verb, VolumeWish, change, gone
 from emp.controller.fences import Fences
@@ -236,7 +235,7 @@ class Boot:
         others = (v.id for v in self._book.volumes.all() if v.evm == name)  # half attached, or half detached
         volumes = tuple(dict.fromkeys((*evm.spec.volumes, *own, *others)))
         await self._patiently(name, None, lambda: self._volumes.disown(volumes, own))
-        freed = [gone(self._book.claims, claim.address) for claim in claims(evm.spec)]
+        freed = [gone(self._book.claims, claim.address) for claim in self._book.claims.all() if claim.evm == name]
         await self._book.write(gone(self._book.evms, name), gone(self._book.upkeep, name), *freed)
 
     # -------------------------------------------------------------- ends

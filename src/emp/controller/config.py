@@ -49,6 +49,8 @@ class Network(Model):
     subnet: str
     evm_first: Ip
     evm_last: Ip
+    learn_ipv6: tuple[str, ...] = ()
+    """IPv6 networks of the segment, in which guests may take addresses by themselves (SLAAC, DHCPv6)"""
 
     @property
     def block(self) -> ipaddress.IPv4Network:
@@ -62,9 +64,18 @@ class Network(Model):
     def last(self) -> ipaddress.IPv4Address:
         return ipaddress.IPv4Address(self.evm_last)
 
+    @property
+    def six(self) -> tuple[ipaddress.IPv6Network, ...]:
+        return tuple(ipaddress.IPv6Network(block) for block in self.learn_ipv6)
+
+    def hands_out(self, ip: ipaddress.IPv4Address) -> bool:
+        """Whether the address is one for EVMs."""
+        is_host = ip not in (self.block.network_address, self.block.broadcast_address)
+        return self.first <= ip <= self.last and is_host
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        block = self.block
+        block, _ = self.block, self.six
         if block.prefixlen < 8:
             raise ValueError(f"{block} is too wide: a MAC address is made of an address's last 24 bits")
         if not (self.first in block and self.last in block and self.first <= self.last):

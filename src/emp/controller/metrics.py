@@ -6,7 +6,7 @@ from collections import Counter as Count
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from emp.controller.book import Book
@@ -25,7 +25,7 @@ class _Pool(Collector):
         self._book = book
         self._nodes = nodes
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         nodes = GaugeMetricFamily("emp_nodes", "Nodes of the pool", labels=["state"])
         known = self._nodes.all()
         nodes.add_metric(["ready"], sum(node.ready for node in known))
@@ -44,6 +44,26 @@ class _Pool(Collector):
         is_open = sum(migration.stage is not Stage.CLOSED for migration in self._book.migrations.all())
         yield GaugeMetricFamily("emp_migrations_open", "Migrations under way", value=is_open)
         yield GaugeMetricFamily("emp_store_revision", "Newest revision of the store", value=self._book.revision)
+        yield from self._traffic()
+
+    def _traffic(self) -> Iterator[CounterMetricFamily]:
+        """As the owners last reported; an EVM keeps its counts over migrations."""
+        per_evm = "at an EVM's taps, over its migrations"
+        frames = CounterMetricFamily("emp_evm_frames", f"Frames {per_evm}", labels=["evm", "direction"])
+        octets = CounterMetricFamily("emp_evm_bytes", f"Bytes {per_evm}", labels=["evm", "direction"])
+        dropped = CounterMetricFamily("emp_evm_dropped_frames", f"Frames lost {per_evm}", labels=["evm", "why"])
+        for evm in self._book.evms.all():
+            told = self._nodes.report_of(evm)
+            if told is None or told.traffic is None:
+                continue
+            counted = told.traffic
+            frames.add_metric([evm.spec.name, "received"], counted.received_frames)
+            frames.add_metric([evm.spec.name, "sent"], counted.sent_frames)
+            octets.add_metric([evm.spec.name, "received"], counted.received_bytes)
+            octets.add_metric([evm.spec.name, "sent"], counted.sent_bytes)
+            dropped.add_metric([evm.spec.name, "not taken"], counted.dropped_frames)
+            dropped.add_metric([evm.spec.name, "spoofed"], counted.spoofed_frames)
+        yield from (frames, octets, dropped)
 
 
 class Metrics:

@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from emp.controller import trust
 from emp.controller.book import Book, Edit
 from emp.model.errors import EmpError, NodeDown, Unavailable
-from emp.model.node import Fence, Node, NodeReport
+from emp.model.evm import Evm
+from emp.model.node import EvmReport, Fence, Node, NodeReport
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,11 @@ class Nodes:
             node=node.name,
             last_seen_at=node.last_seen_at,
         )
+
+    def report_of(self, evm: Evm) -> EvmReport | None:
+        """Return what its owner last said of an EVM."""
+        node = self.find(evm.owner)
+        return next((report for report in node.report.evms if report.name == evm.spec.name), None) if node else None
 
     # -------------------------------------------------------------- writing
 

@@ -9,6 +9,7 @@ from emp.controller.console import Consoles
 from emp.controller.efs import Efs
 from emp.controller.evms import Evms
 from emp.controller.fences import Fences
+from emp.controller.learnt import LearntAddresses
 from emp.controller.metrics import Metrics
 from emp.controller.migrations import Migrations
 from emp.controller.nodes import Nodes
@@ -28,5 +29,6 @@ class Services:
     fences: Fences
     evms: Evms
     migrations: Migrations
+    learnt: LearntAddresses
     consoles: Consoles
     metrics: Metrics

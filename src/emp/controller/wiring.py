@@ -16,6 +16,7 @@ from emp.controller.efs import Efs
 from emp.controller.evms import Evms
 from emp.controller.fences import Fences
 from emp.controller.hub import Hub
+from emp.controller.learnt import LearntAddresses
 from emp.controller.metrics import Metrics
 from emp.controller.migrations import Migrations
 from emp.controller.nodes import Nodes
@@ -108,7 +109,8 @@ async def wire(
     restarts = Restarts(book, evms.start)
     reports = Reports(book, restarts)
     sweep = Sweep(book, nodes, agents, migrations)
-    nodes.on_report += [reports.heard, fences.heard, sweep.heard]
+    learnt = LearntAddresses(book, nodes, config.network)
+    nodes.on_report += [reports.heard, fences.heard, sweep.heard, learnt.heard]
     nodes.on_down += [reports.lost, migrations.node_down]
     services = Services(
         pool=config.pool,
@@ -121,6 +123,7 @@ async def wire(
         fences=fences,
         evms=evms,
         migrations=migrations,
+        learnt=learnt,
         consoles=Consoles(book, nodes, agents, hub),
         metrics=metrics,
     )

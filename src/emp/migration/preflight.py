@@ -216,8 +216,25 @@ def subnet(facts: Facts) -> Check:
     return Check(name="subnet", ok=True, message=f"{len(facts.spec.addresses)} addresses in {block}")
 
 
+def mtu(facts: Facts) -> Check:
+    """Every frame that the EVM sends or gets on the source must fit the target's bridge and uplink, and none may be
+    promised to its peers that does not fit: path MTU discovery (RFC 1191) does not work within a segment."""
+    source, target = facts.source, facts.target
+    here, there = source.mtu_bytes, target.mtu_bytes
+    own = next((report.mtu_bytes for report in source.evms if report.name == facts.spec.name), None)
+    if here is None or there is None:
+        return Check(name="mtu", ok=True, message="not told by both ends")
+    if here != there:
+        hint = "set bridge and uplink of both nodes to one MTU"
+        return Check(name="mtu", ok=False, message=f"{_both(f'{here} bytes', f'{there} bytes')}; {hint}")
+    if own is not None and own > there:
+        text = f"{facts.spec.name} has {own} bytes at its taps, {target.name} takes {there}"
+        return Check(name="mtu", ok=False, message=text)
+    return Check(name="mtu", ok=True, message=f"{here} bytes on both ends")
+
+
 CHECKS = (
-    memory, vcpus, image, machine_type, cpu_model, accelerator, qemu, protocol, emp_version, journals, efs, subnet,
+    memory, vcpus, image, machine_type, cpu_model, accelerator, qemu, protocol, emp_version, journals, efs, subnet, mtu,
 )  # fmt: skip
 
 

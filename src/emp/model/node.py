@@ -7,6 +7,7 @@ from pydantic import Field
 from emp.model.base import Model
 from emp.model.evm import EvmState
 from emp.model.names import Name
+from emp.model.network import LearntAddress, Traffic
 
 
 class Versions(Model):
@@ -35,6 +36,13 @@ class EvmReport(Model):
     reason: str | None = None
     migration: str | None = None
     qemu_pid: int | None = None
+    learnt: tuple[LearntAddress, ...] = ()
+    """addresses that it does not declare, and that it uses with the controller's leave"""
+    asked: tuple[LearntAddress, ...] = ()
+    """such as its guest was heard to use, without leave: what it sends from them is dropped"""
+    traffic: Traffic | None = None
+    mtu_bytes: int | None = None
+    """of its taps, the smallest"""
 
 
 class OpenRole(Model):
@@ -72,6 +80,8 @@ class NodeReport(Model):
     journal_seq: int = 0
     """highest record number: a journal that comes back with another id, or behind this, is quarantined"""
     open_roles: tuple[OpenRole, ...] = ()
+    mtu_bytes: int | None = None
+    """what a frame to or from an EVM may carry here; None: not known"""
     lending: tuple[str, ...] = ()
     """migrations for whose target this node relays a volume"""
 

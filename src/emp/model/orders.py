@@ -219,6 +219,8 @@ class HeartbeatReply(Model):
     interval_s: float
     quarantine: str | None = None
     """why the node must not act: its journal is behind what the controller remembers of it, or it is fenced"""
+    allowed: dict[Name, tuple[Ip, ...]] = Field(default_factory=dict)
+    """EVM of this node -> the addresses that it may use beside those that it declares"""
 
 
 class Role(StrEnum):

@@ -2,15 +2,17 @@
 
 A ``Port`` is one NIC of one EVM on this node: a tap whose descriptor the agent shares with the machine, and its place
 in the node's network. **A port is made blocked**: nothing that the machine sends leaves the node until ``open`` (QEMU
-announces the guest's MAC by itself when a migration has loaded, even while it is paused).
+announces the guest's MAC by itself when a migration has loaded, even while it is paused). A guest speaks from its EVM's
+MACs and as the addresses that it is allowed; what else it sends is dropped and counted (``emp.network.guard``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from emp.model.evm import EvmSpec
+from emp.model.network import Traffic
 
 
 class Port(Protocol):
@@ -33,7 +35,27 @@ class Port(Protocol):
 
     async def announce(self, addresses: Sequence[tuple[str, str]]) -> None:
         """Tell the segment that these (MAC, IP) are here now: gratuitous ARP / unsolicited NA, at once, then repeated
-        in the background a few times (RFC 5227, RFC 4861 7.2.6). Returns after the first round."""
+        in the background a few times (RFC 5227, RFC 4861 7.2.6). Have the guest report its multicast groups. Returns
+        after the first round."""
+        ...
+
+    async def allow(self, addresses: Collection[str]) -> None:
+        """Let the guest speak as these addresses and no others; a new port allows those that its EVM declares, an
+        adopted one what it did. Takes a process, so not for the blackout. Raise ``HostError``: then as before."""
+        ...
+
+    def listen(self, heard: Callable[[str, str], None]) -> None:
+        """Call ``heard`` with each (MAC, IP) that the guest is seen to speak for, allowed or not, until ``close`` or
+        ``remove``. Raise ``HostError`` where the tap is gone."""
+        ...
+
+    @property
+    def mtu_bytes(self) -> int:
+        """Raise ``HostError`` where the port is gone."""
+        ...
+
+    def traffic(self) -> Traffic:
+        """Return what was counted since the port was made. Raise ``HostError`` where it is gone."""
         ...
 
     # The source, from pre-copy until the network has moved. A *frame* is as ``emp.host.packet`` has it.
@@ -101,6 +123,11 @@ class NetworkDriver(Protocol):
 
     async def start(self) -> None:
         """Make or check the node's bridge and uplink; raise ``HostError`` with what is missing."""
+        ...
+
+    @property
+    def mtu_bytes(self) -> int:
+        """What the way between a port and the wire takes now. Raise ``HostError`` where a part of it is gone."""
         ...
 
     async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:

@@ -14,12 +14,14 @@ import asyncio
 import hashlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from emp.host import netlink, packet, tap
+from emp.host.link_stats import mtu_bytes
 from emp.host.netlink import Link, Netlink
 from emp.model.errors import EmpError, HostError
 from emp.model.evm import EvmSpec
+from emp.network import guard
 from emp.network.tap_port import TapPort, readable
 
 _PREFIX = "emp"
@@ -35,6 +37,11 @@ def _alias(evm: str, nic: int) -> str:
     return f"{_ALIAS} {evm} {nic}"
 
 
+def _macs(spec: EvmSpec) -> frozenset[str]:
+    """Whichever card of the guest a pod is behind, the MAC is the EVM's own."""
+    return frozenset(mac for mac, _ in spec.addresses)
+
+
 def _evm_of(link: Link) -> str | None:
     match (link.alias or "").split():
         case [mark, evm, nic] if mark == _ALIAS and nic.isdigit() and link.name == interface_name(evm, int(nic)):
@@ -45,8 +52,8 @@ def _evm_of(link: Link) -> str | None:
 class L2Port(TapPort):
     """One tap on the node's bridge; see ``emp.network.base.Port``."""
 
-    def __init__(self, interface: str, index: int, tap_fd: int, *, uplink: str) -> None:
-        super().__init__(interface, index, tap_fd)
+    def __init__(self, interface: str, index: int, tap_fd: int, *, macs: Collection[str], uplink: str) -> None:
+        super().__init__(interface, index, tap_fd, macs=macs)
         self._uplink = uplink
         self._pinned: tuple[str, ...] = ()
         self._arrivals: socket.socket | None = None
@@ -127,6 +134,11 @@ class L2Driver:
         for link in (uplink, bridge):
             if not link.up:
                 await self._links.set_link(link.index, state="up")
+        await guard.sweep([link.name for link in await self._links.links()])
+
+    @property
+    def mtu_bytes(self) -> int:
+        return min(mtu_bytes(self._bridge), mtu_bytes(self._uplink))
 
     async def _make_bridge(self, *, mac: str) -> Link:
         await self._links.add_bridge(self._bridge, mac=mac)
@@ -156,15 +168,15 @@ class L2Driver:
         ports: list[L2Port] = []
         try:
             for number, nic in enumerate(spec.nics):
-                ports.append(await self._plug(spec.name, number, nic.mac))
+                ports.append(await self._plug(spec, number, nic.mac))
         except BaseException:
             for port in ports:
                 await port.remove()
             raise
         return tuple(ports)
 
-    async def _plug(self, evm: str, number: int, mac: str) -> L2Port:
-        interface = interface_name(evm, number)
+    async def _plug(self, spec: EvmSpec, number: int, mac: str) -> L2Port:
+        interface = interface_name(spec.name, number)
         bridge = await self._bridge_link()
         descriptor = tap.open_tap(interface)
         try:
@@ -172,7 +184,7 @@ class L2Driver:
             link = await self._tap_link(interface)
             await self._links.set_link(
                 link.index,
-                ifalias=_alias(evm, number),
+                ifalias=_alias(spec.name, number),
                 # not the guest's own: the bridge would take its frames for the node's
                 address=f"fe{mac[2:]}",
                 mtu=bridge.mtu_bytes,
@@ -180,11 +192,13 @@ class L2Driver:
                 master=bridge.index,
             )
             netlink.lock_port(link.index)
+            port = L2Port(interface, link.index, descriptor, macs=_macs(spec), uplink=self._uplink)
+            await port.allow([address for _, address in spec.addresses])
             await self._links.set_link(link.index, state="up")
         except BaseException:
             os.close(descriptor)
             raise
-        return L2Port(interface, link.index, descriptor, uplink=self._uplink)
+        return port
 
     async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[L2Port, ...]:
         """See ``NetworkDriver``. The descriptors may come in any order; raise ``HostError`` if they are not exactly the
@@ -199,8 +213,10 @@ class L2Driver:
             for descriptor in tap_fds:
                 os.close(descriptor)
             raise
+        macs, uplink = _macs(spec), self._uplink
         return tuple(
-            L2Port(name, index, held[name], uplink=self._uplink) for name, index in zip(wanted, indices, strict=True)
+            L2Port(name, index, held[name], macs=macs, uplink=uplink)
+            for name, index in zip(wanted, indices, strict=True)
         )
 
     async def leftovers(self) -> frozenset[str]:
@@ -210,6 +226,7 @@ class L2Driver:
         for link in await self._links.links():
             if _evm_of(link) == evm:
                 await netlink.delete_link(link.index)
+                await guard.remove(link.name)
 
     async def _bridge_link(self) -> Link:
         bridge = await self._links.link(self._bridge)

@@ -12,11 +12,14 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from emp.host import netlink, packet, tap
+from emp.host.link_stats import mtu_bytes
 from emp.model.errors import HostError
+from emp.model.network import Traffic
 from emp.network.announce import REPEATS_S, announcements
+from emp.network.guarded_tap import GuardedTap
 from emp.network.held import Held
 
 log = logging.getLogger(__name__)
@@ -28,8 +31,10 @@ _REMEMBERED = 4096
 class TapPort:
     """One tap; see ``emp.network.base.Port``. What is left to a driver: ``open``, ``block``, ``moved``, ``release``."""
 
-    def __init__(self, interface: str, index: int, tap_fd: int) -> None:
+    def __init__(self, interface: str, index: int, tap_fd: int, *, macs: Collection[str]) -> None:
+        """``macs``: every one that the EVM and its pods have, whichever card they are behind."""
         self._interface = interface
+        self._guarded = GuardedTap(interface, index, macs)
         self._index = index
         self._tap_fd = tap_fd
         self._repeating: asyncio.Task[None] | None = None
@@ -58,15 +63,31 @@ class TapPort:
         frames = announcements(addresses)
         try:
             self._send(frames)
+            self._guarded.ask_for_groups()
         except OSError as error:
             raise HostError(f"cannot announce on {self._interface}: {error.strerror}") from error
         self._repeating = asyncio.create_task(self._repeat(frames), name=f"announce {self._interface}")
 
+    async def allow(self, addresses: Collection[str]) -> None:
+        await self._guarded.allow(addresses)
+
+    def listen(self, heard: Callable[[str, str], None]) -> None:
+        self._guarded.listen(heard)
+
+    @property
+    def mtu_bytes(self) -> int:
+        return mtu_bytes(self._interface)
+
+    def traffic(self) -> Traffic:
+        return self._guarded.traffic()
+
     async def remove(self) -> None:
         await self.close()
         await netlink.delete_link(self._index)
+        await self._guarded.remove()
 
     async def close(self) -> None:
+        self._guarded.close()
         await self._hush()
         self._ahead = []
         self.forget()

@@ -30,6 +30,10 @@ def router(services: Services) -> APIRouter:
             raise BadInput(f"the report is of {report.name}, not of {node}", field="name")
         await services.nodes.heartbeat(report)
         known = services.nodes.find(node)
-        return HeartbeatReply(interval_s=services.heartbeat_s, quarantine=trust.closed(known) if known else None)
+        return HeartbeatReply(
+            interval_s=services.heartbeat_s,
+            quarantine=trust.closed(known) if known else None,
+            allowed=services.learnt.allowed(known) if known else {},
+        )
 
     return router

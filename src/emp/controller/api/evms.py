@@ -10,6 +10,7 @@ from fastapi.responses import StreamingResponse
 from emp.controller.services import Services
 from emp.model.api import EvmCreate, EvmStart, EvmStop, Listing, VolumeAttach
 from emp.model.evm import Evm
+from emp.model.network import EvmNetwork
 
 
 def router(services: Services) -> APIRouter:
@@ -28,6 +29,12 @@ def router(services: Services) -> APIRouter:
     @router.get("/{name}")
     async def show_evm(name: str) -> Evm:
         return evms.get(name)
+
+    @router.get("/{name}/network")
+    async def show_network(name: str) -> EvmNetwork:
+        """Addresses that its guest took by itself, and what was counted at its taps, as its node last reported."""
+        told = services.nodes.report_of(evms.get(name))
+        return EvmNetwork(learnt=told.learnt, refused=told.asked, traffic=told.traffic) if told else EvmNetwork()
 
     @router.post("/{name}/start")
     async def start_evm(name: str, request: EvmStart | None = None) -> Evm:

@@ -20,6 +20,8 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/input.h>
+#include <net/if.h>
+#include <netpacket/packet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -44,6 +46,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -101,6 +104,7 @@ __attribute__((format(printf, 2, 3))) static void put(struct buf *b, const char 
 #include "journal.h"
 #include "lock.h"
 #include "streams.h"
+#include "wire.h"
 
 /* ---- sockets ------------------------------------------------------------------------------------------------------ */
 
@@ -328,7 +332,7 @@ static void cmd_poweroff(struct buf *out, int argc, char **argv)
 static const struct command { const char *name; void (*run)(struct buf *out, int argc, char **argv); } commands[] = {
     {"status", cmd_status}, {"memory", cmd_memory}, {"verify", cmd_verify}, {"corrupt", cmd_corrupt},
     {"journal", cmd_journal}, {"lock", cmd_lock}, {"disks", cmd_disks}, {"sink", cmd_sink}, {"bulk", cmd_bulk},
-    {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
+    {"wire", cmd_wire}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
