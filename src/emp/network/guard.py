@@ -6,6 +6,9 @@ sees it, so neither the bridge's table nor a neighbour's learns from it. A guest
 (0.0.0.0 in DHCP and ARP probes, RFC 5227; :: in duplicate address detection, RFC 4862). No guest is a router here:
 router advertisements and redirects are dropped (RFC 6105), as are VLAN tags, by which it would leave its segment.
 
+A frame sees the rules of before a change or those of after it, but the kernel looks a set up as it is then. So where a
+look may find neither (an anonymous set of old rules, an element that is replaced), finding nothing must mean dropping.
+
 One table per tap, of the family ``netdev``: it needs nothing of the bridge, works for a routed tap as well, costs other
 interfaces nothing, and is in force while no agent runs (docs/design/0015).
 """
@@ -16,7 +19,7 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 
 from emp.host import nft
-from emp.model.errors import HostError
+from emp.model.errors import CommandFailed, HostError
 
 _PREFIX = "emp-guard-"
 _COUNTER = "spoofed"
@@ -31,12 +34,7 @@ def rules(interface: str, macs: Iterable[str], addresses: Iterable[str]) -> str:
 
     ``macs`` and ``addresses`` in canonical text form: nothing that a guest wrote gets here unparsed.
     """
-    parsed = sorted({ip_address(address) for address in addresses}, key=lambda ip: (ip.version, int(ip)))
-    four = [str(ip) for ip in parsed if ip.version == 4]
-    six = [str(ip) for ip in parsed if ip.version == 6]
-    # ``nft`` 1.0 has no name for the target of an advertisement: 128 bits, 8 bytes into ICMPv6 (RFC 4861, 4.4)
-    targets = ", ".join(f"{int(ip):#034x}" for ip in parsed if ip.version == 6)
-    advertised = f"@th,64,128 {{ {targets} }} accept" if targets else ""
+    four, six = _by_version(addresses)
     table = table_of(interface)
     return f"""
 add table netdev {table}
@@ -60,23 +58,50 @@ table netdev {table} {{
         goto refuse
     }}
     chain advertised {{
-        {advertised}
-        goto refuse
     }}
     chain says_six {{
         ip6 saddr != @six goto refuse
-        icmpv6 type {{ nd-router-advert, nd-redirect }} goto refuse
-        icmpv6 type nd-neighbor-advert goto advertised
+        icmpv6 type nd-router-advert goto refuse
+        icmpv6 type nd-redirect goto refuse
+        icmpv6 type nd-neighbor-advert jump advertised
+        icmpv6 type nd-neighbor-advert goto refuse
     }}
     chain guest {{
         type filter hook ingress device "{interface}" priority 0; policy accept;
         ether saddr != @macs goto refuse
-        ether type {{ 8021q, 8021ad }} goto refuse
-        meta protocol vmap {{ arp : goto says_arp, ip6 : goto says_six }}
+        ether type 8021q goto refuse
+        ether type 8021ad goto refuse
+        meta protocol arp goto says_arp
+        meta protocol ip6 goto says_six
         meta protocol ip ip saddr != @four goto refuse
     }}
 }}
-"""
+{_advertised(table, six)}"""
+
+
+def changes(interface: str, before: Iterable[str], after: Iterable[str]) -> str:
+    """Return the script that changes the addresses alone. What stays is not touched: while an element is replaced by
+    itself, a frame may find neither."""
+    table = table_of(interface)
+    lines = []
+    for name, old, new in zip(("four", "six"), _by_version(before), _by_version(after), strict=True):
+        for verb, elements in (("add", [e for e in new if e not in old]), ("delete", [e for e in old if e not in new])):
+            if elements:
+                lines.append(f"{verb} element netdev {table} {name} {{ {', '.join(elements)} }}")
+    return "\n".join([*lines, f"flush chain netdev {table} advertised", _advertised(table, _by_version(after)[1])])
+
+
+def _by_version(addresses: Iterable[str]) -> tuple[list[str], list[str]]:
+    parsed = sorted({ip_address(address) for address in addresses}, key=lambda ip: (ip.version, int(ip)))
+    return [str(ip) for ip in parsed if ip.version == 4], [str(ip) for ip in parsed if ip.version == 6]
+
+
+def _advertised(table: str, six: Iterable[str]) -> str:
+    """One rule per address, as ``nft`` 1.0 has no set of the target of an advertisement: 128 bits, 8 bytes into ICMPv6
+    (RFC 4861, 4.4)."""
+    return "".join(
+        f"add rule netdev {table} advertised @th,64,128 {int(ip_address(address)):#034x} accept\n" for address in six
+    )
 
 
 class Guard:
@@ -85,10 +110,21 @@ class Guard:
     def __init__(self, interface: str, macs: Iterable[str]) -> None:
         self._interface = interface
         self._macs = frozenset(macs)
+        self._allowed: frozenset[str] | None = None
+        """as this process has set it"""
 
     async def allow(self, addresses: Iterable[str]) -> None:
         """Let the guest speak as these addresses and no others, from now on. Raise ``HostError``: then as before."""
-        await nft.apply(rules(self._interface, self._macs, addresses))
+        wanted = frozenset(addresses)
+        before, self._allowed = self._allowed, None  # until it is known to be done
+        if before is None:
+            await nft.apply(rules(self._interface, self._macs, wanted))
+        else:
+            try:
+                await nft.apply(changes(self._interface, before, wanted))
+            except CommandFailed:  # somebody has flushed them
+                await nft.apply(rules(self._interface, self._macs, wanted))
+        self._allowed = wanted
 
     @property
     def spoofed(self) -> int:
