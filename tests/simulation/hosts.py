@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,13 @@ class SimNetwork:
     @property
     def mtu_bytes(self) -> int:
         return 1500
+
+    @property
+    def is_overlay(self) -> bool:
+        return False
+
+    async def place(self, macs: Mapping[str, str]) -> None:
+        here()
 
     async def plug(self, spec: EvmSpec) -> tuple[SimPort, ...]:
         await self.acts("plug")

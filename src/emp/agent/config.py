@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from emp.model.base import Model
 from emp.model.errors import BadInput
 from emp.model.names import Ip, Name, SizeBytes
 
 
+class VxlanConfig(Model):
+    """Of ``l2`` between nodes that reach each other by IP alone."""
+
+    id: int = Field(ge=1, lt=1 << 24)
+    peers: dict[Name, Ip]
+    """the pool's nodes and their addresses on the underlay; this one may be among them"""
+
+
 class NetworkConfig(Model):
     driver: str = "l2"
     bridge: str = "br0"
     uplink: str = "eth0"
+    vlan: int | None = Field(default=None, ge=1, le=4094)
+    """the VLAN of the uplink that the EVMs are in; None: untagged"""
+    vxlan: VxlanConfig | None = None
+    """the EVMs' segment lies over the uplink's network, not in it"""
+
+    @model_validator(mode="after")
+    def _one_at_most(self) -> Self:
+        if self.vlan is not None and self.vxlan is not None:
+            raise ValueError("vlan and vxlan exclude each other: an overlay has no VLAN of the uplink")
+        return self
 
 
 class NvmeDevices(Model):

@@ -178,6 +178,8 @@ def _hear(parts: Parts, reply: HeartbeatReply) -> None:
         log.critical("the controller: %s", reply.quarantine or "the quarantine is over")
     gate.ordered = reply.quarantine
     parts.residents.allow(reply.allowed)
+    if reply.elsewhere is not None:
+        parts.residents.place(reply.elsewhere)
 
 
 class Reporter:
@@ -216,5 +218,6 @@ class Reporter:
             journal_seq=0 if distrust else standing.seq,
             open_roles=self._parts.migrations.open_roles(),
             mtu_bytes=residents.mtu_bytes,
+            is_overlay=residents.assembler.network.is_overlay,
             lending=self._parts.relays.lending,
         )

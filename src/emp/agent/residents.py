@@ -105,6 +105,16 @@ class Residents:
             if (resident := self._residents.get(name)) and resident.assembly is not None:
                 self._chore(resident.assembly.addresses.allow(addresses), f"addresses of {name}")
 
+    def place(self, macs: Mapping[str, str]) -> None:
+        """The controller's word on which other node has which MAC."""
+        self._chore(self._place(macs), "places of MACs")
+
+    async def _place(self, macs: Mapping[str, str]) -> None:
+        try:
+            await self.assembler.network.place(macs)
+        except EmpError as error:
+            log.error("where other nodes' EVMs are is not in force: %s", error)
+
     @property
     def mtu_bytes(self) -> int | None:
         """Of the node's network; None: it cannot be told."""

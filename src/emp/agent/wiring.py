@@ -10,6 +10,7 @@ from emp.model.errors import BadInput
 from emp.model.volume import HostDevice
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
+from emp.network.uplink import Vxlan
 from emp.volumes.base import RelayDriver, VolumeClaims, VolumeProbe
 from emp.volumes.device_probe import DeviceProbe
 from emp.volumes.devices import ServiceResolver
@@ -28,7 +29,11 @@ def hypervisor(config: AgentConfig) -> Hypervisor:
 
 def network(config: AgentConfig) -> NetworkDriver:
     if config.network.driver == "l2":
-        return L2Driver(bridge=config.network.bridge, uplink=config.network.uplink)
+        settings, vxlan = config.network, None
+        if settings.vxlan is not None:
+            peers = {node: address for node, address in settings.vxlan.peers.items() if node != config.node}
+            vxlan = Vxlan(settings.vxlan.id, config.address, peers)
+        return L2Driver(bridge=settings.bridge, uplink=settings.uplink, vlan=settings.vlan, vxlan=vxlan)
     raise BadInput(f"there is no network driver {config.network.driver!r}", field="network.driver", hint="l2")
 
 

@@ -82,6 +82,13 @@ class Nodes:
             last_seen_at=node.last_seen_at,
         )
 
+    def elsewhere(self, node: Node) -> dict[str, str] | None:
+        """Return which other node has which MAC, for one that must know; None for one that need not."""
+        if not node.report.is_overlay:
+            return None
+        owners = ((evm.spec, evm.owner) for evm in self._book.evms.all() if evm.owner not in (None, node.name))
+        return {mac: owner for spec, owner in owners if owner is not None for mac, _ in spec.addresses}
+
     def report_of(self, evm: Evm) -> EvmReport | None:
         """Return what its owner last said of an EVM."""
         node = self.find(evm.owner)

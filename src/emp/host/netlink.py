@@ -126,6 +126,39 @@ class Netlink:
         with _asked("bridge", "add", name):
             await self._socket.link("add", ifname=name, kind="bridge", address=mac)
 
+    async def add_vlan(self, name: str, *, parent: int, vlan: int) -> None:
+        """Make a VLAN of a link (IEEE 802.1Q), down."""
+        with _asked("vlan", "add", name, vlan):
+            await self._socket.link("add", ifname=name, kind="vlan", link=parent, vlan_id=vlan)
+
+    async def add_vxlan(self, name: str, *, vni: int, local: str, port: int) -> None:
+        """Make a VXLAN (RFC 7348), down, that learns nothing: where frames go is in its table alone."""
+        with _asked("vxlan", "add", name, vni):
+            await self._socket.link(
+                "add",
+                ifname=name,
+                kind="vxlan",
+                vxlan_id=vni,
+                vxlan_local=local,
+                vxlan_port=port,
+                vxlan_learning=0,
+            )
+
+    async def fdb(self, index: int) -> set[tuple[str, str]]:
+        """Return the (MAC, remote address) of a VXLAN's table; the zero MAC is for all that has no entry."""
+        with _asked("fdb", "list", index):
+            found = [m async for m in await self._socket.fdb("dump", ifindex=index)]
+        return {(m.get("NDA_LLADDR"), m.get("NDA_DST")) for m in found if m["ifindex"] == index and m.get("NDA_DST")}
+
+    async def add_fdb(self, index: int, mac: str, remote: str) -> None:
+        """Say where a MAC is that has no entry. The zero MAC may be at several: it gets one more."""
+        with _asked("fdb", "append", index, mac, remote):
+            await self._socket.fdb("append", ifindex=index, lladdr=mac, dst=remote)
+
+    async def remove_fdb(self, index: int, mac: str, remote: str) -> None:
+        with _asked("fdb", "del", index, mac, remote):
+            await self._socket.fdb("del", ifindex=index, lladdr=mac, dst=remote)
+
     async def set_bridge_plain(self, index: int) -> None:
         """Let a bridge forward at once: no spanning tree, no forward delay, no multicast snooping."""
         with _asked("bridge", "set", index):

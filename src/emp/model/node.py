@@ -82,6 +82,8 @@ class NodeReport(Model):
     open_roles: tuple[OpenRole, ...] = ()
     mtu_bytes: int | None = None
     """what a frame to or from an EVM may carry here; None: not known"""
+    is_overlay: bool = False
+    """it must be told where other nodes' EVMs are"""
     lending: tuple[str, ...] = ()
     """migrations for whose target this node relays a volume"""
 

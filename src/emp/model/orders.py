@@ -36,7 +36,7 @@ from pydantic import Field, model_validator
 from emp.model.base import Model
 from emp.model.evm import EvmSpec
 from emp.model.migration import Policy, Progress, Stage, WatchLine
-from emp.model.names import Ip, Name
+from emp.model.names import Ip, Mac, Name
 from emp.model.node import NodeReport
 from emp.model.volume import Attachment, NbdEndpoint, RbdImage, Volume
 
@@ -221,6 +221,8 @@ class HeartbeatReply(Model):
     """why the node must not act: its journal is behind what the controller remembers of it, or it is fenced"""
     allowed: dict[Name, tuple[Ip, ...]] = Field(default_factory=dict)
     """EVM of this node -> the addresses that it may use beside those that it declares"""
+    elsewhere: dict[Mac, Name] | None = None
+    """MAC -> the node that has it, of the EVMs of other nodes; None: the node need not know"""
 
 
 class Role(StrEnum):

@@ -8,7 +8,7 @@ MACs and as the addresses that it is allowed; what else it sends is dropped and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from emp.model.evm import EvmSpec
@@ -128,6 +128,15 @@ class NetworkDriver(Protocol):
     @property
     def mtu_bytes(self) -> int:
         """What the way between a port and the wire takes now. Raise ``HostError`` where a part of it is gone."""
+        ...
+
+    @property
+    def is_overlay(self) -> bool:
+        """Whether the driver must be told where other nodes' EVMs are (``place``)."""
+        ...
+
+    async def place(self, macs: Mapping[str, str]) -> None:
+        """Take which other node has which MAC, of all EVMs of the pool. Raise ``HostError``."""
         ...
 
     async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:

@@ -14,7 +14,7 @@ import asyncio
 import hashlib
 import os
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from emp.host import netlink, packet, tap
 from emp.host.link_stats import mtu_bytes
@@ -23,6 +23,7 @@ from emp.model.errors import EmpError, HostError
 from emp.model.evm import EvmSpec
 from emp.network import guard
 from emp.network.tap_port import TapPort, readable
+from emp.network.uplink import Overlay, Vxlan, vlan_of
 
 _PREFIX = "emp"
 _ALIAS = "emp-evm"
@@ -112,17 +113,28 @@ class L2Driver:
     ``txqueuelen``: frames that a tap holds for a machine that does not read.
     """
 
-    def __init__(self, *, bridge: str, uplink: str, txqueuelen: int = 10_000) -> None:
+    def __init__(
+        self,
+        *,
+        bridge: str,
+        uplink: str,
+        vlan: int | None = None,
+        vxlan: Vxlan | None = None,
+        txqueuelen: int = 10_000,
+    ) -> None:
+        """``vlan``, ``vxlan``: what of the uplink is joined, if not all of it."""
         self._bridge = bridge
+        self._card = uplink
         self._uplink = uplink
+        self._vlan = vlan
         self._txqueuelen = txqueuelen
         self._links = Netlink()
+        self._overlay = Overlay(self._links, vxlan) if vxlan is not None else None
 
     async def start(self) -> None:
         await self._links.connect()
-        uplink = await self._links.link(self._uplink)
-        if uplink is None:
-            raise HostError(f"there is no interface {self._uplink} to be the bridge's uplink", field="uplink")
+        uplink = await self._find_uplink()
+        self._uplink = uplink.name
         bridge = await self._links.link(self._bridge) or await self._make_bridge(mac=uplink.mac)
         if bridge.kind != "bridge":
             raise HostError(f"{self._bridge} is not a bridge but {bridge.kind or 'hardware'}", field="bridge")
@@ -139,6 +151,24 @@ class L2Driver:
     @property
     def mtu_bytes(self) -> int:
         return min(mtu_bytes(self._bridge), mtu_bytes(self._uplink))
+
+    async def _find_uplink(self) -> Link:
+        card = await self._links.link(self._card)
+        if card is None:
+            raise HostError(f"there is no interface {self._card} to be the bridge's uplink", field="uplink")
+        if not card.up:
+            await self._links.set_link(card.index, state="up")
+        if self._overlay is not None:
+            return await self._overlay.start(card)
+        return card if self._vlan is None else await vlan_of(self._links, card, self._vlan)
+
+    @property
+    def is_overlay(self) -> bool:
+        return self._overlay is not None
+
+    async def place(self, macs: Mapping[str, str]) -> None:
+        if self._overlay is not None:
+            await self._overlay.place(macs)
 
     async def _make_bridge(self, *, mac: str) -> Link:
         await self._links.add_bridge(self._bridge, mac=mac)

@@ -34,6 +34,7 @@ def router(services: Services) -> APIRouter:
             interval_s=services.heartbeat_s,
             quarantine=trust.closed(known) if known else None,
             allowed=services.learnt.allowed(known) if known else {},
+            elsewhere=services.nodes.elsewhere(known) if known else None,
         )
 
     return router
