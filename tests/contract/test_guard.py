@@ -159,6 +159,7 @@ async def test_while_the_addresses_change_nothing_spoofed_passes_and_nothing_els
     segment: Segment, port: L2Port, guarded: Guard
 ) -> None:
     sent = 0
+    seen: list[bytes] = []
 
     async def guest() -> None:
         nonlocal sent
@@ -166,6 +167,8 @@ async def test_while_the_addresses_change_nothing_spoofed_passes_and_nothing_els
             guest_sends(port.tap_fd, BAD["gratuitous"])
             guest_sends(port.tap_fd, GOOD["arp"])
             sent += 1
+            if sent % 100 == 0:
+                seen.extend(segment.left.drain())
             await asyncio.sleep(0)
 
     speaking = asyncio.create_task(guest())
@@ -173,8 +176,9 @@ async def test_while_the_addresses_change_nothing_spoofed_passes_and_nothing_els
         await guarded.allow([MINE, SIX, f"10.77.3.{number}", f"fd00::3:{number}"])
     speaking.cancel()
     segment.settle()
+    seen.extend(segment.left.drain())
     assert sent > 30
-    assert segment.left.drain() == sent * [GOOD["arp"]]
+    assert (len(seen), set(seen)) == (sent, {GOOD["arp"]})
     assert guarded.spoofed == sent
 
 
