@@ -116,6 +116,7 @@ class FakeAgent:
         self.vcpus = 4
         self.journal: str | None = None
         self.boot_id = "boot"
+        self.is_overlay = False
         self.journal_id, self.journal_seq = "", 0
         self.open_roles: tuple[OpenRole, ...] = ()
         self.lending: tuple[str, ...] = ()
@@ -169,6 +170,7 @@ class FakeAgent:
             journal_id=self.journal_id,
             journal_seq=self.journal_seq,
             open_roles=self.open_roles,
+            is_overlay=self.is_overlay,
             lending=self.lending,
         )
 

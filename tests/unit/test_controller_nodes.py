@@ -168,3 +168,15 @@ async def test_a_paused_guest_is_shown_with_the_reason(pool: Pool) -> None:
     pool.agents["n1"].set_state("web", EvmState.PAUSED, "storage error: EIO")
     shown: Any = await pool.until("/v1/evms/web", lambda evm: evm["state"] == "paused")
     assert shown["reason"] == "storage error: EIO"
+
+
+async def test_a_node_of_an_overlay_is_told_where_other_nodes_evms_are(pool: Pool) -> None:
+    places = {"web": "n1", "db": "n2"}
+    macs = {name: (await pool.create(name, node=node))["spec"]["nics"][0]["mac"] for name, node in places.items()}
+    agent = pool.agents["n1"]
+    assert (await agent.beat()).elsewhere is None, "its driver need not know"
+    agent.is_overlay = True
+    assert (await agent.beat()).elsewhere == {macs["db"]: "n2"}
+    await pool.post("/v1/evms/db/migrations", {"target": "n1"})
+    await pool.until("/v1/evms/db", lambda evm: evm["owner"] == "n1" and evm["migration"] is None)
+    assert (await agent.beat()).elsewhere == {}
