@@ -112,6 +112,8 @@ def test_an_address_taken_during_the_source_brownout_is_there_on_the_target(pool
 
 
 def test_a_switch_that_snoops_learns_where_the_guest_hears_its_groups_now(pool: Pool) -> None:
+    """This guest reports them by itself as well, when its card says that it was moved; ``test_network`` has the query
+    that makes others do it."""
     fabric = pool.topology.namespace(FABRIC)
 
     def ports() -> set[str]:
