@@ -99,6 +99,14 @@ async def test_what_is_the_guests_own_passes(name: str, segment: Segment, port: 
     assert guarded.spoofed == 0
 
 
+async def test_qemus_announcement_is_ours_to_make(segment: Segment, port: L2Port, guarded: Guard) -> None:
+    guest_sends(port.tap_fd, ethernet(MAC, "ff:ff:ff:ff:ff:ff", 0x8035, bytes(46)))
+    guest_sends(port.tap_fd, GOOD["udp"])
+    segment.settle()
+    assert segment.left.drain() == [GOOD["udp"]]
+    assert guarded.spoofed == 0, "nobody did wrong"
+
+
 @pytest.mark.parametrize("name", BAD)
 async def test_what_is_not_is_dropped_and_counted(name: str, segment: Segment, port: L2Port, guarded: Guard) -> None:
     guest_sends(port.tap_fd, BAD[name])

@@ -48,6 +48,7 @@ _STEPS: dict[str, tuple[str, str]] = {
     "source.write-record-given": ("H", "M"),
     "source.send-go": ("M", "M"),
     "source.open-relays": ("M", "M"),
+    "source.forward": ("M", "M"),
     "source.set-timer-repeat": ("M", "M"),
     "target.write-record-activated": ("M", "M"),
     "target.open-ports": ("M", "M"),
@@ -70,6 +71,7 @@ _WAY_BACK: dict[str, str] = {
     "source.send-aborted": "BPDHM",
     "source.await-guest": "BPD",
     "source.close-relays": "BPDHM",
+    "source.take-back-frames": "BPDHM",
     "source.run": "HM",
     "target.kill-machine": "BPDHM",
     "target.write-record-withdrawn": "BPDHM",
@@ -122,7 +124,7 @@ _APART = {
 }  # fmt: skip
 # Steps that the other role takes, or that no state asks for: ``test_points`` sees to it that no daemon passes one.
 _OTHERS = {
-    "target.quarantine", "target.open-relays", "target.close-relays", "source.send-answer-going",
+    "target.quarantine", "target.open-relays", "target.close-relays", "target.forward", "target.take-back-frames", "source.send-answer-going",
     "source.send-answer-waiting",
     *(f"source.{s}" for s in ("make-machine", "send-loaded", "send-failed", "open-ports", "block-ports", "announce",
       "send-answer-activated", "send-answer-withdrawn", "write-record-prepared", "write-record-activated",

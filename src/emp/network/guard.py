@@ -4,7 +4,9 @@ A frame passes only if it comes from a MAC of the EVM, and speaks as no address 
 source, its ARP sender, and the target of a neighbour advertisement. What does not pass is counted, before the bridge
 sees it, so neither the bridge's table nor a neighbour's learns from it. A guest that has no address yet may say so
 (0.0.0.0 in DHCP and ARP probes, RFC 5227; :: in duplicate address detection, RFC 4862). No guest is a router here:
-router advertisements and redirects are dropped (RFC 6105), as are VLAN tags, by which it would leave its segment.
+router advertisements and redirects are dropped (RFC 6105), as are VLAN tags, by which it would leave its segment. RARP
+is dropped without a word: it is QEMU's own announcement of a guest that it has taken over, and comes before what was
+held for that guest (``emp.agent.forwarding``).
 
 A frame sees the rules of before a change or those of after it, but the kernel looks a set up as it is then. So where a
 look may find neither (an anonymous set of old rules, an element that is replaced), finding nothing must mean dropping.
@@ -68,6 +70,7 @@ table netdev {table} {{
     }}
     chain guest {{
         type filter hook ingress device "{interface}" priority 0; policy accept;
+        ether type 0x8035 drop
         ether saddr != @macs goto refuse
         ether type 8021q goto refuse
         ether type 8021ad goto refuse
