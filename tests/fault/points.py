@@ -124,7 +124,8 @@ _APART = {
 }  # fmt: skip
 # Steps that the other role takes, or that no state asks for: ``test_points`` sees to it that no daemon passes one.
 _OTHERS = {
-    "target.quarantine", "target.open-relays", "target.close-relays", "target.forward", "target.take-back-frames", "source.send-answer-going",
+    "target.quarantine", "target.open-relays", "target.close-relays", "target.forward", "target.take-back-frames",
+    "source.send-answer-going",
     "source.send-answer-waiting",
     *(f"source.{s}" for s in ("make-machine", "send-loaded", "send-failed", "open-ports", "block-ports", "announce",
       "send-answer-activated", "send-answer-withdrawn", "write-record-prepared", "write-record-activated",
