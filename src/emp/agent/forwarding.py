@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 
 _BATCH = 64
 """frames in one turn of the event loop"""
-ANNOUNCED_S = 0.05
-"""the target waits so long at most for what was held"""
+ANNOUNCED_S = 0.2
+"""the target waits so long at most for what was held, while the connection to the source is there"""
 CAUGHT_UP = b""
 """the message that says: what was held has been sent"""
 _AT_ONCE = 512
@@ -310,6 +310,7 @@ class Arrivals:
             async for _ in link:
                 pass
         finally:
+            self.caught_up.set()
             for port in self._ports:
                 port.settle()
             if self._lost:
