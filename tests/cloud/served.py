@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from emp.aws.api import make_client
 from emp.lab.cloud.config import CloudConfig, Node, Segment
 from emp.lab.cloud.knobs import Knobs
 from emp.model.volume import Attachment, NbdEndpoint
 from emp.volumes.devices import ServiceResolver
 from emp.volumes.ebs import EbsVolumeDriver, Limits
-from emp.volumes.ec2 import make_client
 from emp.wire.http import WireClient
 from emp.wire.pki import CertificateAuthority, Identity, Role
 from emp.wire.tls import mutual_client

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from emp.aws.api import make_client
 from emp.lab.cloud.cloud import Cloud
 from emp.lab.cloud.efs import Efs
 from emp.lab.cloud.efs_face import EfsFace
@@ -23,7 +24,6 @@ from emp.lab.cloud.plane import DataPlane, NoDataPlane
 from emp.lab.cloud.query import Ec2Model
 from emp.lab.cloud.records import Instance
 from emp.lab.cloud.vpc import Rule, SecurityGroup, Subnet, Vpc
-from emp.volumes.ec2 import make_client
 from emp.wire.serve import Listener, Server
 from emp.wire.sockets import listen
 from emp.wire.tls import public_server

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from emp.aws.patience import Time
 from emp.lab.cloud.knobs import Fault, Harm
 from emp.model.errors import BadInput, Conflict, NotFound, Refused, StaleEpoch
 from emp.model.volume import Volume, VolumeType
 from emp.volumes.base import VolumeDriver
 from emp.volumes.ebs import EbsVolumeDriver
 from emp.volumes.ebs_view import TYPES
-from emp.volumes.patience import Time
 from tests.cloud.aws import WHY_NOT_AWS
 from tests.cloud.simulator import FAR, NODES, OTHER_ZONE, POOL, REGION, ZONE, HandClock, Simulator
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from emp.aws.patience import Pace, Time
 from emp.lab.cloud.knobs import AWS, Fault, Harm, Latency
 from emp.lab.cloud.knobs import Limits as Buckets
 from emp.model.errors import (
@@ -23,7 +24,6 @@ from emp.model.errors import (
 )
 from emp.model.volume import Volume, VolumeType
 from emp.volumes.ebs import EbsVolumeDriver, Limits
-from emp.volumes.patience import Pace, Time
 from tests.cloud.simulator import NODES, POOL, REGION, ZONE, HandClock, Simulator, simulated
 from tests.cloud.test_ebs_driver import SIZE_BYTES, driver_of, held
 

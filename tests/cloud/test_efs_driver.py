@@ -8,13 +8,13 @@ from typing import Any, TypeVar
 
 import pytest
 
+from emp.aws.patience import Time
 from emp.lab.cloud.knobs import AWS, Fault, Harm
 from emp.lab.cloud.vpc import Rule, SecurityGroup
 from emp.model.efs import FileSystem
 from emp.model.efs import Rule as Lets
 from emp.model.errors import Forbidden, NotFound, Refused
 from emp.volumes.efs import EfsCloud
-from emp.volumes.patience import Time
 from tests.cloud.simulator import (
     FAR,
     NODES,

@@ -20,7 +20,7 @@ _CALL = """
 import json, sys
 from pathlib import Path
 from botocore.exceptions import ClientError
-from emp.volumes.ec2 import make_client
+from emp.aws.api import make_client
 
 region, url, service, call, parameters = sys.argv[1:]
 home = Path("/var/lib/emp")

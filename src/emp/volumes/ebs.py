@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emp.aws.api import READ_S, Ec2Api, code_of, make_client
+from emp.aws.patience import Pace, Time
 from emp.model.errors import BadInput, EmpError, NotFound, OutcomeUnknown, Refused
 from emp.model.names import format_size
 from emp.model.volume import Attachment, Volume, VolumeType
 from emp.volumes.ebs_looks import Looks, check_volume_id
 from emp.volumes.ebs_obstacles import obstacles
 from emp.volumes.ebs_view import EPOCH, FENCE, GIB, MAX_NODES, POOL, EbsView, attachment_of
-from emp.volumes.ec2 import READ_S, Ec2Api, code_of, make_client
-from emp.volumes.patience import Pace, Time
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class EbsVolumeDriver:
     where AWS does not do it and why (zone, limits), ``Forbidden`` and ``Unauthenticated`` for credentials;
     ``Unreachable`` and ``Unavailable`` (nothing was done), ``OutcomeUnknown`` (it may have been), after all of which
     the same order may be given again. ``endpoint_url`` and ``ca_file`` are for a cloud that is not Amazon's;
-    ``credentials_file``: see ``emp.volumes.ec2.make_client``.
+    ``credentials_file``: see ``emp.aws.api.make_client``.
     """
 
     name = "ebs"

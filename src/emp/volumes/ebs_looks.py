@@ -9,10 +9,10 @@ import asyncio
 import re
 from collections.abc import Mapping, Sequence
 
+from emp.aws.api import Ec2Api
+from emp.aws.patience import Time
 from emp.model.errors import BadInput, EmpError, NotFound
 from emp.volumes.ebs_view import EbsView
-from emp.volumes.ec2 import Ec2Api
-from emp.volumes.patience import Time
 
 CALLS_PER_S = 15.0
 """of the 20 that DescribeVolumes may be asked for good

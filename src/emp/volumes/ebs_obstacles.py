@@ -14,10 +14,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from emp.aws.api import Ec2Api
 from emp.model.errors import Forbidden, NotFound
 from emp.volumes.ebs_looks import Looks
 from emp.volumes.ebs_view import EbsView
-from emp.volumes.ec2 import Ec2Api
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from emp.aws.api import READ_S, Ec2Api, Refusals, code_of, make_client
+from emp.aws.patience import Pace, Patience, Time
 from emp.model.efs import EfsFacts, FileSystem, MountTarget, NodePlace, Rule
 from emp.model.errors import (
     BadInput,
@@ -31,8 +33,6 @@ from emp.model.errors import (
     Unauthenticated,
 )
 from emp.volumes.ebs_view import POOL
-from emp.volumes.ec2 import READ_S, Ec2Api, Refusals, code_of, make_client
-from emp.volumes.patience import Pace, Patience, Time
 
 NFS_PORT = 2049
 WAIT_S = 180.0

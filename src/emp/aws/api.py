@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from emp.aws.patience import Pace, Time
 from emp.model.errors import (
     BadInput,
     Conflict,
@@ -24,7 +25,6 @@ from emp.model.errors import (
     Unavailable,
     Unreachable,
 )
-from emp.volumes.patience import Pace, Time
 
 CONNECT_S = 3.0
 READ_S = 15.0

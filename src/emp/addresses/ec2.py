@@ -1,0 +1,357 @@
+"""Private addresses of Amazon EC2: reassigned between the nodes' network interfaces, by the EC2 API.
+
+IPv4 moves in one order, ``AllowReassignment``, that takes effect some time after it was answered; until then the old
+interface has the address in every answer. For IPv6 there is no such flag
+(https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_AssignIpv6Addresses.html): it is unassigned, then assigned,
+and nobody's in between.
+
+Each order is a loop that looks, acts if there is something to do, and looks again, as in ``emp.volumes.ebs``. The cloud
+goes by the last order that it gets, so one controller at a time may call, and of one EVM's addresses one order is out
+at a time, also when who gave it waits no longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, ip_address
+from pathlib import Path
+from typing import Any
+
+from emp.aws.api import READ_S, Ec2Api, code_of, make_client
+from emp.aws.patience import Pace, Time
+from emp.model.addresses import AddressFacts, Assigned, InterfaceFacts
+from emp.model.errors import BadInput, Conflict, EmpError, NotFound, OutcomeUnknown, Refused
+
+log = logging.getLogger(__name__)
+
+CONFIRM_S = 60.0
+"""how long to wait for the cloud to have moved an address; AWS states no figure"""
+AGAIN_S = 10.0
+"""an order whose effect has not come by then is given again: twice is no more than once"""
+_LOOKS = Pace(first_s=0.1, share=0.1, longest_s=2.0)
+"""the source forwards meanwhile: to look late costs nothing but its being needed that much longer"""
+_FILTER_VALUES = 200
+"""https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_Filter.html"""
+_FULL = "PrivateIpAddressLimitExceeded"
+
+_REFUSALS: dict[str, tuple[type[EmpError], str, str]] = {
+    _FULL: (Refused, "interfaces", "attach another network interface to the node"),
+    "InvalidNetworkInterfaceID.NotFound": (NotFound, "interfaces", "correct the interface's id in the configuration"),
+    "InvalidNetworkInterfaceId.Malformed": (BadInput, "interfaces", "an id is eni- and 17 hexadecimal digits"),
+    "InvalidIPAddress.InUse": (Conflict, "addresses", "something else of the subnet has it"),
+    "InvalidInstanceID.NotFound": (NotFound, "node", "correct the node's instance id in the configuration"),
+    "UnauthorizedOperation": (Refused, "credentials", "give the controller's role this permission"),
+}
+"""https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html"""
+
+
+@dataclass
+class _Order:
+    """One ``assign`` on its way."""
+
+    node: str
+    addresses: tuple[str, ...]
+    ordered_s: dict[str, float] = field(default_factory=dict)
+    full: set[str] = field(default_factory=set)
+    """interfaces that took no more"""
+    calls: int = 0
+    gap_since_s: float | None = None
+    """since when an IPv6 address is nobody's"""
+
+
+class Ec2AddressMover:
+    """See ``emp.addresses.base.AddressMover``. ``instances``: node -> instance id.
+
+    ``interfaces``: node -> the interfaces to use, in the order to fill them; of a node that is left out it is every one
+    of its instance's. The rest is as for ``emp.volumes.ebs.EbsVolumeDriver``.
+    """
+
+    def __init__(
+        self,
+        instances: Mapping[str, str],
+        *,
+        region: str,
+        interfaces: Mapping[str, Sequence[str]] | None = None,
+        endpoint_url: str | None = None,
+        ca_file: Path | None = None,
+        credentials_file: Path | None = None,
+        client: Callable[[], Any] | None = None,
+        times: Time | None = None,
+        confirm_s: float = CONFIRM_S,
+        read_s: float = READ_S,
+    ) -> None:
+        self._instances = dict(instances)
+        self._nodes = {instance: node for node, instance in instances.items()}
+        self._allowed = {node: tuple(ids) for node, ids in (interfaces or {}).items()}
+        self._times = times or Time()
+        self._confirm_s = confirm_s
+
+        def make() -> Any:
+            return make_client(
+                region, endpoint_url=endpoint_url, ca_file=ca_file, credentials_file=credentials_file, read_s=read_s
+            )
+
+        self._api = Ec2Api(client or make, self._times, refusals=_REFUSALS)
+        self._slots: dict[str, int] = {}
+        """instance -> IPv4 addresses that an interface of it takes"""
+        self._coming: dict[str, str] = {}
+        """address -> the interface that it was last ordered to, until it is there"""
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._out: set[asyncio.Task[None]] = set()
+
+    async def aclose(self) -> None:
+        """Waits for orders that are out."""
+        await asyncio.gather(*self._out, return_exceptions=True)
+        await self._api.aclose()
+
+    # ------------------------------------------------------------------ orders
+
+    async def assign(self, addresses: Sequence[str], *, node: str, insist: bool = False) -> Assigned:
+        order, began_s = _Order(node, tuple(addresses)), self._times.clock()
+        async with self._locks[addresses[0]]:
+            pass  # an order is out, given by somebody who waits no longer: what it does must be seen, or overruled
+        while insist:
+            insist = not await self._insist(order)
+        patience = self._times.patience(self._confirm_s, _LOOKS)
+        gap_s = None
+        while True:
+            there = await self._at([node])
+            missing = self._missing(order, there)
+            if order.gap_since_s is not None and not _ipv6(missing):
+                gap_s, order.gap_since_s = self._times.clock() - order.gap_since_s, None
+            if not missing:
+                took_s = round(self._times.clock() - began_s, 3)
+                return Assigned(took_s=took_s, calls=order.calls, ipv6_gap_s=None if gap_s is None else round(gap_s, 3))
+            now_s = self._times.clock()
+            due = [a for a in missing if now_s - order.ordered_s.get(a, -AGAIN_S) >= AGAIN_S]
+            if due:
+                await self._undivided(addresses[0], self._order(order, due, there))
+            await patience.pause(
+                OutcomeUnknown(
+                    f"{', '.join(missing[:3])} {'are' if len(missing) > 1 else 'is'} not {node}'s yet",
+                    field="addresses",
+                    hint="the order may still take effect; give it again",
+                )
+            )
+
+    async def _insist(self, order: _Order) -> bool:
+        """Order what is there already to stay; return whether that is sure."""
+        for eni in await self._at([order.node]):
+            if held := [address for address in order.addresses if address in eni.addresses and ":" not in address]:
+                order.calls += 1
+                try:
+                    await self._undivided(order.addresses[0], self._give_ipv4(eni.id, held))
+                except OutcomeUnknown as error:
+                    log.warning("%s; giving the order again", error)
+                    return False
+        return True
+
+    async def _give_ipv4(self, eni: str, addresses: Sequence[str]) -> None:
+        await self._api.ask(
+            "assign_private_ip_addresses",
+            NetworkInterfaceId=eni,
+            PrivateIpAddresses=list(addresses),
+            AllowReassignment=True,
+        )
+
+    async def _undivided(self, key: str, work: Coroutine[Any, Any, None]) -> None:
+        """Carry out orders to their end, although the caller may be cancelled: a late one would undo the next."""
+
+        async def alone() -> None:
+            async with self._locks[key]:
+                await work
+
+        task = asyncio.create_task(alone(), name=f"order of {key}")
+        self._out.add(task)
+        task.add_done_callback(self._out.discard)
+        await asyncio.shield(task)
+
+    def _missing(self, order: _Order, there: Sequence[InterfaceFacts]) -> list[str]:
+        held = {address for eni in there for address in eni.addresses}
+        for address in held & set(order.addresses):
+            self._coming.pop(address, None)
+        return [address for address in order.addresses if address not in held]
+
+    async def _order(self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts]) -> None:
+        try:
+            if ipv4 := [address for address in due if address not in _ipv6(due)]:
+                await self._order_ipv4(order, ipv4, there)
+            if ipv6 := _ipv6(due):
+                await self._order_ipv6(order, ipv6, there)
+        except OutcomeUnknown as error:
+            log.warning("%s; looking again", error)  # and if need be the order is given again, which does no harm
+
+    async def _order_ipv4(self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts]) -> None:
+        left = list(due)
+        for eni in there:  # where it has its slot already, if the order was given before
+            if again := [address for address in left if self._coming.get(address) == eni.id]:
+                order.calls += 1
+                await self._give_ipv4(eni.id, again)
+                self._ordered(order, again, eni.id)
+                left = [address for address in left if address not in again]
+        while left:
+            usable = [eni for eni in there if eni.id not in order.full]
+            eni, some = _share(order.node, left, usable)
+            order.calls += 1
+            try:
+                await self._give_ipv4(eni.id, some)
+            except Refused as error:
+                if code_of(error) != _FULL:
+                    raise
+                order.full.add(eni.id)  # others' are on their way to it, that no answer shows yet
+                continue
+            self._ordered(order, some, eni.id)
+            left = [address for address in left if address not in some]
+            there = [each.model_copy(update={"free": each.free - len(some)}) if each is eni else each for each in there]
+
+    async def _order_ipv6(self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts]) -> None:
+        for eni in await self._at(list(self._instances)):
+            if eni.node != order.node and (held := [address for address in due if address in eni.addresses]):
+                order.calls += 1
+                order.gap_since_s = order.gap_since_s or self._times.clock()
+                await self._api.ask("unassign_ipv6_addresses", NetworkInterfaceId=eni.id, Ipv6Addresses=held)
+        if not there:
+            raise _no_room(order.node, there)
+        order.calls += 1
+        try:
+            await self._api.ask("assign_ipv6_addresses", NetworkInterfaceId=there[0].id, Ipv6Addresses=list(due))
+        except Conflict as error:
+            log.info("%s; looking again", error)  # the one that had it is not done yet
+        else:
+            self._ordered(order, due, there[0].id)
+
+    def _ordered(self, order: _Order, addresses: Iterable[str], eni: str) -> None:
+        now_s = self._times.clock()
+        for address in addresses:
+            order.ordered_s[address], self._coming[address] = now_s, eni
+
+    async def release(self, addresses: Sequence[str]) -> None:
+        patience = self._times.patience(self._confirm_s, _LOOKS)
+        while True:
+            there = await self._at(list(self._instances))
+            held = {eni.id: [a for a in addresses if a in eni.addresses] for eni in there}
+            if not any(held.values()):
+                for address in addresses:
+                    self._coming.pop(address, None)
+                return
+            for eni, some in held.items():
+                await self._undivided(addresses[0], self._unassign(eni, some))
+            left = ", ".join(address for some in held.values() for address in some[:3])
+            await patience.pause(OutcomeUnknown(f"{left} are not given up yet", field="addresses"))
+
+    async def _unassign(self, eni: str, addresses: Sequence[str]) -> None:
+        ipv6 = _ipv6(addresses)
+        ipv4 = [address for address in addresses if address not in ipv6]
+        try:
+            if ipv4:
+                await self._api.ask("unassign_private_ip_addresses", NetworkInterfaceId=eni, PrivateIpAddresses=ipv4)
+            if ipv6:
+                await self._api.ask("unassign_ipv6_addresses", NetworkInterfaceId=eni, Ipv6Addresses=ipv6)
+        except (BadInput, OutcomeUnknown) as error:  # one of them has left meanwhile, or nobody knows
+            log.info("%s; looking again", error)
+
+    # ------------------------------------------------------------------ looking
+
+    async def facts(self, addresses: Sequence[str]) -> AddressFacts:
+        there = await self._at(list(self._instances))
+        blocks = [(IPv4Network(prefix), prefix) for eni in there for prefix in eni.prefixes]
+        singly = [address for address in addresses if address not in _ipv6(addresses)]
+        delegated = {a: prefix for a in singly for block, prefix in blocks if IPv4Address(a) in block}
+        return AddressFacts(interfaces=tuple(there), delegated=delegated)
+
+    async def _at(self, nodes: Sequence[str]) -> list[InterfaceFacts]:
+        """Return the interfaces of ``nodes`` that addresses may be given to, in the order to fill them."""
+        records: list[dict[str, Any]] = []
+        instances = [self._instance(node) for node in nodes]
+        for at in range(0, len(instances), _FILTER_VALUES):
+            filters = [
+                {"Name": "attachment.instance-id", "Values": instances[at : at + _FILTER_VALUES]},
+                {"Name": "attachment.status", "Values": ["attached"]},
+            ]
+            token: dict[str, str] = {}
+            while True:
+                answer = await self._api.ask("describe_network_interfaces", Filters=filters, MaxResults=500, **token)
+                records += answer["NetworkInterfaces"]
+                if not answer.get("NextToken"):
+                    break
+                token = {"NextToken": answer["NextToken"]}
+        await self._learn_slots({record["Attachment"]["InstanceId"] for record in records} - self._slots.keys())
+        return [self._interface(record) for record in sorted(records, key=self._rank) if self._is_allowed(record)]
+
+    def _rank(self, record: Mapping[str, Any]) -> tuple[str, int]:
+        node = self._nodes[record["Attachment"]["InstanceId"]]
+        ids = self._allowed.get(node, ())
+        name = record["NetworkInterfaceId"]
+        return node, ids.index(name) if name in ids else int(record["Attachment"]["DeviceIndex"])
+
+    def _is_allowed(self, record: Mapping[str, Any]) -> bool:
+        ids = self._allowed.get(self._nodes[record["Attachment"]["InstanceId"]])
+        return ids is None or record["NetworkInterfaceId"] in ids
+
+    def _interface(self, record: Mapping[str, Any]) -> InterfaceFacts:
+        instance = record["Attachment"]["InstanceId"]
+        ipv4 = [each["PrivateIpAddress"] for each in record["PrivateIpAddresses"]]
+        ipv6 = [each["Ipv6Address"] for each in record.get("Ipv6Addresses", ())]
+        prefixes = [each["Ipv4Prefix"] for each in record.get("Ipv4Prefixes", ())]
+        coming = sum(
+            e == record["NetworkInterfaceId"] and a not in ipv4 for a, e in self._coming.items() if ":" not in a
+        )
+        slots = self._slots[instance]
+        return InterfaceFacts(
+            id=record["NetworkInterfaceId"],
+            node=self._nodes[instance],
+            addresses=(*ipv4, *ipv6),
+            slots=slots,
+            free=max(0, slots - len(ipv4) - len(prefixes) - coming),
+            prefixes=tuple(prefixes),
+            source_dest_check=record["SourceDestCheck"],
+        )
+
+    async def _learn_slots(self, instances: Iterable[str]) -> None:
+        """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_NetworkInfo.html"""
+        if not (unknown := sorted(instances)):
+            return
+        answer = await self._api.ask("describe_instances", InstanceIds=unknown)
+        found = [each for reservation in answer["Reservations"] for each in reservation["Instances"]]
+        kinds = {each["InstanceId"]: each["InstanceType"] for each in found}
+        answer = await self._api.ask("describe_instance_types", InstanceTypes=sorted(set(kinds.values())))
+        slots = {e["InstanceType"]: int(e["NetworkInfo"]["Ipv4AddressesPerInterface"]) for e in answer["InstanceTypes"]}
+        self._slots |= {instance: slots[kind] for instance, kind in kinds.items()}
+
+    def _instance(self, node: str) -> str:
+        try:
+            return self._instances[node]
+        except KeyError:
+            hint = "add it to network.vpc.instances of the controller's configuration"
+            raise NotFound(f"the instance of node {node} is not known", field="node", hint=hint) from None
+
+
+def _ipv6(addresses: Iterable[str]) -> list[str]:
+    return [address for address in addresses if ip_address(address).version == 6]
+
+
+def _share(node: str, addresses: Sequence[str], there: Sequence[InterfaceFacts]) -> tuple[InterfaceFacts, list[str]]:
+    """Return an interface to give addresses to in one call, and which: the first with room for all, else the roomiest.
+
+    Raises ``Refused`` where none has room, so that an EVM is never split over what cannot hold it.
+    """
+    room = sum(eni.free for eni in there)
+    if room < len(addresses):
+        raise _no_room(node, there)
+    whole = next((eni for eni in there if eni.free >= len(addresses)), None)
+    chosen = whole or max(there, key=lambda eni: eni.free)
+    return chosen, list(addresses[: chosen.free])
+
+
+def _no_room(node: str, there: Sequence[InterfaceFacts]) -> Refused:
+    shown = "; ".join(f"{eni.id} has {eni.free} of {eni.slots} slots free" for eni in there)
+    return Refused(
+        f"no network interface of {node} has room for the addresses: {shown or 'it has none'}",
+        field="interfaces",
+        hint="attach another network interface to the node, or move other EVMs away",
+        code=_FULL,
+    )

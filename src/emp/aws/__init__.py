@@ -1,0 +1,1 @@
+"""How drivers call AWS: ``api`` makes one call with patience and typed errors, ``patience`` paces what is repeated."""
