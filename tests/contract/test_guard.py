@@ -13,8 +13,9 @@ from emp.host import nft
 from emp.model.errors import HostError
 from emp.network import guard
 from emp.network.announce import announcement
+from emp.network.base import Port
 from emp.network.guard import Guard
-from emp.network.l2 import L2Driver, L2Port
+from emp.network.l2 import L2Driver
 from emp.network.learn import BATCH, Listener
 from tests.contract.test_network import spec
 from tests.frames import (
@@ -74,7 +75,7 @@ def segment() -> Iterator[Segment]:
 
 
 @pytest.fixture
-async def port(segment: Segment) -> AsyncIterator[L2Port]:
+async def port(segment: Segment) -> AsyncIterator[Port]:
     driver = L2Driver(bridge="emp0", uplink="eth0")
     await driver.start()
     (made,) = await driver.plug(spec())
@@ -85,21 +86,21 @@ async def port(segment: Segment) -> AsyncIterator[L2Port]:
 
 
 @pytest.fixture
-async def guarded(port: L2Port) -> Guard:
+async def guarded(port: Port) -> Guard:
     made = Guard(port.interface, [MAC])
     await made.allow([MINE, SIX, LOCAL])
     return made
 
 
 @pytest.mark.parametrize("name", GOOD)
-async def test_what_is_the_guests_own_passes(name: str, segment: Segment, port: L2Port, guarded: Guard) -> None:
+async def test_what_is_the_guests_own_passes(name: str, segment: Segment, port: Port, guarded: Guard) -> None:
     guest_sends(port.tap_fd, GOOD[name])
     segment.settle()
     assert segment.left.drain() == [GOOD[name]]
     assert guarded.spoofed == 0
 
 
-async def test_qemus_announcement_is_ours_to_make(segment: Segment, port: L2Port, guarded: Guard) -> None:
+async def test_qemus_announcement_is_ours_to_make(segment: Segment, port: Port, guarded: Guard) -> None:
     guest_sends(port.tap_fd, ethernet(MAC, "ff:ff:ff:ff:ff:ff", 0x8035, bytes(46)))
     guest_sends(port.tap_fd, GOOD["udp"])
     segment.settle()
@@ -108,7 +109,7 @@ async def test_qemus_announcement_is_ours_to_make(segment: Segment, port: L2Port
 
 
 @pytest.mark.parametrize("name", BAD)
-async def test_what_is_not_is_dropped_and_counted(name: str, segment: Segment, port: L2Port, guarded: Guard) -> None:
+async def test_what_is_not_is_dropped_and_counted(name: str, segment: Segment, port: Port, guarded: Guard) -> None:
     guest_sends(port.tap_fd, BAD[name])
     guest_sends(port.tap_fd, GOOD["udp"])
     segment.settle()
@@ -116,7 +117,7 @@ async def test_what_is_not_is_dropped_and_counted(name: str, segment: Segment, p
     assert guarded.spoofed == 1
 
 
-async def test_without_rules_each_of_these_would_pass(segment: Segment, port: L2Port, guarded: Guard) -> None:
+async def test_without_rules_each_of_these_would_pass(segment: Segment, port: Port, guarded: Guard) -> None:
     await guard.remove(port.interface)
     for data in BAD.values():
         guest_sends(port.tap_fd, data)
@@ -127,7 +128,7 @@ async def test_without_rules_each_of_these_would_pass(segment: Segment, port: L2
 
 
 async def test_the_bridge_does_not_learn_a_mac_that_is_not_the_guests(
-    segment: Segment, port: L2Port, guarded: Guard
+    segment: Segment, port: Port, guarded: Guard
 ) -> None:
     guest_sends(port.tap_fd, frame(STRANGER))
     guest_sends(port.tap_fd, frame(MAC))
@@ -137,7 +138,7 @@ async def test_the_bridge_does_not_learn_a_mac_that_is_not_the_guests(
     assert (MAC in known, STRANGER in known) == (True, False)
 
 
-async def test_a_neighbours_table_stays_right(segment: Segment, port: L2Port, guarded: Guard) -> None:
+async def test_a_neighbours_table_stays_right(segment: Segment, port: Port, guarded: Guard) -> None:
     """The neighbour is a kernel that knows the address's owner, and would believe the next announcement of it."""
     segment.ip(
         "right",
@@ -164,7 +165,7 @@ def neighbour(segment: Segment, address: str) -> str:
 
 
 async def test_while_the_addresses_change_nothing_spoofed_passes_and_nothing_else_is_lost(
-    segment: Segment, port: L2Port, guarded: Guard
+    segment: Segment, port: Port, guarded: Guard
 ) -> None:
     sent = 0
     seen: list[bytes] = []
@@ -190,7 +191,7 @@ async def test_while_the_addresses_change_nothing_spoofed_passes_and_nothing_els
     assert guarded.spoofed == sent
 
 
-async def test_the_rules_outlive_whoever_made_them_and_go_with_the_sweep(port: L2Port, guarded: Guard) -> None:
+async def test_the_rules_outlive_whoever_made_them_and_go_with_the_sweep(port: Port, guarded: Guard) -> None:
     mine = guard.table_of(port.interface)
     await guard.sweep([port.interface])
     assert mine in nft.tables()
@@ -200,7 +201,7 @@ async def test_the_rules_outlive_whoever_made_them_and_go_with_the_sweep(port: L
     assert mine not in nft.tables()
 
 
-async def test_a_listener_hears_of_addresses_and_of_nothing_else(segment: Segment, port: L2Port) -> None:
+async def test_a_listener_hears_of_addresses_and_of_nothing_else(segment: Segment, port: Port) -> None:
     heard: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
     listener = Listener(port.interface, lambda mac, ip: heard.put_nowait((mac, ip)))
     segment.left.send(arp("02:00:00:00:00:fe", "10.77.0.9", MINE))  # to the guest: not its word
@@ -215,7 +216,7 @@ async def test_a_listener_hears_of_addresses_and_of_nothing_else(segment: Segmen
     listener.close()
 
 
-async def test_a_flood_of_arp_does_not_hold_the_agent_up(port: L2Port) -> None:
+async def test_a_flood_of_arp_does_not_hold_the_agent_up(port: Port) -> None:
     heard = 0
 
     def hear(_: str, __: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from emp.host.netlink import Netlink
 from emp.model.errors import CommandFailed, HostError
-from emp.network.l2 import L2Driver, L2Port
+from emp.network.base import Port
+from emp.network.l2 import L2Driver
 from emp.network.uplink import VXLAN_PORT, Vxlan
 from tests.contract.test_network import CLIENT, MAC, spec
 from tests.segment import Segment, frame, guest_receives, guest_sends
@@ -92,7 +93,7 @@ class Overlaid:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.drivers: dict[str, L2Driver] = {}
-        self.ports: dict[str, L2Port] = {}
+        self.ports: dict[str, Port] = {}
 
     async def start(self) -> None:
         self.segment.ip("client", f"address add {THIRD}/24 dev fabric")

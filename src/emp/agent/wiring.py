@@ -11,6 +11,7 @@ from emp.model.volume import HostDevice
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
 from emp.network.uplink import Vxlan
+from emp.network.vpc import VpcDriver
 from emp.volumes.base import RelayDriver, VolumeClaims, VolumeProbe
 from emp.volumes.device_probe import DeviceProbe
 from emp.volumes.devices import ServiceResolver
@@ -34,7 +35,9 @@ def network(config: AgentConfig) -> NetworkDriver:
             peers = {node: address for node, address in settings.vxlan.peers.items() if node != config.node}
             vxlan = Vxlan(settings.vxlan.id, config.address, peers)
         return L2Driver(bridge=settings.bridge, uplink=settings.uplink, vlan=settings.vlan, vxlan=vxlan)
-    raise BadInput(f"there is no network driver {config.network.driver!r}", field="network.driver", hint="l2")
+    if config.network.driver == "vpc":
+        return VpcDriver(uplink=config.network.uplink)
+    raise BadInput(f"there is no network driver {config.network.driver!r}", field="network.driver", hint="l2 or vpc")
 
 
 def claims(config: AgentConfig) -> VolumeClaims:

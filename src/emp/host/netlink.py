@@ -121,6 +121,15 @@ class Netlink:
             found = [m.get("IFA_ADDRESS") async for m in await self._socket.addr("dump", index=index)]
         return [address for address in found if not address.startswith("fe80:")]
 
+    async def add_rule(self, priority: int, **what: str | int) -> None:
+        """Add a rule of the policy routing database (IPv4), as pyroute2 has them. Idempotent."""
+        with _asked("rule", "add", priority, what):
+            try:
+                await self._socket.rule("add", priority=priority, **what)
+            except NetlinkError as error:
+                if error.code != errno.EEXIST:
+                    raise
+
     async def add_bridge(self, name: str, *, mac: str) -> None:
         """Make a bridge, down. A MAC that is not fixed would change, and neighbours lose it, as ports come and go."""
         with _asked("bridge", "add", name):
@@ -198,22 +207,22 @@ def pin_mac(index: int, mac: str) -> None:
     Sticky (bridge(8), ``fdb ... sticky``): a learnt entry, and a static one too, follows the next frame from the MAC.
     """
     entry = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, _NUD_NOARP, _NTF_MASTER | _NTF_STICKY, 0)
-    _ask(_RTM_NEWNEIGH, _CREATE | _REPLACE, entry + _attribute(_LLADDR, bytes.fromhex(mac.replace(":", ""))))
+    _ask(_RTM_NEWNEIGH, _CREATE | _REPLACE, entry + attribute(_LLADDR, bytes.fromhex(mac.replace(":", ""))))
 
 
 def unpin_mac(index: int, mac: str) -> None:
     """Undo ``pin_mac``. Idempotent. Raise ``CommandFailed``."""
     entry = _NEIGHBOUR.pack(socket.AF_BRIDGE, index, 0, _NTF_MASTER, 0)
     try:
-        _ask(_RTM_DELNEIGH, 0, entry + _attribute(_LLADDR, bytes.fromhex(mac.replace(":", ""))))
+        _ask(_RTM_DELNEIGH, 0, entry + attribute(_LLADDR, bytes.fromhex(mac.replace(":", ""))))
     except CommandFailed as error:
         if error.details["returncode"] not in (errno.ENOENT, errno.ENODEV):
             raise
 
 
 def _set_port(index: int, flags: dict[int, int | None]) -> None:
-    attributes = b"".join(_attribute(kind, b"" if value is None else bytes([value])) for kind, value in flags.items())
-    body = struct.pack("=BxHiII", socket.AF_BRIDGE, 0, index, 0, 0) + _attribute(_PROTINFO | _NESTED, attributes)
+    attributes = b"".join(attribute(kind, b"" if value is None else bytes([value])) for kind, value in flags.items())
+    body = struct.pack("=BxHiII", socket.AF_BRIDGE, 0, index, 0, 0) + attribute(_PROTINFO | _NESTED, attributes)
     _ask(_RTM_SETLINK, 0, body)
 
 
@@ -230,7 +239,8 @@ def _ask(kind: int, flags: int, body: bytes) -> None:
         raise command_failed(["netlink", str(kind), body.hex()], -code, os.strerror(-code))
 
 
-def _attribute(kind: int, payload: bytes) -> bytes:
+def attribute(kind: int, payload: bytes) -> bytes:
+    """Return a netlink attribute, padded as they are in a message."""
     size = 4 + len(payload)
     return struct.pack("=HH", size, kind) + payload + bytes(-size % 4)
 

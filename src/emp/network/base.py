@@ -87,8 +87,17 @@ class Port(Protocol):
         """Undo ``watch``; what was held goes to the machine. Idempotent."""
         ...
 
+    @property
+    def is_told(self) -> bool:
+        """Whether nothing here shows that the network has moved, and ``readdressed`` tells."""
+        ...
+
+    def readdressed(self) -> None:
+        """The network has moved, by the word of who has moved it. Idempotent; nothing where it is seen from here."""
+        ...
+
     async def moved(self) -> None:
-        """Return when the network shows that the MACs are elsewhere, as far as can be seen from here."""
+        """Return when the network shows that the MACs are elsewhere, as far as can be seen from here, or told."""
         ...
 
     def release(self) -> None:

@@ -22,6 +22,7 @@ from emp.host.netlink import Link, Netlink
 from emp.model.errors import EmpError, HostError
 from emp.model.evm import EvmSpec
 from emp.network import guard
+from emp.network.base import Port
 from emp.network.tap_port import TapPort, readable
 from emp.network.uplink import Overlay, Vxlan, vlan_of
 
@@ -34,11 +35,11 @@ def interface_name(evm: str, nic: int) -> str:
     return f"{_PREFIX}{hashlib.sha256(evm.encode()).hexdigest()[:8]}n{nic}"
 
 
-def _alias(evm: str, nic: int) -> str:
+def alias(evm: str, nic: int) -> str:
     return f"{_ALIAS} {evm} {nic}"
 
 
-def _macs(spec: EvmSpec) -> frozenset[str]:
+def macs_of(spec: EvmSpec) -> frozenset[str]:
     """Whichever card of the guest a pod is behind, the MAC is the EVM's own."""
     return frozenset(mac for mac, _ in spec.addresses)
 
@@ -193,20 +194,23 @@ class L2Driver:
         """Let go of the netlink socket; ports and bridge stay as they are. Idempotent."""
         await self._links.close()
 
-    async def plug(self, spec: EvmSpec) -> tuple[L2Port, ...]:
+    async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:
         await self.remove(spec.name)
-        ports: list[L2Port] = []
+        ports: list[Port] = []
         try:
-            for number, nic in enumerate(spec.nics):
-                ports.append(await self._plug(spec, number, nic.mac))
+            for number in range(len(spec.nics)):
+                ports.append(await self._plug(spec, number))
         except BaseException:
             for port in ports:
                 await port.remove()
             raise
         return tuple(ports)
 
-    async def _plug(self, spec: EvmSpec, number: int, mac: str) -> L2Port:
-        interface = interface_name(spec.name, number)
+    def _port(self, spec: EvmSpec, number: int, index: int, descriptor: int) -> Port:
+        return L2Port(interface_name(spec.name, number), index, descriptor, macs=macs_of(spec), uplink=self._uplink)
+
+    async def _plug(self, spec: EvmSpec, number: int) -> Port:
+        interface, mac = interface_name(spec.name, number), spec.nics[number].mac
         bridge = await self._bridge_link()
         descriptor = tap.open_tap(interface)
         try:
@@ -214,7 +218,7 @@ class L2Driver:
             link = await self._tap_link(interface)
             await self._links.set_link(
                 link.index,
-                ifalias=_alias(spec.name, number),
+                ifalias=alias(spec.name, number),
                 # not the guest's own: the bridge would take its frames for the node's
                 address=f"fe{mac[2:]}",
                 mtu=bridge.mtu_bytes,
@@ -222,7 +226,7 @@ class L2Driver:
                 master=bridge.index,
             )
             netlink.lock_port(link.index)
-            port = L2Port(interface, link.index, descriptor, macs=_macs(spec), uplink=self._uplink)
+            port = self._port(spec, number, link.index, descriptor)
             await port.allow([address for _, address in spec.addresses])
             await self._links.set_link(link.index, state="up")
         except BaseException:
@@ -230,7 +234,7 @@ class L2Driver:
             raise
         return port
 
-    async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[L2Port, ...]:
+    async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[Port, ...]:
         """See ``NetworkDriver``. The descriptors may come in any order; raise ``HostError`` if they are not exactly the
         EVM's taps. They are closed then: ownership has passed."""
         try:
@@ -243,10 +247,9 @@ class L2Driver:
             for descriptor in tap_fds:
                 os.close(descriptor)
             raise
-        macs, uplink = _macs(spec), self._uplink
         return tuple(
-            L2Port(name, index, held[name], macs=macs, uplink=uplink)
-            for name, index in zip(wanted, indices, strict=True)
+            self._port(spec, number, index, held[name])
+            for number, (name, index) in enumerate(zip(wanted, indices, strict=True))
         )
 
     async def leftovers(self) -> frozenset[str]:

@@ -31,6 +31,8 @@ _REMEMBERED = 4096
 class TapPort:
     """One tap; see ``emp.network.base.Port``. What is left to a driver: ``open``, ``block``, ``moved``, ``release``."""
 
+    is_told = False
+
     def __init__(self, interface: str, index: int, tap_fd: int, *, macs: Collection[str]) -> None:
         """``macs``: every one that the EVM and its pods have, whichever card they are behind."""
         self._interface = interface
@@ -136,6 +138,9 @@ class TapPort:
         self._held.close()
         self._held = None
         return swallowed
+
+    def readdressed(self) -> None:
+        """See ``Port``."""
 
     def pull(self, most: int) -> list[bytes]:
         frames, self._ahead = self._ahead[:most], self._ahead[most:]
