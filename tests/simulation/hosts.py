@@ -59,6 +59,11 @@ class SimPort:
     def forget(self) -> None:
         here()
 
+    is_told = False
+
+    def readdressed(self) -> None:
+        here()
+
     async def moved(self) -> None:
         here()
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from emp.cli.report import report_lines, watch_lines
+from emp.cli.report import address_line, report_lines, watch_lines
 from emp.controller.tally import Tally
 from emp.migration.watch import Check, advice, begin, blame
+from emp.model.addresses import AddressMove
 from emp.model.migration import Migration, Outcome, Policy, Report, Stage
 from emp.model.orders import Role, RolePhase, RoleStatus
 
@@ -45,3 +46,11 @@ def test_the_record_of_an_abort_has_the_lines_and_what_to_do() -> None:
     assert closed.report.watch == BROKEN.lines
     assert closed.hint == advice(BROKEN.lines)
     assert "NO" in report_lines(closed)[-1]
+
+
+def test_the_report_says_what_the_cloud_took_for_the_addresses() -> None:
+    moved = AddressMove(addresses=3, reassign_s=2.25, calls=2, tries=2, ipv6_gap_s=0.5)
+    assert address_line(moved) == (
+        "the cloud reassigned 3 addresses within 2.25 s in 2 tries; those of IPv6 were nobody's for 0.5 s"
+    )
+    assert address_line(moved.model_copy(update={"tries": 1, "ipv6_gap_s": None})).endswith("within 2.25 s")

@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 
-from emp.lab.topology import EVM_FIRST, EVM_LAST, MAX_NODES, SUBNET, Topology, place_commands
+from emp.lab.topology import EVM_FIRST, EVM_LAST, MAX_NODES, SUBNET, Network, Topology
 from emp.model.errors import BadInput, NotFound
 
 INTERFACE_NAME_BYTES = 15
@@ -34,9 +34,11 @@ def test_the_largest_lab_has_distinct_places_outside_the_evms_range() -> None:
     assert not any(evms[0] <= address <= evms[1] for address in addresses)
 
 
-def test_interface_names_fit_whatever_the_lab_is_called() -> None:
-    topology = Topology("x" * 63, MAX_NODES)
-    lines = [*topology.fabric_commands(), *(line for place in topology.places for line in place_commands(place))]
+@pytest.mark.parametrize("network", Network)
+def test_interface_names_fit_whatever_the_lab_is_called(network: Network) -> None:
+    topology = Topology("x" * 63, MAX_NODES, network)
+    inside = (line for place in topology.places for line in topology.place_commands(place))
+    lines = [*topology.fabric_commands(), *inside]
     names = [line.split()[2] for line in lines if line.startswith(("link add", "link set"))]
     assert names
     assert max(map(len, names)) <= INTERFACE_NAME_BYTES

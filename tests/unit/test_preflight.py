@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from emp.migration.preflight import CHECKS, Facts, VolumeFacts, failed, preflight
+from emp.model.addresses import AddressFacts, InterfaceFacts
 from emp.model.evm import EvmState
 from emp.model.migration import VolumeOrder
 from emp.model.node import EvmReport, NodeReport
@@ -209,3 +210,51 @@ def test_each_volume_has_its_line() -> None:
     other = of(VolumeType.SHARED, id="shared-1")
     assert [name for name, _, _ in lines(of(), other)] == ["volume vol-1", "volume shared-1"]
     assert lines() == [("volumes", True, "none")]
+
+
+# ------------------------------------------------------------------ addresses that a cloud routes
+
+
+def eni(name: str, node: str, **changes: object) -> InterfaceFacts:
+    made = InterfaceFacts(id=name, node=node, slots=50, free=49)
+    return made.model_copy(update=changes)
+
+
+def routed(*there: InterfaceFacts, **changes: object) -> Facts:
+    cloud = AddressFacts(interfaces=(eni("eni-1", "n1"), *there), **changes)  # type: ignore[arg-type]
+    return facts(addresses=cloud)
+
+
+def test_interfaces_with_room_pass() -> None:
+    (check,) = (check for check in preflight(routed(eni("eni-2", "n2"))) if check.name == "addresses")
+    assert (check.ok, "eni-2 with 49 of 50 slots free" in check.message) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (routed(), "n2 has no network interface for addresses of EVMs"),
+        (routed(eni("eni-2", "n2", free=0)), "1 slots are needed on n2: eni-2 has 0 of 50 free"),
+        (
+            routed(eni("eni-2", "n2", source_dest_check=True)),
+            "the source/destination check of eni-2 on n2 is on: aws ec2 modify-network-interface-attribute "
+            "--no-source-dest-check --network-interface-id eni-2",
+        ),
+        (
+            routed(eni("eni-2", "n2"), delegated={"10.77.3.18": "10.77.3.16/28"}),
+            "10.77.3.18 is of the delegated prefix 10.77.3.16/28, which moves as a whole or not at all",
+        ),
+        (routed(problem="no credentials"), "the cloud could not be asked: no credentials"),
+    ],
+)
+def test_what_keeps_addresses_from_the_target_is_said(given: Facts, message: str) -> None:
+    assert failures(given).keys() == {"addresses"}
+    assert message in failures(given)["addresses"]
+
+
+def test_slots_of_two_interfaces_count_together_and_what_is_there_already_needs_none() -> None:
+    spec = facts().spec
+    one, other = eni("eni-2", "n2", free=0), eni("eni-3", "n2", free=1)
+    assert not failures(routed(one, other))
+    held = eni("eni-2", "n2", free=0, addresses=tuple(address for _, address in spec.addresses))
+    assert not failures(routed(held)), "as after a reassignment that a killed controller had begun"

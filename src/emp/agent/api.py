@@ -24,6 +24,7 @@ from emp.model.node import EvmReport, NodeReport
 from emp.model.orders import (
     WATCH_ALIVE_S,
     AbortOrder,
+    AddressMovedOrder,
     AnswerOrder,
     GoOnOrder,
     GoOrder,
@@ -134,6 +135,10 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
     @app.post("/v1/migrations/{migration}/go-on", dependencies=adopted)
     async def go_on(migration: str, order: GoOnOrder) -> Relayed:
         return await migrations.go_on(migration, order)
+
+    @app.post("/v1/migrations/{migration}/address-moved", dependencies=adopted)
+    async def address_moved(migration: str, order: AddressMovedOrder) -> RoleStatus:
+        return migrations.address_moved(migration)
 
     @app.get("/v1/migrations/{migration}", dependencies=adopted)
     async def status(migration: str) -> RoleStatus:

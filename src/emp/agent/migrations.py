@@ -333,6 +333,12 @@ class Migrations:
 
     # -- what is known
 
+    def address_moved(self, migration: str) -> RoleStatus:
+        """The cloud sends what is for the EVM to the target from now on. Raises ``NotFound``, ``Conflict``."""
+        if role := self._roles.get(migration):
+            self._as_source(role).readdressed()
+        return self.status(migration)
+
     def status(self, migration: str) -> RoleStatus:
         """Return the role's snapshot, or what the journal says. Raises ``NotFound``; ``Unavailable`` in quarantine."""
         if role := self._roles.get(migration):

@@ -98,13 +98,14 @@ class SourceRole(Role[Source]):
     def _new_forwarder(self, policy: Policy, dial: DialFrames | None) -> Forwarder | None:
         if self.assembly is None or dial is None:
             return None
+        is_told = any(port.is_told for port in self.assembly.ports)
         return Forwarder(
             self.state.migration,
             self.assembly.ports,
             [self.assembly.addresses.macs(nic) for nic in range(len(self.assembly.ports))],
             dial,
             quiet_s=policy.forward_quiet_s,
-            most_s=policy.forward_most_s,
+            most_s=policy.forward_reassign_most_s if is_told else policy.forward_most_s,
         )
 
     # -- beginning
@@ -358,6 +359,12 @@ class SourceRole(Role[Source]):
                 self.spawn(self._await_guest())
             case events.KillMachine():
                 self.spawn(self._kill())
+
+    def readdressed(self) -> None:
+        """The cloud sends what is for the EVM to the target from now on."""
+        if self.assembly is not None:
+            for port in self.assembly.ports:
+                port.readdressed()
 
     async def _take_back_frames(self) -> None:
         if self._forwarder is not None:

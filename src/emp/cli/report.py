@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from emp.cli.output import milliseconds, rate, seconds, size
 
 if TYPE_CHECKING:
+    from emp.model.addresses import AddressMove
     from emp.model.migration import Migration, Report, VolumeMove
 
 _WIDTH = 80
@@ -49,8 +50,17 @@ def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
     if report.frames_forwarded is not None:
         held = report.frames_held or 0
         lines.append(f"frames for the EVM: {held} held on the source, {report.frames_forwarded} forwarded in all")
+    if report.addresses is not None:
+        lines.append(address_line(report.addresses))
     lines += volume_lines(report.volumes)
     return lines + watch_lines(report, all_checks=verbose)
+
+
+def address_line(move: AddressMove) -> str:
+    """Return what it took until the cloud sent to the target."""
+    tries = f" in {move.tries} tries" if move.tries > 1 else ""
+    gap = "" if move.ipv6_gap_s is None else f"; those of IPv6 were nobody's for {seconds(move.ipv6_gap_s)}"
+    return f"the cloud reassigned {move.addresses} addresses within {seconds(move.reassign_s)}{tries}{gap}"
 
 
 def volume_lines(moves: Sequence[VolumeMove]) -> list[str]:

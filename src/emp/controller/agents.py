@@ -20,6 +20,7 @@ from emp.model.node import EvmReport, Node, NodeReport
 from emp.model.orders import (
     WATCH_ALIVE_S,
     AbortOrder,
+    AddressMovedOrder,
     AnswerOrder,
     GoOnOrder,
     GoOrder,
@@ -123,6 +124,11 @@ class AgentClient:
     async def answer(self, migration: str, order: AnswerOrder) -> RoleStatus:
         """Carry the target's answer to the source; carrying it again changes nothing."""
         path = f"/v1/migrations/{migration}/answer"
+        return await self._wire.request("POST", path, order, response_model=RoleStatus, idempotent=True)
+
+    async def address_moved(self, migration: str, order: AddressMovedOrder) -> RoleStatus:
+        """Tell the source that the cloud sends to the target now; telling it again changes nothing."""
+        path = f"/v1/migrations/{migration}/address-moved"
         return await self._wire.request("POST", path, order, response_model=RoleStatus, idempotent=True)
 
     async def watch(self, migration: str) -> AsyncGenerator[RoleStatus]:

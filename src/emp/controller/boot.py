@@ -19,6 +19,7 @@ from emp.controller.fences import Fences
 from emp.controller.nodes import Nodes
 from emp.controller.patience import until_known
 from emp.controller.plugs import Plugs
+from emp.controller.reach import Reach
 from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
 from emp.model.errors import (
@@ -40,12 +41,15 @@ _BEGUN = (EvmState.RUNNING, EvmState.CREATING)
 
 
 class Boot:
-    def __init__(self, book: Book, nodes: Nodes, agents: Agents, volumes: Volumes, fences: Fences) -> None:
+    def __init__(
+        self, book: Book, nodes: Nodes, agents: Agents, volumes: Volumes, fences: Fences, reach: Reach
+    ) -> None:
         self._book = book
         self._nodes = nodes
         self._agents = agents
         self._volumes = volumes
         self._fences = fences
+        self._reach = reach
         self._plugs = Plugs(book, volumes, self._agent, self._patiently)
 
     async def carry_out(self, name: str, *, resumed: bool = False) -> None:
@@ -117,6 +121,7 @@ class Boot:
             name, None, lambda: volumes.attach(spec.volumes, node=node, epoch=epoch), sent=resumed
         )
         await self._patiently(name, None, lambda: volumes.fence(spec.volumes, epoch=epoch, unheld=True))
+        await self._patiently(name, None, lambda: self._reach.assign(spec, node, insist=True), sent=resumed)
         order = StartOrder(spec=spec, epoch=epoch, volumes=grants)
         try:
             report = await self._patiently(name, node, lambda: self._agent(node).start(order), sent=resumed)
@@ -235,6 +240,7 @@ class Boot:
         others = (v.id for v in self._book.volumes.all() if v.evm == name)  # half attached, or half detached
         volumes = tuple(dict.fromkeys((*evm.spec.volumes, *own, *others)))
         await self._patiently(name, None, lambda: self._volumes.disown(volumes, own))
+        await self._patiently(name, None, lambda: self._reach.release(evm.spec))
         freed = [gone(self._book.claims, claim.address) for claim in self._book.claims.all() if claim.evm == name]
         await self._book.write(gone(self._book.evms, name), gone(self._book.upkeep, name), *freed)
 

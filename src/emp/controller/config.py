@@ -11,6 +11,7 @@
 
 ``address`` and ``port`` are the agents' (mutual TLS). ``people`` may be ``{"fd": N}``: a listening socket that the
 parent hands over. On AWS ``volumes`` is ``{"driver": "ebs", "region": "eu-west-1", "zone": "eu-west-1a", "instances":
+{"n1": "i-..."}}``, and where the VPC routes to the EVMs ``network`` has ``"vpc": {"region": "eu-west-1", "instances":
 {"n1": "i-..."}}``. ``fencing`` is ``{"driver": "manual"}`` where it is left out. The token file is written with a fresh
 token when it is not there.
 """
@@ -43,12 +44,30 @@ class People(Model):
         return self
 
 
+class VpcSettings(Model):
+    """A VPC of Amazon, or of a cloud that speaks EC2's API: it routes each address to the interface that has it."""
+
+    region: str = Field(pattern=r"^[a-z0-9-]+$")
+    instances: dict[Name, Annotated[str, Field(pattern=r"^i-([0-9a-f]{8}|[0-9a-f]{17})$")]] = Field(min_length=1)
+    """node -> instance id"""
+    interfaces: dict[Name, tuple[str, ...]] = Field(default_factory=dict)
+    """node -> ids of the network interfaces that addresses of EVMs may be given to, in the order to fill them; a node
+    that is left out uses every interface of its instance"""
+    endpoint_url: str | None = None
+    ca_file: Path | None = None
+    """who vouches for an endpoint that is not Amazon's"""
+    credentials_file: Path | None = None
+    """as of the AWS tools; None: where boto3 finds them, such as the instance's role"""
+
+
 class Network(Model):
-    """The segment that EVMs live on, and the part of it that the pool hands out."""
+    """The subnet that EVMs live in, and the part of it that the pool hands out."""
 
     subnet: str
     evm_first: Ip
     evm_last: Ip
+    vpc: VpcSettings | None = None
+    """None: the nodes share a segment, on which they announce what runs there"""
     learn_ipv6: tuple[str, ...] = ()
     """IPv6 networks of the segment, in which guests may take addresses by themselves (SLAAC, DHCPv6)"""
 

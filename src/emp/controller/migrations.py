@@ -24,6 +24,7 @@ from emp.controller.supervise import Supervision
 from emp.controller.survey import Survey
 from emp.controller.tasks import Tasks
 from emp.migration.preflight import Facts, failed, preflight
+from emp.model.addresses import AddressFacts
 from emp.model.efs import EfsFacts
 from emp.model.errors import BadInput, Conflict, EmpError, OutcomeUnknown, Refused
 from emp.model.evm import Evm, EvmState
@@ -120,12 +121,13 @@ class Migrations:
         """
         survey = await self._survey(self._movable(name), request.target)
         efs = await self._efs.facts(self._movable(name).spec)
+        addresses = await self._tools.reach.facts(self._movable(name).spec)
         async with self._capacity.lock:
             evm = self._movable(name)
             source = self._tools.nodes.need_ready(evm.owner or "", field="evm")
             if tuple(volume.id for volume in survey.volumes) != evm.spec.volumes:
                 raise Conflict(f"the volumes of EVM {name} have changed in the meantime", field="evm", hint="try again")
-            placed, checks = self._target(evm, source, survey, efs, request)
+            placed, checks = self._target(evm, source, survey, efs, addresses, request)
             if request.dry_run:
                 return self._plan("dry-run", evm, placed, checks, request, (0, 0))
             epochs = await self._book.epochs.issue(), await self._book.epochs.issue()
@@ -157,7 +159,13 @@ class Migrations:
         return evm
 
     def _target(
-        self, evm: Evm, source: Node, survey: Survey, efs: EfsFacts, request: MigrationRequest
+        self,
+        evm: Evm,
+        source: Node,
+        survey: Survey,
+        efs: EfsFacts,
+        addresses: AddressFacts | None,
+        request: MigrationRequest,
     ) -> tuple[Placed, tuple[Check, ...]]:
         """Return the target, asked for or found, with its checks, of which none has failed unless it is a dry run."""
         name = evm.spec.name
@@ -173,6 +181,7 @@ class Migrations:
                     subnet=self._network.subnet,
                     volume_order=request.policy.volume_order,
                     efs=efs,
+                    addresses=addresses,
                 )
             )
 

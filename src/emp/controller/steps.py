@@ -21,6 +21,8 @@ from emp.controller.metrics import Metrics
 from emp.controller.moves import Moves, Say
 from emp.controller.nodes import Nodes
 from emp.controller.patience import until_known
+from emp.controller.reach import Reach
+from emp.controller.reassign import Reassignment
 from emp.controller.tally import Tally
 from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
@@ -57,6 +59,7 @@ class Tools:
     volumes: Volumes
     hub: Hub
     metrics: Metrics
+    reach: Reach
 
 
 class Steps:
@@ -66,6 +69,7 @@ class Steps:
         self._tally = tally
         self.handovers = Handovers(tools.book, tools.volumes, tally.migration, self._show_moving)
         self.moves = Moves(tally.migration, tools.volumes, tools.agents, tools.nodes, say, self.handovers.at)
+        self.reassignment = Reassignment(tally.migration, tools.reach, tools.agents, tools.nodes, say)
         self._grants: tuple[VolumeGrant, ...] = ()
 
     @property
@@ -156,17 +160,22 @@ class Steps:
         """Have the target get the volumes that the source lends it, however long it takes."""
         await self.moves.finish(self._volumes()[0])
 
+    async def readdress(self, *, tell_again: bool = False) -> None:
+        """Have the cloud send what is for the EVM to the target, however long it takes."""
+        await self.reassignment.finish(self._evm().spec, tell_again=tell_again)
+
     async def detach(self, role: Role) -> None:
-        """Shut out the side that no longer has the EVM, until the volume service has done it."""
+        """Shut out the side that no longer has the EVM, until the services of volumes and addresses have done it."""
         single, multi = self._volumes()
         if role is Role.TARGET:
             await self.moves.take_back(single)
             await self._shut_out(role, (*single, *multi))
             await self._until_known(self._live.source, lambda: self.moves.bring_home(single))
+            await self._until_known(None, lambda: self.reassignment.bring_home(self._evm().spec))
         else:
             # Not the one for the other's failure: a volume whose move is broken off stands still.
-            both = self._detach_from_source(multi), self._move_away(single)
-            for ended in await asyncio.gather(*both, return_exceptions=True):
+            each = self._detach_from_source(multi), self._move_away(single), self.readdress()
+            for ended in await asyncio.gather(*each, return_exceptions=True):
                 if isinstance(ended, BaseException):
                     raise ended
 

@@ -154,8 +154,8 @@ class Supervision:
     def _waits_for(self) -> str | None:
         """What a person should know of a migration that cannot go on, and of what they may do."""
         lost = [self._steps.node_of(role) for role in self._lost_roles()]
-        if alarms := self._steps.moves.alarms:
-            return "; ".join(alarms.values())
+        if alarms := [*self._steps.moves.alarms.values(), *filter(None, [self._steps.reassignment.alarm])]:
+            return "; ".join(alarms)
         if self._state.outcome is Outcome.COMPLETED or self._state.phase not in (Phase.WATCHING, Phase.SETTLING):
             return None
         if lost and self._state.phase is Phase.WATCHING:
@@ -276,12 +276,19 @@ class Supervision:
     async def _show_moves(self) -> None:
         moves = self._steps.moves
         self._tally.moved(tuple(moves.made.values()))
+        if readdressed := self._steps.reassignment.made:
+            self._tally.readdressed(readdressed)
         await self._steps.handovers.note(moves.alarms, moves.made, moves.tries)
         self._tally.waits(self._waits_for())
         await self._save()
         self._tools.hub.show(self.live, self._tools.book.migrations.revision_of(self.id))
 
+    async def _readdress(self, *, tell_again: bool) -> None:
+        await self._until_done(lambda: self._steps.readdress(tell_again=tell_again))
+
     async def _detach(self, role: Role) -> None:
+        if role is Role.TARGET:  # it goes back, though it was committed
+            await self._end_task("readdress")
         await self._answered("attach")
         await self._answered("move")
         await self._until_done(lambda: self._steps.detach(role))
@@ -312,7 +319,18 @@ class Supervision:
         classic = self.live.policy.volume_order is VolumeOrder.CLASSIC
         if classic and (status.role, status.phase) == (Role.TARGET, RolePhase.ACTIVATED):  # it waits for its volumes
             self._spawn("move", self._move())
+        self._readdress_after(status)
         self._feed(Says(status.role, status.phase, status.cause, status.wants_courier))
+
+    def _readdress_after(self, status: RoleStatus) -> None:
+        """Begin at the first word of the commit: the source forwards until the addresses are the target's.
+
+        While it does its agent is told again, as it may be another one by now.
+        """
+        begins = status.committed and self._state.outcome is not Outcome.ABORTED and self._tools.reach.is_routed
+        forwards = status.phase is RolePhase.GIVEN
+        if begins and (forwards or not self._steps.reassignment.is_over):
+            self._spawn("readdress", self._readdress(tell_again=forwards))
 
     def _hear_nothing(self, role: Role) -> None:
         """Its agent knows nothing of this migration."""
@@ -365,6 +383,11 @@ class Supervision:
             log.exception("migration %s: looking at both ends anew", self.id)
             await asyncio.sleep(REWATCH_S)
             self._feed(supervisor.Resumed(self.live.nonce is not None))
+
+    async def _end_task(self, name: str) -> None:
+        if task := self._tasks.get(name):
+            task.cancel()
+            await asyncio.wait([task])
 
     async def _start_anew(self) -> None:
         await self._end_tasks()

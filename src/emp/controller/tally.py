@@ -8,6 +8,7 @@ from __future__ import annotations
 from emp.migration.report import build_report
 from emp.migration.supervisor import Phase, Supervisor
 from emp.migration.watch import advice
+from emp.model.addresses import AddressMove
 from emp.model.migration import Migration, Outcome, Report, Stage, VolumeMove, VolumeStep
 from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
 
@@ -25,6 +26,7 @@ class Tally:
         self._written = migration
         self._said: dict[Role, RoleStatus] = {}
         self._moves: tuple[VolumeMove, ...] = migration.report.volumes
+        self._addresses: AddressMove | None = migration.report.addresses
 
     # -------------------------------------------------------------- what happens
 
@@ -81,6 +83,11 @@ class Tally:
         self._moves = tuple(({move.volume: move for move in (*moves, *self._moves)}).values())
         self._set(report=self.migration.report.model_copy(update={"volumes": self._moves}))
 
+    def readdressed(self, move: AddressMove) -> None:
+        """Take how the addresses were moved; what was known already stands."""
+        self._addresses = self._addresses or move
+        self._set(report=self.migration.report.model_copy(update={"addresses": self._addresses}))
+
     def moving(self, steps: tuple[VolumeStep, ...]) -> None:
         """Take which volumes are on their way, and where each is."""
         if self.migration.stage is not Stage.CLOSED:
@@ -119,7 +126,7 @@ class Tally:
             memory_bytes=self.migration.progress.memory_bytes,
             closed_at_s=at_s,
             watch=source.watch if source else (),
-        ).model_copy(update={"volumes": self._moves})
+        ).model_copy(update={"volumes": self._moves, "addresses": self._addresses})
 
 
 _HINTS = {Outcome.LOST: "neither copy could go on; a cold restart: emp evm recover {evm}"}

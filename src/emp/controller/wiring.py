@@ -5,6 +5,8 @@ from __future__ import annotations
 import ssl
 from dataclasses import dataclass
 
+from emp.addresses.base import AddressMover
+from emp.addresses.ec2 import Ec2AddressMover
 from emp.controller.agents import Agents
 from emp.controller.blueprint import Blueprints
 from emp.controller.book import Book
@@ -20,6 +22,7 @@ from emp.controller.learnt import LearntAddresses
 from emp.controller.metrics import Metrics
 from emp.controller.migrations import Migrations
 from emp.controller.nodes import Nodes
+from emp.controller.reach import Reach
 from emp.controller.reports import Reports
 from emp.controller.restart import Restarts
 from emp.controller.services import Services
@@ -57,6 +60,7 @@ class Controller:
     restarts: Restarts
     sweep: Sweep
     driver: VolumeDriver
+    reach: Reach
 
     async def start(self) -> None:
         """Take over the records, and carry on where an earlier process stopped."""
@@ -75,6 +79,7 @@ class Controller:
         await self.services.efs.aclose()
         await self.agents.aclose()
         await self.driver.aclose()
+        await self.reach.aclose()
 
 
 async def open_store(config: Config) -> Store:
@@ -88,6 +93,7 @@ async def wire(
     driver: VolumeDriver | None = None,
     fence_driver: FenceDriver | None = None,
     efs_driver: EfsDriver | None = None,
+    mover: AddressMover | None = None,
 ) -> Controller:
     """Return the controller of ``store``, its records loaded; the drivers stand in for services in tests."""
     tls = mutual_client(config.credentials)
@@ -103,8 +109,9 @@ async def wire(
     efs = Efs(book, efs_driver or _efs_driver(config))
     blueprints = Blueprints(book, nodes, capacity, volumes, efs, config.network)
     fences = Fences(book, nodes, agents, fence_driver or _fence_driver(config, tls))
-    migrations = Migrations(Tools(book, nodes, agents, volumes, hub, metrics), capacity, config.network, efs)
-    boot = Boot(book, nodes, agents, volumes, fences)
+    reach = Reach(mover or _address_mover(config))
+    migrations = Migrations(Tools(book, nodes, agents, volumes, hub, metrics, reach), capacity, config.network, efs)
+    boot = Boot(book, nodes, agents, volumes, fences, reach)
     evms = Evms(book, nodes, capacity, blueprints, boot, migrations, volumes)
     restarts = Restarts(book, evms.start)
     reports = Reports(book, restarts)
@@ -127,7 +134,7 @@ async def wire(
         consoles=Consoles(book, nodes, agents, hub),
         metrics=metrics,
     )
-    return Controller(services, agents, restarts, sweep, driver)
+    return Controller(services, agents, restarts, sweep, driver, reach)
 
 
 def _volume_driver(config: Config, tls: ssl.SSLContext) -> VolumeDriver:
@@ -154,6 +161,20 @@ def _efs_driver(config: Config) -> EfsDriver | None:
         settings.instances,
         pool=config.pool,
         region=settings.region,
+        endpoint_url=settings.endpoint_url,
+        ca_file=settings.ca_file,
+        credentials_file=settings.credentials_file,
+    )
+
+
+def _address_mover(config: Config) -> AddressMover | None:
+    if config.network.vpc is None:
+        return None
+    settings = config.network.vpc
+    return Ec2AddressMover(
+        settings.instances,
+        region=settings.region,
+        interfaces=settings.interfaces,
         endpoint_url=settings.endpoint_url,
         ca_file=settings.ca_file,
         credentials_file=settings.credentials_file,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from emp.migration import efs as efs_mounts
+from emp.model.addresses import AddressFacts, InterfaceFacts
 from emp.model.efs import NO_EFS, EfsFacts
 from emp.model.evm import EvmSpec
 from emp.model.migration import Check, VolumeOrder
@@ -48,6 +49,8 @@ class Facts:
     volume_order: VolumeOrder = VolumeOrder.RESUME_FIRST
     efs: EfsFacts = NO_EFS
     """of the EVM's EFS mounts; empty for an EVM that has none"""
+    addresses: AddressFacts | None = None
+    """what the cloud says that routes them; None: the nodes share a segment"""
 
 
 def preflight(facts: Facts) -> tuple[Check, ...]:
@@ -233,8 +236,50 @@ def mtu(facts: Facts) -> Check:
     return Check(name="mtu", ok=True, message=f"{here} bytes on both ends")
 
 
+def addresses(facts: Facts) -> Check:
+    """Where a cloud routes addresses, it must be able to route them to the target."""
+    cloud = facts.addresses
+    if cloud is None:
+        return Check(name="addresses", ok=True, message="announced by the target: the nodes share a segment")
+    if cloud.problem is not None:
+        return Check(name="addresses", ok=False, message=f"the cloud could not be asked: {cloud.problem}")
+    wanted = {address for _, address in facts.spec.addresses}
+    there = [eni for eni in cloud.interfaces if eni.node == facts.target.name]
+    here = [eni for eni in cloud.interfaces if eni.node == facts.source.name]
+    bad = [*_delegated(cloud), *_checked([*here, *there]), *_short_of_slots(wanted, there, facts.target.name)]
+    shown = ", ".join(f"{eni.id} with {eni.free} of {eni.slots} slots free" for eni in there)
+    return Check(name="addresses", ok=not bad, message="; ".join(bad) or f"{len(wanted)} to {shown}")
+
+
+def _delegated(cloud: AddressFacts) -> list[str]:
+    return [
+        f"{address} is of the delegated prefix {prefix}, which moves as a whole or not at all; give the EVM an address "
+        "outside of it"
+        for address, prefix in sorted(cloud.delegated.items())
+    ]
+
+
+def _checked(interfaces: Sequence[InterfaceFacts]) -> list[str]:
+    """Until an address is reassigned the target sends under it from an interface that does not have it yet."""
+    on = [eni for eni in interfaces if eni.source_dest_check]
+    command = "aws ec2 modify-network-interface-attribute --no-source-dest-check --network-interface-id"
+    return [f"the source/destination check of {eni.id} on {eni.node} is on: {command} {eni.id}" for eni in on]
+
+
+def _short_of_slots(wanted: Set[str], there: Sequence[InterfaceFacts], target: str) -> list[str]:
+    held = {address for eni in there for address in eni.addresses}
+    needed = len([address for address in wanted - held if ":" not in address])
+    if not there:
+        return [f"{target} has no network interface for addresses of EVMs"]
+    if sum(eni.free for eni in there) >= needed:
+        return []
+    shown = ", ".join(f"{eni.id} has {eni.free} of {eni.slots} free" for eni in there)
+    return [f"{needed} slots are needed on {target}: {shown}; attach another network interface to it"]
+
+
 CHECKS = (
     memory, vcpus, image, machine_type, cpu_model, accelerator, qemu, protocol, emp_version, journals, efs, subnet, mtu,
+    addresses,
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
+from emp.model.addresses import AddressMove
 from emp.model.base import Model
 from emp.model.names import Name
 from emp.model.volume import VolumeType
@@ -73,6 +74,8 @@ class Policy(Model):
     """time without a frame for the EVM on the source, once the network has moved, after which it forwards no more"""
     forward_most_s: float = Field(default=5.0, gt=0)
     """the source forwards no longer than this, counted from when it knows that the EVM runs on the target"""
+    forward_reassign_most_s: float = Field(default=600.0, gt=0)
+    """in the stead of ``forward_most_s`` where a cloud reassigns the addresses, which the controller sees to"""
     target_free_memory_bytes: int = Field(default=128 << 20, ge=0)
     """memory that the target's host must keep available"""
     volume_order: VolumeOrder = VolumeOrder.RESUME_FIRST
@@ -198,6 +201,8 @@ class Report(Model):
     """from GIVEN on the source's disk to the target's running guest"""
     volumes: tuple[VolumeMove, ...] = ()
     """those that one node alone can have, and that were moved"""
+    addresses: AddressMove | None = None
+    """None: they were announced, as the nodes share a segment; or they have not moved"""
 
 
 class Check(Model):

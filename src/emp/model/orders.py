@@ -17,6 +17,7 @@
 ``POST /v1/migrations/{id}/take-back``       ``TakeBackOrder``                    source: end relays
 ``POST /v1/migrations/{id}/hold``            ``HoldOrder`` -> ``Relayed``         target: hold a relayed volume's I/O
 ``POST /v1/migrations/{id}/go-on``           ``GoOnOrder`` -> ``Relayed``         target: let it go on there
+``POST /v1/migrations/{id}/address-moved``   ``AddressMovedOrder`` -> ``RoleStatus``  source: end the forwarding
 ``GET  /v1/migrations/{id}``                 -> ``RoleStatus``
 ``GET  /v1/migrations/{id}/watch``           -> SSE of ``RoleStatus``             a snapshot at each change, to the end
 ``POST /v1/agents/{node}/heartbeat``         ``NodeReport`` -> ``HeartbeatReply``  on the *controller*, by the agent
@@ -213,6 +214,12 @@ class AnswerOrder(Model):
     word: str
     """``activated`` or ``withdrawn`` (``emp.migration.events.Word``)"""
     nonce: str
+
+
+class AddressMovedOrder(Model):
+    """To the source: the cloud sends what is for the EVM to the target now. What is on its way still comes here."""
+
+    took_s: float
 
 
 class HeartbeatReply(Model):
