@@ -21,6 +21,7 @@ from emp.lab.down import down as clear_lab
 from emp.lab.preflight import become_root
 from emp.lab.region import Profile, instance_of, zone_of
 from emp.lab.state import LabFiles, LabState, chosen, lab_names
+from emp.lab.topology import Network
 from emp.lab.up import Options, broken_parts
 from emp.lab.up import up as make_lab
 from emp.model.errors import BadInput, NotFound
@@ -79,12 +80,17 @@ def up(
     vcpus: Annotated[int, typer.Option(min=1, help="That each node offers to EVMs.")] = 8,
     keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Start a daemon that ends again, after 1 s.")] = False,
     cloud: Annotated[Profile | None, typer.Option(help="Volumes from a simulated cloud, as slow as said.")] = None,
+    network: Annotated[Network, typer.Option(help="How addresses reach their EVMs; vpc has a cloud.")] = Network.L2,
+    remap: Annotated[float, typer.Option(min=0, help="Seconds that a vpc takes to move an address.")] = 0.0,
     zone_of: Annotated[list[str] | None, typer.Option(hidden=True, metavar="NODE=LETTER")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a lab; when this returns, its pool can be used."""
     zones = dict(_zone(text) for text in zone_of or ())
-    options = Options(name, nodes, port, parse_size(memory, field="memory"), vcpus, keep=keep, cloud=cloud, zones=zones)
+    memory_bytes = parse_size(memory, field="memory")
+    options = Options(
+        name, nodes, port, memory_bytes, vcpus, keep=keep, cloud=cloud, network=network, remap_s=remap, zones=zones
+    )
     with _progress() as say:
         state = make_lab(options, say)
     if as_json:
@@ -131,11 +137,13 @@ def _summary(name: str) -> dict[str, Any]:
     try:
         state = files.load()
     except NotFound:
-        return {"name": name, "nodes": None, "url": None, "state": "half made", "dead": [], "cloud": None}
+        health = {"state": "half made", "dead": []}
+        return {"name": name, "nodes": None, "url": None} | health | {"cloud": None, "network": None}
     dead = broken_parts(files, state)
     url = f"https://127.0.0.1:{state.port}"
     health = {"state": "broken" if dead else "up", "dead": dead}
-    return {"name": name, "nodes": state.nodes, "url": url} | health | {"cloud": _cloud(state)}
+    kind = {"cloud": _cloud(state), "network": state.network}
+    return {"name": name, "nodes": state.nodes, "url": url} | health | kind
 
 
 def _cloud(state: LabState) -> dict[str, Any] | None:
@@ -178,6 +186,8 @@ def status(ctx: typer.Context, name: Name = None, as_json: Json = False) -> None
         for place in places
     ]
     print_table(("PLACE", "ADDRESS", "DAEMON", "STATE", "PID", "RESTARTS", "EVMS"), rows, empty="It has no places.")
+    if summary["network"] == Network.VPC:
+        print("addresses are of network interfaces of the cloud, which routes to them")
     if cloud := summary["cloud"]:
         print(f"volumes are of a simulated cloud; latencies: {cloud['latency']}")
         for node, there in cloud["instances"].items():

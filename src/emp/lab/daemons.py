@@ -34,6 +34,7 @@ from emp.lab.topology import (
     CTL,
     EVM_FIRST,
     EVM_LAST,
+    FABRIC,
     LINK_PORT,
     NBD_PORTS,
     POWER_PORT,
@@ -41,6 +42,7 @@ from emp.lab.topology import (
     UPLINK,
     VOL,
     VOLUMES_PORT,
+    Network,
     Place,
     Role,
 )
@@ -113,7 +115,8 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
         return common | {
             "port": CONTROLLER_PORT,
             "token_file": f"{HOME}/token",
-            "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST},
+            "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST}
+            | region.network_part(state, HOME),
             "volumes": region.controller_part(state, HOME) if state.cloud else _VOLUME_SERVER,
             "efs": region.efs_part(state, HOME),
             "fencing": {"driver": "lab", "url": f"https://{BMC.address}:{POWER_PORT}", "server_name": "power-main"},
@@ -133,7 +136,7 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
             "images_dir": f"{HOME}/images",
             "memory_bytes": state.memory_bytes,
             "vcpus": state.vcpus,
-            "network": {"driver": "l2", "bridge": BRIDGE, "uplink": UPLINK},
+            "network": {"driver": state.network, "bridge": BRIDGE, "uplink": UPLINK},
             "qemu": state.qemu,
         }
     )
@@ -169,6 +172,11 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
     assert place.role is not None
     passed: tuple[int, ...] = ()
     opened = None
+    fabric = -1
+    if place.role is Role.VOLUMES and state.topology.network is Network.VPC:
+        fabric = os.open(NAMESPACES / state.topology.namespace(FABRIC), os.O_RDONLY)  # whose routes the cloud sets
+        passed = (fabric,)
+        _write_config(files, place, _config(files, state, place) | {"fabric_fd": fabric})
     if place.role is Role.CONTROLLER:
         if people is None:
             people = opened = people_socket(state.port)
@@ -192,6 +200,8 @@ def spawn(files: LabFiles, state: LabState, place: Place, people: socket.socket 
     finally:
         if opened is not None:
             opened.close()
+        if fabric >= 0:
+            os.close(fabric)
 
 
 def _enter_argv(files: LabFiles, state: LabState, place: Place) -> list[str]:

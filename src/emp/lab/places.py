@@ -11,17 +11,27 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import emp
 from emp.host.processes import Process
 from emp.host.run import run_sync
 from emp.lab import init, scan
-from emp.lab.kernel import CLONE_NEWNET, MNT_DETACH, MS_BIND, MS_REC, MS_SHARED, mount, unmount, unshare
+from emp.lab.kernel import (
+    CLONE_NEWNET,
+    MNT_DETACH,
+    MS_BIND,
+    MS_REC,
+    MS_SHARED,
+    join_namespace,
+    mount,
+    unmount,
+    unshare,
+)
 from emp.lab.preflight import QEMU
 from emp.lab.state import LabFiles
-from emp.lab.topology import FABRIC, Place, Topology, place_commands, plug_command
+from emp.lab.topology import FABRIC, Place, Topology, plug_command
 from emp.model.errors import CommandFailed, Conflict, HostError
 
 NAMESPACES = Path("/run/netns")
@@ -43,8 +53,9 @@ def wire(topology: Topology) -> None:
     _prepare_names()
     _make_namespaces(topology.namespaces)
     _ip(topology.namespace(FABRIC), topology.fabric_commands())
+    _set(topology.namespace(FABRIC), topology.fabric_settings())
     for place in topology.places:
-        _ip(topology.namespace(place.name), place_commands(place))
+        _ip(topology.namespace(place.name), topology.place_commands(place))
 
 
 def rewire(topology: Topology, place: Place) -> None:
@@ -60,7 +71,7 @@ def rewire(topology: Topology, place: Place) -> None:
         if any(link["ifname"] == place.name for link in links):
             raise
     _ip(fabric, topology.cable_commands(place))
-    _ip(name, place_commands(place))
+    _ip(name, topology.place_commands(place))
 
 
 def plug(topology: Topology, place: Place, *, plugged: bool = True) -> None:
@@ -111,6 +122,25 @@ def _visit_new_namespaces(names: Iterable[str], problems: list[OSError]) -> None
             (NAMESPACES / name).touch(mode=0o444, exist_ok=False)
             unshare(CLONE_NEWNET)
             mount("/proc/thread-self/ns/net", str(NAMESPACES / name), flags=MS_BIND)
+    except OSError as error:
+        problems.append(error)
+
+
+def _set(namespace: str, settings: Mapping[str, str]) -> None:
+    """Write settings below /proc/sys/net/ipv4, which shows those of the network namespace of who opens it."""
+    problems: list[OSError] = []
+    setter = threading.Thread(target=_visit_to_set, args=(namespace, settings, problems))
+    setter.start()
+    setter.join()
+    if problems:
+        raise HostError(f"cannot set up the network namespace {namespace}: {problems[0]}")
+
+
+def _visit_to_set(namespace: str, settings: Mapping[str, str], problems: list[OSError]) -> None:
+    try:
+        join_namespace(str(NAMESPACES / namespace), CLONE_NEWNET)
+        for name, value in settings.items():
+            Path("/proc/sys/net/ipv4", name).write_text(value)
     except OSError as error:
         problems.append(error)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emp.lab.state import LabFiles, LabState
-from emp.lab.topology import CTL, SUBNET, UPLINK, VOL, VOLUMES_PORT, Place
+from emp.lab.topology import CTL, SUBNET, UPLINK, VOL, VOLUMES_PORT, Network, Place
 from emp.model.errors import BadInput
 from emp.wire.files import write_private
 
@@ -23,7 +23,7 @@ REGION = "lab-1"
 HOME_ZONE = "a"
 ZONES = "abcdef"
 SUBNET_IPV6 = "fd77::/64"
-"""that the cloud gives addresses of; nothing is sent to them yet"""
+"""that the cloud gives addresses of; nothing is sent to them"""
 NFS_PROGRAM = "nfs-ganesha"
 """in the cloud's place"""
 CREDENTIALS = "aws-credentials"
@@ -90,14 +90,22 @@ def cloud_part(files: LabFiles, state: LabState, home: Path) -> dict[str, Any]:
     """Return what the cloud's configuration has besides that of a volume server. ``home``: its own directory."""
     from emp.lab.cloud.knobs import PROFILES  # pydantic's models take their time, and most commands need none
 
+    topology = state.topology
     nodes = {
         place.name: {"instance": instance_of(place), "zone": zone_of(state, place), "address": place.address}
-        for place in state.topology.node_places
+        | (_vpc_part(state, place) if topology.network is Network.VPC else {})
+        for place in topology.node_places
     }
-    latency = PROFILES[str(state.cloud)].model_dump()
+    knobs = {"latency": PROFILES[str(state.cloud)].model_dump(), "remap": {"least_s": state.remap_s}}
     efs = {"efs": {"program": str(home / NFS_PROGRAM), "interface": UPLINK}} if state.efs else {}
     network = _network_part(state)
-    return {"access_key": access_key(files), "nodes": nodes, "network": network, "knobs": {"latency": latency}} | efs
+    return {"access_key": access_key(files), "nodes": nodes, "network": network, "knobs": knobs} | efs
+
+
+def _vpc_part(state: LabState, place: Place) -> dict[str, Any]:
+    """What a node is to a cloud that routes: it has three interfaces, as one has slots for 49 addresses of EVMs."""
+    more = [f"10.77.{block}.{place.number}" for block in (254, 255)]
+    return {"segment": state.topology.segment(place), "more_addresses": more, "source_dest_check": False}
 
 
 def _network_part(state: LabState) -> dict[str, Any]:
@@ -105,6 +113,15 @@ def _network_part(state: LabState) -> dict[str, Any]:
     zones = {zone_of(state, place) for place in state.topology.node_places}
     blocks = {REGION + letter: f"10.77.{251 + n // 2}.{n % 2 * 128}/25" for n, letter in enumerate(ZONES)}
     return {"cidr": SUBNET, "ipv6": SUBNET_IPV6, "picks": {zone: blocks[zone] for zone in zones}}
+
+
+def network_part(state: LabState, home: Path) -> dict[str, Any]:
+    """Return what the controller's ``network`` has besides the addresses: the cloud that routes, if one does."""
+    if state.network != Network.VPC:
+        return {}
+    volumes = controller_part(state, home)
+    keys = ("region", "instances", "endpoint_url", "ca_file", "credentials_file")
+    return {"vpc": {key: volumes[key] for key in keys}}
 
 
 def controller_part(state: LabState, home: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from emp.lab.topology import Topology
+from emp.lab.topology import Network, Topology
 from emp.model.errors import BadInput, Conflict, NotFound
 from emp.model.names import check_name
 
@@ -61,6 +61,9 @@ class LabState:
     """a daemon that ends is started again (``emp.lab.keeper``)"""
     cloud: str | None = None
     """volumes come from a simulated cloud with this latency profile (``emp.lab.region``); None: from a volume server"""
+    network: str = Network.L2.value
+    remap_s: float = 0.0
+    """see ``Options``; the cloud's knob at its first start"""
     efs: bool = False
     """the cloud has EFS"""
     zones: dict[str, str] = field(default_factory=dict)
@@ -72,7 +75,7 @@ class LabState:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.name, self.nodes)
+        return Topology(self.name, self.nodes, Network(self.network))
 
 
 _FIELDS = {each.name for each in fields(LabState)}

@@ -3,6 +3,11 @@
 A *place* is a machine of the lab: a bare-metal node, the controller's host, the volume server's host, a client, the
 nodes' power switch. All of them hang on one switch, the bridge ``fabric`` in a network namespace of its own. The names
 inside are the same in every lab; only the names of the network namespaces carry the lab's name.
+
+In a lab with the network ``vpc`` there is a router instead, in that same namespace, as in a VPC: each node is alone on
+a segment of its own, the other places are on ``fabric`` together, and what goes from one segment to another goes by a
+route to its address. The router answers every ARP request for an address that is elsewhere (proxy ARP), so that to
+everybody the subnet looks like one link; but no frame of a node reaches another place, not even a broadcast.
 """
 
 from __future__ import annotations
@@ -29,8 +34,23 @@ NBD_PORTS = (10900, 12000)
 BRIDGE = "br0"
 UPLINK = "eth0"
 FABRIC = "fabric"
+SEGMENT = "seg-"
+"""and a node's name: the bridge that the node is alone on"""
+ROUTER = "10.77.0.1"
+"""https://docs.aws.amazon.com/vpc/latest/userguide/subnet-sizing.html: the first host's address is the VPC router's"""
+ROUTER_MAC = "02:77:00:00:ff:01"
+_PLAIN = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
 
 MAX_NODES = 200
+
+
+class Network(StrEnum):
+    """How EVMs' addresses reach them."""
+
+    L2 = "l2"
+    """one segment, where every address is announced"""
+    VPC = "vpc"
+    """a cloud's network, which routes by address to the interface that has it"""
 
 
 class Role(StrEnum):
@@ -77,6 +97,7 @@ class Topology:
 
     lab: str
     nodes: int
+    network: Network = Network.L2
 
     def __post_init__(self) -> None:
         check_name(self.lab)
@@ -107,33 +128,61 @@ class Topology:
     def namespaces(self) -> tuple[str, ...]:
         return tuple(self.namespace(where) for where in (FABRIC, *(place.name for place in self.places)))
 
+    def fabric_settings(self) -> dict[str, str]:
+        """Return the settings of its router, below /proc/sys/net/ipv4 in the fabric's namespace."""
+        if self.network is Network.L2:
+            return {}
+        segments = [FABRIC, *(self.segment(place) for place in self.node_places)]
+        at_once = {f"neigh/{segment}/proxy_delay": "0" for segment in segments}  # else it waits up to 0.8 s to answer
+        no_redirects = {f"conf/{which}/send_redirects": "0" for which in ("all", *segments)}
+        return {"ip_forward": "1", "conf/all/proxy_arp": "1"} | at_once | no_redirects
+
     def fabric_commands(self) -> Iterator[str]:
-        """Yield ``ip -batch`` lines that make the cables and the switch, run inside the fabric's namespace."""
-        yield f"link add {FABRIC} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
+        """Yield ``ip -batch`` lines that make cables and switch, or router, run inside the fabric's namespace."""
+        yield f"link add {FABRIC} {_PLAIN}"
+        if self.network is Network.VPC:
+            yield from self._router_commands()
         for place in self.places:
             yield from self.cable_commands(place)
             yield plug_command(place, "up")
         yield f"link set {FABRIC} up"
+
+    def _router_commands(self) -> Iterator[str]:
+        """Yield those of the router. A node's segment outlives its cable, and so do the routes to it."""
+        yield "link set lo up"
+        yield f"link set {FABRIC} address {ROUTER_MAC} up"
+        yield f"addr add {ROUTER}/{PREFIX_LENGTH} dev {FABRIC}"
+        for place in self.node_places:
+            yield f"link add {self.segment(place)} address {ROUTER_MAC} {_PLAIN}"
+            yield f"link set {self.segment(place)} up"
+            yield f"route add {place.address}/32 dev {self.segment(place)}"
+
+    def segment(self, place: Place) -> str:
+        """Return the bridge in the fabric's namespace that a place's cable ends at."""
+        return SEGMENT + place.name if place.is_node and self.network is Network.VPC else FABRIC
 
     def cable_commands(self, place: Place) -> Iterator[str]:
         """Yield those that make one place's cable; its port on the switch is still down."""
         # Both ends are made where they belong, so no name can clash with an interface of the machine itself.
         theirs = f"name {UPLINK} address {place.mac} netns {self.namespace(place.name)}"
         yield f"link add {place.name} type veth peer {theirs}"
-        yield f"link set {place.name} master {FABRIC}"
+        yield f"link set {place.name} master {self.segment(place)}"
+
+    def place_commands(self, place: Place) -> Iterator[str]:
+        """Yield ``ip -batch`` lines that give a place its address.
+
+        Where EVMs are on the nodes' segment, a node has it on its bridge, where they join.
+        """
+        yield "link set lo up"
+        yield f"link set {UPLINK} up"
+        bridged = place.is_node and self.network is Network.L2
+        if bridged:
+            yield f"link add {BRIDGE} address {place.mac} {_PLAIN}"
+            yield f"link set {UPLINK} master {BRIDGE}"
+            yield f"link set {BRIDGE} up"
+        yield f"addr add {place.address}/{PREFIX_LENGTH} dev {BRIDGE if bridged else UPLINK}"
 
 
 def plug_command(place: Place, state: str) -> str:
     """Return the ``ip -batch`` line that sets a place's port on the switch ``up`` or ``down``."""
     return f"link set {place.name} {state}"
-
-
-def place_commands(place: Place) -> Iterator[str]:
-    """Yield ``ip -batch`` lines that give a place its address. A node has it on its bridge, where the EVMs join."""
-    yield "link set lo up"
-    yield f"link set {UPLINK} up"
-    if place.is_node:
-        yield f"link add {BRIDGE} address {place.mac} type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
-        yield f"link set {UPLINK} master {BRIDGE}"
-        yield f"link set {BRIDGE} up"
-    yield f"addr add {place.address}/{PREFIX_LENGTH} dev {BRIDGE if place.is_node else UPLINK}"

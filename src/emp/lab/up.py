@@ -19,7 +19,7 @@ from emp.lab.nfs_program import NfsProgram, ensure_nfs_program
 from emp.lab.ready import wait_ready
 from emp.lab.region import Profile, check_zones
 from emp.lab.state import LabFiles, LabState
-from emp.lab.topology import Topology
+from emp.lab.topology import Network, Topology
 from emp.model.errors import AlreadyExists, MissingDependency, NotFound
 from emp.wire.secret import Secret
 
@@ -41,6 +41,10 @@ class Options:
     """start a daemon that ends again, as systemd would"""
     cloud: Profile | None = None
     """take volumes from a simulated cloud, with these latencies"""
+    network: Network = Network.L2
+    """``vpc`` needs a cloud, and has one that takes no time if none is named"""
+    remap_s: float = 0.0
+    """what that cloud takes to send an address to another interface"""
     zones: Mapping[str, str] = field(default_factory=dict)
     """node -> letter of its zone in the cloud; ``a`` if left out"""
 
@@ -52,7 +56,10 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
     ``Conflict`` when a port or a namespace is taken, ``MissingDependency``, ``BadInput``, ``HostError``; after an error
     nothing is left.
     """
-    topology = Topology(options.name, options.nodes)
+    network = Network(options.network)
+    if network is Network.VPC and options.cloud is None:
+        options = replace(options, cloud=Profile.INSTANT)
+    topology = Topology(options.name, options.nodes, network)
     zones = check_zones(options.zones, [place.name for place in topology.node_places])
     preflight.check_programs()
     qemu, version = preflight.check_qemu()
@@ -79,6 +86,8 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                     faults=options.faults,
                     keep=options.keep,
                     cloud=options.cloud,
+                    network=network,
+                    remap_s=options.remap_s,
                     efs=nfs is not None,
                     zones=zones,
                 )

@@ -20,6 +20,12 @@ class Node(Model):
     instance: str = Field(pattern=r"^i-[0-9a-f]{17}$")
     zone: str = Field(min_length=1)
     max_volumes: int = Field(default=MAX_VOLUMES, ge=1)
+    more_addresses: tuple[str, ...] = ()
+    """of its other network interfaces, one each"""
+    source_dest_check: bool = True
+    """of its network interfaces, at first"""
+    segment: str | None = None
+    """the fabric's interface to it, where the cloud routes"""
     address: str | None = None
     """of its primary network interface; None, or where the cloud has no network: it has none"""
 
@@ -52,6 +58,8 @@ class CloudConfig(Config):
     nodes: dict[Name, Node] = Field(min_length=1)
     network: Segment | None = None
     """None: there are no subnets, and no network interfaces"""
+    fabric_fd: int | None = Field(default=None, ge=3)
+    """a descriptor of the fabric's network namespace, for the cloud to route in; None: nothing is routed"""
     efs: EfsService | None = None
     knobs: Knobs = Knobs()
     """at its first start; later it goes by what it was set to"""

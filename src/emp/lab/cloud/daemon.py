@@ -27,6 +27,7 @@ from emp.lab.cloud import efs_service
 from emp.lab.cloud.cloud import Cloud
 from emp.lab.cloud.config import CloudConfig
 from emp.lab.cloud.dataplane import ExportPlane, OwnersLog
+from emp.lab.cloud.fabric import Fabric, Port
 from emp.lab.cloud.face import Face, make_app
 from emp.lab.cloud.knobs import Shown
 from emp.lab.cloud.memory import MemoryFile
@@ -62,7 +63,14 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
     service = VolumeService(config, credentials, epochs=log)
     plane = ExportPlane(service, instances, log)
     memory = MemoryFile(config.state_dir / MEMORY)
-    face = Face(cloud, plane, access_keys={config.access_key}, keep=lambda: memory.write(cloud.memory()))
+    fabric = _fabric(config)
+    face = Face(
+        cloud,
+        plane,
+        access_keys={config.access_key},
+        keep=lambda: memory.write(cloud.memory()),
+        network_plane=fabric,
+    )
     efs = efs_service.EfsService(config, vpc, knobs=lambda: cloud.knobs) if config.efs else None
     try:
         await service.start()
@@ -80,6 +88,13 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
         if efs is not None:
             await efs.close()
         await service.stop()
+
+
+def _fabric(config: CloudConfig) -> Fabric | None:
+    if config.fabric_fd is None:
+        return None
+    ports = {n.instance: Port(n.segment, n.address) for n in config.nodes.values() if n.segment and n.address}
+    return Fabric(config.fabric_fd, ports)
 
 
 def _devices(cloud: Cloud, plane: ExportPlane, instances: dict[str, str]) -> APIRouter:

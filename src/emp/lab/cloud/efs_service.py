@@ -84,6 +84,8 @@ def instances(config: CloudConfig) -> Iterator[Instance]:
                 vpc=_id("vpc", config.pool),
                 groups=group,
                 address=node.address,
+                more_addresses=node.more_addresses,
+                source_dest_check=node.source_dest_check,
             )
 
 

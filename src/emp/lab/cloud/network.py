@@ -516,15 +516,17 @@ class Network:
         return {"NetworkInterfaces": shown, "NextToken": token}
 
     def _primaries(self) -> Iterator[Interface]:
-        """Yield an interface for each instance that has an address, under ids that stay the same."""
+        """Yield the interfaces of each instance that has an address, under ids that stay the same."""
         for instance in self._instances.values():
-            if instance.address is not None and instance.subnet is not None:
-                digits = hashlib.sha256(instance.id.encode()).hexdigest()
-                eni = self._new(f"eni-0{digits[:16]}", self._vpc.subnets[instance.subnet], instance.address)
-                eni.groups = instance.groups
-                eni.attachment = EniAttachment(
-                    f"eni-attach-0{digits[16:32]}", instance.id, 0, self._time(), EniState.ATTACHED, None, True
-                )
+            if instance.address is None or instance.subnet is None:
+                continue
+            for index, address in enumerate((instance.address, *instance.more_addresses)):
+                digits = hashlib.sha256(f"{instance.id} {index}".removesuffix(" 0").encode()).hexdigest()
+                eni = self._new(f"eni-0{digits[:16]}", self._vpc.subnets[instance.subnet], address)
+                eni.groups, eni.source_dest_check = instance.groups, instance.source_dest_check
+                name = f"eni-attach-0{digits[16:32]}"
+                held = EniAttachment(name, instance.id, index, self._time(), EniState.ATTACHED, None, index == 0)
+                eni.attachment = held
                 yield eni
 
     def _new(self, name: str, subnet: Subnet, address: str) -> Interface:
@@ -534,7 +536,7 @@ class Network:
 
 
 def _plane(eni: Interface) -> PlaneInterface | None:
-    return PlaneInterface(eni.id, eni.instance, eni.mac) if eni.instance else None
+    return PlaneInterface(eni.id, eni.instance, eni.mac, eni.source_dest_check) if eni.instance else None
 
 
 def _is_at(eni: Interface, instance: str) -> bool:

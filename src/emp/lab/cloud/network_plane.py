@@ -1,7 +1,7 @@
 """The seam to the network's data plane: what lets packets for an address arrive at the interface that has it.
 
-There is none yet: the lab's segment is one, and an address answers from whichever node has it. The ``vpc`` driver's
-fabric will stand behind this.
+In a lab with the network ``vpc`` it is ``fabric``. Elsewhere there is none: the lab's segment is one, and an address
+answers from whichever node has it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ class PlaneInterface:
     id: str
     instance: str
     mac: str
+    source_dest_check: bool = True
+    """what it sends under an address that it does not have is to be dropped"""
 
 
 class NetworkPlane(Protocol):
@@ -25,8 +27,8 @@ class NetworkPlane(Protocol):
 
         ``address``: IPv4 or IPv6, or a delegated prefix (``10.77.3.16/28``). None: packets for it go nowhere. A
         secondary address that moves is its old interface's in every answer of the cloud until this has returned. The
-        call is repeated after it has raised, and for every address after a restart of the cloud. Of one address there
-        is one call at a time.
+        call is repeated after it has raised, for every address after a restart of the cloud, and when something else of
+        its interface has changed. Of one address there is one call at a time.
         """
         ...
 

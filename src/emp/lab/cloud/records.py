@@ -142,6 +142,10 @@ class Instance:
     """security groups of its network interface"""
     address: str | None = None
     """of its primary network interface, in ``subnet``; None: it has no interface"""
+    more_addresses: tuple[str, ...] = ()
+    """of its other network interfaces, one each, likewise"""
+    source_dest_check: bool = True
+    """of its interfaces, at first"""
 
 
 def check_id(kind: str, value: str) -> str:

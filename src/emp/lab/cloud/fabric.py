@@ -1,0 +1,67 @@
+"""The data plane of network interfaces: routes of the lab's router, in the fabric's network namespace.
+
+An address is routed to the node that has it, by way of the node's own address, so that no ARP asks for it: as on AWS,
+where what is sent to an address arrives at the interface that has it, whoever claims it. All interfaces of a node end
+at its one uplink, and what the source/destination check of its primary one says goes for all of it: with the check on,
+what comes from there under an address that is not routed there is dropped (a strict reverse-path filter). IPv6
+addresses are not routed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from emp.host.run import run
+from emp.lab.cloud.network_plane import PlaneInterface
+from emp.model.errors import CommandFailed
+
+
+@dataclass(frozen=True)
+class Port:
+    """Where a node is."""
+
+    segment: str
+    """the fabric's interface to it"""
+    address: str
+    """its own, whose route is there from the start"""
+
+
+class Fabric:
+    """See ``NetworkPlane``. ``descriptor``: of the fabric's namespace; ``ports``: instance -> where it is.
+
+    The routes outlive the cloud, so that packets arrive while it is away.
+    """
+
+    def __init__(self, descriptor: int, ports: Mapping[str, Port]) -> None:
+        self._namespace = f"/proc/{os.getpid()}/fd/{descriptor}"
+        self._ports = dict(ports)
+        self._own = {port.address for port in ports.values()}
+
+    async def on_address_moved(self, address: str, interface: PlaneInterface | None) -> None:
+        """Raises ``HostError``. A node's own address is its primary interface's, from which it never moves."""
+        destination = ipaddress.ip_network(address)
+        if address in self._own:
+            if interface is not None:
+                await self._check(self._ports[interface.instance], interface.source_dest_check)
+            return
+        if destination.version == 6:
+            return
+        if interface is not None:
+            port = self._ports[interface.instance]
+            await self._ip("route", "replace", str(destination), "via", port.address, "dev", port.segment, "onlink")
+            return
+        try:
+            await self._ip("route", "del", str(destination))
+        except CommandFailed as error:
+            if "No such process" not in error.details["stderr"]:  # there is no such route
+                raise
+
+    async def _check(self, port: Port, on: bool) -> None:
+        setting = f"net.ipv4.conf.{port.segment}.rp_filter={int(on)}"
+        await run("nsenter", f"--net={self._namespace}", "sysctl", "-q", "-w", setting)
+
+    async def _ip(self, *words: str) -> None:
+        await run("nsenter", f"--net={self._namespace}", "ip", *words)
