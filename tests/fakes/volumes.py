@@ -42,10 +42,16 @@ class FakeVolumes:
         """while it is clear, a deletion does not end"""
         self.hold.set()
 
-    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002
+    async def create(
+        self,
+        *,
+        type: VolumeType,  # noqa: A002 - the protocol's name
+        size_bytes: int,
+        image: str | None = None,
+    ) -> Volume:
         self._check("create")
         name = f"{self._prefix}{len(self.volumes) + 1:04}"
-        self.volumes[name] = Volume(id=name, type=type, size_bytes=size_bytes, serial=name)
+        self.volumes[name] = Volume(id=name, type=type, size_bytes=size_bytes, image=image, serial=name)
         return self.volumes[name]
 
     async def describe(self, volume: str) -> Volume:

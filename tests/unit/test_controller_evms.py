@@ -52,6 +52,34 @@ async def test_create_boots_the_evm_under_a_fresh_epoch(pool: Pool) -> None:
     assert (await pool.get(f"/v1/volumes/{grant.volume.id}"))["evm"] == "web"
 
 
+async def test_a_root_disk_is_made_from_the_image_and_comes_first(pool: Pool) -> None:
+    evm = await pool.create("web", root="io2:64MiB", volumes=["io2:16MiB"], node="n1")
+    root, data = [await pool.get(f"/v1/volumes/{volume}") for volume in evm["spec"]["volumes"]]
+    assert (root["image"], root["size_bytes"]) == (evm["spec"]["image"], 64 * MIB)
+    assert data["image"] is None
+    _, order = pool.agents["n1"].orders[-1]
+    assert order.spec.slots == (0, 1)
+
+
+async def test_a_root_disk_that_is_there_is_taken_as_it_is(pool: Pool) -> None:
+    made = await pool.post("/v1/volumes", {"type": "io2", "size_bytes": "64MiB", "image": "debian"})
+    with pytest.raises(BadInput, match="named twice") as refused:
+        await pool.create("web", root=made["id"], volumes=[made["id"]])
+    assert refused.value.field == "root"
+    evm = await pool.create("web", root=made["id"], volumes=["io2:16MiB"], node="n1")
+    assert evm["spec"]["volumes"][0] == made["id"]
+    with pytest.raises(Conflict) as taken:
+        await pool.create("db", root=made["id"])
+    assert taken.value.field == "root"
+
+
+@pytest.mark.parametrize("root", ["floppy:1GiB", "io2:1", "shared:1GiB"])
+async def test_a_root_disk_that_cannot_be(pool: Pool, root: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        await pool.create("web", root=root)
+    assert refused.value.field == "root"
+
+
 async def test_every_card_and_pod_has_an_address_and_a_mac_of_its_own(pool: Pool) -> None:
     specs = [
         (await pool.create(name, nics=2, pods=["a", "b=10.77.9.9"] if name == "x" else ["a"]))["spec"] for name in "xy"

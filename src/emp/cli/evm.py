@@ -36,6 +36,10 @@ def create(
         list[str] | None, typer.Option(metavar="NAME[=ADDRESS]", help="A pod in it, with its own MAC and address.")
     ] = None,
     nic: Annotated[list[str] | None, typer.Option(metavar="auto", help="One more NIC, its address chosen.")] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE:SIZE|ID", help="The disk that it boots from: made from the image, or one that is."),
+    ] = None,
     volume: Annotated[
         list[str] | None, typer.Option(metavar="TYPE:SIZE|ID", help="A volume: a new one, or one that is there.")
     ] = None,
@@ -64,7 +68,7 @@ def create(
         "pods": pod or [],
         "volumes": volume or [],
     }
-    more = {"node": node, "efs": efs, "restart": restart, "cpu_model": cpu}
+    more = {"node": node, "root": root, "efs": efs, "restart": restart, "cpu_model": cpu}
     request |= {key: value for key, value in more.items() if value}
     with session.client() as client:
         evm = client.evms.create(request)

@@ -29,6 +29,9 @@ def create(
     wanted: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help="Of shared storage; left out, it is read if it can be.")
     ] = None,
+    image: Annotated[
+        str | None, typer.Option("--from-image", metavar="IMAGE", help="What is on it; left out, zeros.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a volume, or name shared storage; an EVM gets it by emp evm create --volume ID."""
@@ -55,7 +58,7 @@ def create(
             raise BadInput(f"{what[:40]!r} is not a type and a size", field="TYPE:SIZE", hint="like io2:1GiB")
         size_bytes = parse_size(amount, field="size")
         with session.client() as client:
-            volume = client.volumes.create(size_bytes, type=kind)
+            volume = client.volumes.create(size_bytes, type=kind, image=image)
     if as_json:
         print_json(volume)
     else:
@@ -103,6 +106,7 @@ def show(ctx: typer.Context, id: Id, as_json: Json = False) -> None:  # noqa: A0
             ("type", volume.type.value),
             ("size", size(volume.size_bytes)),
             ("serial", volume.serial),
+            ("made from", volume.image),
             ("driver", volume.driver),
             ("url", volume.url),
             ("state", f"{volume.state or 'unknown'}{f': {volume.fault}' if volume.fault else ''}"),

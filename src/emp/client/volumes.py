@@ -19,9 +19,10 @@ class Volumes(Noun):
         """Raises ``NotFound``."""
         return self.ask(_volume, "GET", f"/v1/volumes/{part(id, field='volume')}")
 
-    def create(self, size: int | str, *, type: str = "io2") -> Volume:  # noqa: A002
-        """``size`` in bytes, or such as ``1GiB``. Raises ``BadInput``."""
-        return self.ask(_volume, "POST", "/v1/volumes", {"type": type, "size_bytes": size})
+    def create(self, size: int | str, *, type: str = "io2", image: str | None = None) -> Volume:  # noqa: A002
+        """``size`` in bytes, or such as ``1GiB``; ``image``: what is on it. Raises ``BadInput``, ``NotFound``."""
+        body = {"type": type, "size_bytes": size} | ({"image": image} if image else {})
+        return self.ask(_volume, "POST", "/v1/volumes", body, timeout_s=ORDER_S)
 
     def resize(self, id: str, size: int | str) -> Volume:  # noqa: A002
         """Make it bigger, also under a guest that runs. Raises ``BadInput``, ``Conflict``, ``Refused``, ..."""

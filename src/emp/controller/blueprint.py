@@ -13,7 +13,7 @@ from emp.controller.config import Network
 from emp.controller.efs import AskedMount, Efs
 from emp.controller.nodes import Nodes
 from emp.controller.placement import Placed, needs, place, place_on
-from emp.controller.volumes import Volumes, parse_wishes
+from emp.controller.volumes import Volumes, parse_wish, parse_wishes
 from emp.model.api import EvmCreate
 from emp.model.efs import NO_EFS, EfsFacts
 from emp.model.errors import AlreadyExists, BadInput, Conflict
@@ -53,13 +53,11 @@ class Blueprints:
     async def check(self, request: EvmCreate) -> Asked:
         """Raises ``BadInput``, ``NotFound``, ``Conflict``, ``AlreadyExists`` or ``Refused``, naming the field."""
         _check_memory(request.memory_bytes)
-        pods, wishes = parse_pods(request.pods), parse_wishes(request.volumes)
+        pods, wishes = parse_pods(request.pods), _wishes(request)
         self.check_free(request.name)
-        existing = [
-            await self._free_volume(wish.id, f"volumes[{index}]") for index, wish in enumerate(wishes) if wish.id
-        ]
+        existing = [await self._free_volume(wish.id, field) for field, wish in wishes if wish.id]
         mounts, facts = await self._efs.check(request.efs)
-        return Asked(request, pods, wishes, tuple(existing), mounts, facts)
+        return Asked(request, pods, tuple(wish for _, wish in wishes), tuple(existing), mounts, facts)
 
     def check_free(self, name: str) -> None:
         if self._book.evms.find(name):
@@ -110,6 +108,17 @@ class Blueprints:
             hint = "a volume has one EVM; make another volume"
             raise Conflict(f"volume {volume} belongs to EVM {found.evm}", field=field, hint=hint)
         return found
+
+
+def _wishes(request: EvmCreate) -> list[tuple[str, VolumeWish]]:
+    """Return the EVM's volumes in the order of their slots, each with the field that asks for it."""
+    wishes = [(f"volumes[{index}]", wish) for index, wish in enumerate(parse_wishes(request.volumes))]
+    if request.root is None:
+        return wishes
+    root = parse_wish(request.root, field="root")
+    if root.id is not None and root.id in request.volumes:
+        raise BadInput(f"{root.id} is named twice", field="root", hint="name each volume once")
+    return [("root", root if root.id else root.model_copy(update={"image": request.image})), *wishes]
 
 
 def _check_memory(memory_bytes: int) -> None:

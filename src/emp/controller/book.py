@@ -51,6 +51,8 @@ class VolumeWish(Model):
     id: str | None = None
     type: VolumeType | None = None
     size_bytes: int | None = None
+    image: Name | None = None
+    """what it is made from; None: zeros"""
 
 
 class Intent(Model):

@@ -87,7 +87,7 @@ class Boot:
 
     async def _make_volume(self, name: str, index: int, wish: VolumeWish) -> None:
         assert wish.type is not None and wish.size_bytes is not None
-        made = await self._volumes.create(wish.type, wish.size_bytes, evm=name)
+        made = await self._volumes.create(wish.type, wish.size_bytes, image=wish.image, evm=name)
 
         def note(upkeep: Upkeep) -> Upkeep:
             assert upkeep.intent is not None

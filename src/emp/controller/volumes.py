@@ -43,22 +43,27 @@ def check_size(size_bytes: int, *, field: str) -> int:
     return size_bytes
 
 
+def parse_wish(text: str, *, field: str) -> VolumeWish:
+    """Read ``TYPE:SIZE`` or an id. Raises ``BadInput`` naming ``field``."""
+    kind, is_new, size = text.partition(":")
+    if not is_new:
+        return VolumeWish(id=text)
+    if kind not in MADE_TYPES:
+        hint = f"{', '.join(f'{t}:SIZE' for t in MADE_TYPES)}, or the id of a volume"
+        raise BadInput(f"{kind[:40]!r} is not a volume type", field=field, hint=hint)
+    size_bytes = check_size(parse_size(size, field=field), field=field)
+    return VolumeWish(type=VolumeType(kind), size_bytes=size_bytes)
+
+
 def parse_wishes(texts: Sequence[str]) -> tuple[VolumeWish, ...]:
-    """Read ``TYPE:SIZE`` and ids. Raises ``BadInput`` naming the place."""
+    """Read several. Raises ``BadInput`` naming the place."""
     wishes: list[VolumeWish] = []
     for index, text in enumerate(texts):
         field = f"volumes[{index}]"
-        kind, is_new, size = text.partition(":")
-        if not is_new:
-            if text in (wish.id for wish in wishes):
-                raise BadInput(f"{text} is named twice", field=field, hint="name each volume once")
-            wishes.append(VolumeWish(id=text))
-            continue
-        if kind not in MADE_TYPES:
-            hint = f"{', '.join(f'{t}:SIZE' for t in MADE_TYPES)}, or the id of a volume"
-            raise BadInput(f"{kind[:40]!r} is not a volume type", field=field, hint=hint)
-        size_bytes = check_size(parse_size(size, field=field), field=field)
-        wishes.append(VolumeWish(type=VolumeType(kind), size_bytes=size_bytes))
+        wish = parse_wish(text, field=field)
+        if wish.id and wish in wishes:
+            raise BadInput(f"{text} is named twice", field=field, hint="name each volume once")
+        wishes.append(wish)
     return tuple(wishes)
 
 
@@ -117,11 +122,18 @@ class Volumes:
                 await self._look_at(volume)
         return self.shown(await self.get(volume))
 
-    async def create(self, type: VolumeType, size_bytes: int, *, evm: str | None = None) -> Volume:  # noqa: A002
+    async def create(
+        self,
+        type: VolumeType,  # noqa: A002
+        size_bytes: int,
+        *,
+        image: str | None = None,
+        evm: str | None = None,
+    ) -> Volume:
         if type not in MADE_TYPES:
             hint = f"one of {', '.join(MADE_TYPES)}"
             raise BadInput(f"the pool makes no volumes of the type {type}", field="type", hint=hint)
-        made = await self._driver.create(type=type, size_bytes=size_bytes)
+        made = await self._driver.create(type=type, size_bytes=size_bytes, image=image)
         volume = made.model_copy(update={"evm": evm})
         await self._book.write(put(self._book.volumes, volume.id, volume))
         return volume

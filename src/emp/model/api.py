@@ -95,6 +95,9 @@ class EvmCreate(Model):
     """network cards, each with an address of its own; pods sit behind the first"""
     pods: tuple[str, ...] = Field(default=(), max_length=128)
     """each ``NAME`` or ``NAME=ADDRESS``"""
+    root: str | None = None
+    """the disk that it boots from, for an image with one: ``TYPE:SIZE`` (made from the image, deleted with the EVM) or
+    an id; it is the first of the EVM's volumes"""
     volumes: tuple[str, ...] = Field(default=(), max_length=16)
     """each ``TYPE:SIZE`` (made now, deleted with the EVM) or the id of a volume that exists"""
     efs: tuple[str, ...] = Field(default=(), max_length=8)
@@ -146,6 +149,8 @@ class VolumeCreate(Model):
     size_bytes: SizeBytes | None = None
     """with ``url``: None where it can be read"""
     url: str | None = Field(default=None, max_length=512)
+    image: Name | None = None
+    """what it is made from; None: zeros"""
 
 
 class VolumeAttach(Model):

@@ -153,6 +153,8 @@ class Volume(Model):
     type: VolumeType
     size_bytes: SizeBytes
     serial: str
+    image: Name | None = None
+    """what it was made from; None: it began with zeros"""
     evm: Name | None = None
     attachments: tuple[Attachment, ...] = ()
     url: str | None = None

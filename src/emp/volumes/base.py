@@ -48,7 +48,17 @@ class VolumeDriver(Protocol):
         """As in the controller's configuration; for people."""
         ...
 
-    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002, the field's name
+    async def create(
+        self,
+        *,
+        type: VolumeType,  # noqa: A002 - the protocol's name
+        size_bytes: int,
+        image: str | None = None,
+    ) -> Volume:
+        """Make a volume: of zeros, or from an image that the service has.
+
+        Raise ``NotFound`` without that image, ``BadInput`` if it does not fit, ``Refused`` by a driver that knows none.
+        """
         ...
 
     async def describe(self, volume: str) -> Volume:

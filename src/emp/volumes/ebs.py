@@ -115,11 +115,20 @@ class EbsVolumeDriver:
 
     # ------------------------------------------------------------------ volumes
 
-    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
+    async def create(
+        self,
+        *,
+        type: VolumeType,  # noqa: A002 - the protocol's name
+        size_bytes: int,
+        image: str | None = None,
+    ) -> Volume:
         """Make a volume, Multi-Attach enabled if its type can be; return when it is available.
 
-        Raises ``BadInput`` for a size that is not whole GiB or too small for the type.
+        Raises ``BadInput`` for a size that is not whole GiB or too small for the type, ``Refused`` for an image.
         """
+        if image is not None:
+            hint = "images are copied by a pool's own volume server"
+            raise Refused(f"EBS has no image {image!r}", field="image", hint=hint)
         parameters: dict[str, Any] = {
             "AvailabilityZone": self._zone,
             "Size": _gib(type, size_bytes),

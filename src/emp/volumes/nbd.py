@@ -21,6 +21,9 @@ from emp.volumes.server.protocol import (
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity
 
+COPY_S = 60.0
+"""for the service to copy an image"""
+
 
 class NbdVolumeDriver:
     """See ``emp.volumes.base.VolumeDriver``. ``client`` speaks as the controller to the daemon of role ``volumes``.
@@ -36,14 +39,26 @@ class NbdVolumeDriver:
     def __init__(self, client: WireClient) -> None:
         self._client = client
 
-    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
+    async def create(
+        self,
+        *,
+        type: VolumeType,  # noqa: A002 - the protocol's name
+        size_bytes: int,
+        image: str | None = None,
+    ) -> Volume:
         path = _path(new_volume_id())
-        order = CreateVolume(type=type, size_bytes=_in_steps(size_bytes))
+        order = CreateVolume(type=type, size_bytes=_in_steps(size_bytes), image=image)
         try:
-            return await self._client.request("PUT", path, order, response_model=Volume, idempotent=True)
+            return await self._make(path, order)
         except Unavailable:
             # The answer may be lost and the volume made. Only now is its id known, so ask again at once.
-            return await self._client.request("PUT", path, order, response_model=Volume, idempotent=True)
+            return await self._make(path, order)
+
+    async def _make(self, path: str, order: CreateVolume) -> Volume:
+        timeout_s = COPY_S if order.image else None
+        return await self._client.request(
+            "PUT", path, order, response_model=Volume, idempotent=True, timeout_s=timeout_s
+        )
 
     async def describe(self, volume: str) -> Volume:
         return await self._client.request("GET", _path(volume), response_model=Volume)

@@ -27,12 +27,18 @@ class VolumeRouter:
     def name(self) -> str:
         return self._main.name
 
-    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
+    async def create(
+        self,
+        *,
+        type: VolumeType,  # noqa: A002 - the protocol's name
+        size_bytes: int,
+        image: str | None = None,
+    ) -> Volume:
         """Raise ``BadInput`` for a type that no driver makes."""
         if type is VolumeType.SHARED:
             hint = "emp volume create shared --url URL tells the pool of one that is there"
             raise BadInput("shared storage is not made by the pool", field="type", hint=hint)
-        return await self._main.create(type=type, size_bytes=size_bytes)
+        return await self._main.create(type=type, size_bytes=size_bytes, image=image)
 
     async def describe(self, volume: str) -> Volume:
         return await self._of(volume).describe(volume)

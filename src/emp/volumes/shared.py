@@ -91,7 +91,13 @@ class SharedVolumeDriver:
             )
         return found_bytes
 
-    async def create(self, *, type: VolumeType, size_bytes: int) -> Volume:  # noqa: A002 - the protocol's name
+    async def create(
+        self,
+        *,
+        type: VolumeType,  # noqa: A002 - the protocol's name
+        size_bytes: int,
+        image: str | None = None,
+    ) -> Volume:
         """Raise ``BadInput``: nothing is made here."""
         raise BadInput(f"shared storage is not made by the pool: {type}", field="type", hint="register its URL")
 

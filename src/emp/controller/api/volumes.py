@@ -24,13 +24,15 @@ def router(services: Services) -> APIRouter:
         if request.type is VolumeType.SHARED:
             if request.url is None:
                 raise BadInput("shared storage is named by its URL", field="url", hint="nbds://HOST/EXPORT or rbd:...")
+            if request.image is not None:
+                raise BadInput("shared storage has its contents already", field="image", hint="leave it out")
             return volumes.shown(await volumes.register(request.url, request.size_bytes))
         if request.url is not None:
             raise BadInput(f"a volume of the type {request.type} has no URL", field="url", hint="the type is shared")
         if request.size_bytes is None:
             raise BadInput("a volume to be made needs a size", field="size_bytes", hint="such as 1GiB")
         size_bytes = check_size(request.size_bytes, field="size_bytes")
-        return volumes.shown(await volumes.create(request.type, size_bytes))
+        return volumes.shown(await volumes.create(request.type, size_bytes, image=request.image))
 
     @router.get("/{id}")
     async def show_volume(id: str) -> Volume:  # noqa: A002

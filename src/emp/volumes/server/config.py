@@ -22,6 +22,8 @@ class Config(Model):
     """directory with this daemon's certificate (role ``volumes``) and the pool's CA"""
     state_dir: Path
     """records and the volumes' data"""
+    images_dir: Path | None = None
+    """``NAME.raw`` for each image that a volume can be made from; None: there are none"""
     pool: Name
 
     @model_validator(mode="after")

@@ -62,6 +62,8 @@ class Resize(Model):
 
 class CreateVolume(Resize):
     type: VolumeType
+    image: Name | None = None
+    """what it is made from; None: it is all zeros"""
 
 
 class Fence(Model):

@@ -7,7 +7,6 @@ and what to end.
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import logging
 import os
@@ -22,12 +21,12 @@ from emp.model.errors import (
     Conflict,
     HostError,
     NotFound,
-    Refused,
     StaleEpoch,
     Unavailable,
 )
 from emp.model.volume import Attachment, ClaimPoint, NbdEndpoint, Volume
 from emp.volumes.server.config import Config
+from emp.volumes.server.disk import copy_image, grow, make_sparse
 from emp.volumes.server.epochs import EPOCH_LOG, EpochLog
 from emp.volumes.server.export import Export, ExportSpec, end_strays
 from emp.volumes.server.protocol import CreateVolume, check_volume_id, serial_of
@@ -102,15 +101,23 @@ class VolumeService:
         return Counts(len(self._state.volumes), len(self._exports), restarts)
 
     async def create(self, volume: str, order: CreateVolume) -> Volume:
-        """Make a volume of zeros, sparse. Raise ``AlreadyExists`` if there is another one of that id."""
+        """Make a volume of zeros, sparse, or from an image. Raise ``AlreadyExists`` if there is another one of that id.
+
+        Raise ``NotFound`` without that image, ``BadInput`` if it does not fit.
+        """
         check_volume_id(volume)
         async with self._locks[volume]:
             known = self._state.volumes.get(volume)
             if known is None:
-                _make_sparse(self._image(volume), order.size_bytes)
-                known = VolumeRecord(id=volume, type=order.type, size_bytes=order.size_bytes)
+                if order.image is None:
+                    make_sparse(self._image(volume), order.size_bytes)
+                else:
+                    await asyncio.to_thread(
+                        copy_image, self._source(order.image), self._image(volume), order.size_bytes
+                    )
+                known = VolumeRecord(id=volume, type=order.type, size_bytes=order.size_bytes, image=order.image)
                 self._state.put(known)
-            elif (known.type, known.size_bytes) != (order.type, order.size_bytes):
+            elif (known.type, known.size_bytes, known.image) != (order.type, order.size_bytes, order.image):
                 raise AlreadyExists(f"{volume} exists with {known.size_bytes} bytes, type {known.type}", field="volume")
             return self._volume(known)
 
@@ -125,7 +132,7 @@ class VolumeService:
                     hint="volumes only grow",
                 )
             if size_bytes > known.size_bytes:
-                _grow(self._image(volume), size_bytes)  # before the record: it must never promise what is not there
+                grow(self._image(volume), size_bytes)  # before the record: it must never promise what is not there
                 known = known.model_copy(update={"size_bytes": size_bytes})
                 self._state.put(known)
             return self._volume(known)
@@ -244,6 +251,7 @@ class VolumeService:
             id=known.id,
             type=known.type,
             size_bytes=known.size_bytes,
+            image=known.image,
             serial=serial_of(known.id),
             attachments=tuple(self._attachment(known, record) for record in known.attachments),
         )
@@ -284,6 +292,17 @@ class VolumeService:
     def _image(self, volume: str) -> Path:
         return self._images / f"{volume}.raw"
 
+    def _source(self, image: str) -> Path:
+        there = (
+            {path.stem: path for path in sorted(self._config.images_dir.glob("*.raw"))}
+            if self._config.images_dir
+            else {}
+        )
+        if image not in there:
+            hint = f"images here: {', '.join(there) or 'none'}"
+            raise NotFound(f"the volume server has no image {image!r}", field="image", hint=hint)
+        return there[image]
+
     def _free_port(self) -> int:
         first, last = self._config.nbd_ports
         taken = {record.port for volume in self._state.volumes.values() for record in volume.attachments}
@@ -316,34 +335,6 @@ def _check_nodes(known: VolumeRecord, node: str) -> None:
     if len(nodes) > limit:
         others = ", ".join(sorted(nodes - {node}))
         raise Conflict(f"{known.id} is attached to {others}, and type {known.type} takes {limit} at once", field="node")
-
-
-def _make_sparse(path: Path, size_bytes: int) -> None:
-    try:
-        with path.open("xb") as image:
-            os.fchmod(image.fileno(), 0o600)
-            os.truncate(image.fileno(), size_bytes)
-            os.fsync(image.fileno())
-    except FileExistsError:  # left by a daemon that was killed before it had recorded the volume: nobody wrote to it
-        os.truncate(path, size_bytes)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        if error.errno == errno.EFBIG:
-            raise BadInput(f"{size_bytes} bytes are more than a file here can hold", field="size_bytes") from error
-        raise Refused(f"cannot make a volume of {size_bytes} bytes: {error.strerror}", field="size_bytes") from error
-
-
-def _grow(path: Path, size_bytes: int) -> None:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if os.fstat(descriptor).st_size < size_bytes:  # else: by a daemon that was killed before its record
-                os.ftruncate(descriptor, size_bytes)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise Refused(f"cannot grow it to {size_bytes} bytes: {error.strerror}", field="size_bytes") from error
 
 
 def _is_free(address: str, port: int) -> bool:

@@ -30,6 +30,8 @@ class VolumeRecord(Model):
     id: str
     type: VolumeType
     size_bytes: int
+    image: Name | None = None
+    """what it was made from"""
     fence: int = 0
     """attachments with an older tag are refused"""
     attachments: tuple[AttachmentRecord, ...] = ()
