@@ -406,9 +406,9 @@ static void jobs_ready(void)
 
 /* ---- start -------------------------------------------------------------------------------------------------------- */
 
-/* Waits in the background until the host presses it; every input device may be the one. A press is heard from when this
-   returns on: the shell's prompt comes after it. */
-static int power_button(void)
+/* Waits in the background until the host presses it, then runs the command, or without one powers off; every input device
+   may be the one. A press is heard from when this returns on: the shell's prompt comes after it. */
+static int power_button(char **command)
 {
     char path[40];
     struct input_event key;
@@ -422,8 +422,11 @@ static int power_button(void)
     while (poll(devices, 8, -1) > 0) {
         for (int i = 0; i < 8; i++) {
             while (devices[i].fd >= 0 && read(devices[i].fd, &key, sizeof key) == sizeof key) {
-                if (key.type == EV_KEY && key.code == KEY_POWER && key.value)
-                    power(RB_POWER_OFF);
+                if (key.type != EV_KEY || key.code != KEY_POWER || !key.value)
+                    continue;
+                if (*command)
+                    execvp(*command, command);
+                power(RB_POWER_OFF);
             }
         }
     }
@@ -439,10 +442,10 @@ int main(int argc, char **argv)
         execvp(argv[2], argv + 2);
         return 127;
     }
-    if (argc == 2 && !strcmp(argv[1], "power-button"))
-        return power_button();
+    if (argc >= 2 && !strcmp(argv[1], "power-button"))
+        return power_button(argv + 2);
     if (argc != 3 || (strcmp(argv[1], "evm") && strcmp(argv[1], "pod"))) {
-        fprintf(stderr, "usage: %s evm|pod NAME | power-button | realtime COMMAND...\n", argv[0]);
+        fprintf(stderr, "usage: %s evm|pod NAME | power-button [COMMAND...] | realtime COMMAND...\n", argv[0]);
         return 2;
     }
     snprintf(role, sizeof role, "%s", argv[1]);
