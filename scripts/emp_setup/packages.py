@@ -27,6 +27,7 @@ NEEDS = (
     Need(("ca-certificates",), "trust package sources that are served over HTTPS"),
 )
 DEVELOPMENT = Need(("git", "python3"), "tell the tests which files are the project's; stand in for QEMU, as its user")
+PODS = Need(("mmdebstrap", "e2fsprogs"), "build the guest image debian, whose pods the tests migrate")
 QEMU = Need(("qemu-system-x86", "qemu-utils"), "run the EVMs and serve their volumes")
 QEMU_TOOL = "qemu-img"
 QEMU_PIECES = (*QEMU.packages, "qemu-system-common", "qemu-system-data", "qemu-block-extra")

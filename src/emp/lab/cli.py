@@ -82,14 +82,24 @@ def up(
     cloud: Annotated[Profile | None, typer.Option(help="Volumes from a simulated cloud, as slow as said.")] = None,
     network: Annotated[Network, typer.Option(help="How addresses reach their EVMs; vpc has a cloud.")] = Network.L2,
     remap: Annotated[float, typer.Option(min=0, help="Seconds that a vpc takes to move an address.")] = 0.0,
+    image: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A guest image beside micro: debian.")] = None,
     zone_of: Annotated[list[str] | None, typer.Option(hidden=True, metavar="NODE=LETTER")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a lab; when this returns, its pool can be used."""
     zones = dict(_zone(text) for text in zone_of or ())
-    memory_bytes = parse_size(memory, field="memory")
     options = Options(
-        name, nodes, port, memory_bytes, vcpus, keep=keep, cloud=cloud, network=network, remap_s=remap, zones=zones
+        name,
+        nodes,
+        port,
+        parse_size(memory, field="memory"),
+        vcpus,
+        keep=keep,
+        cloud=cloud,
+        network=network,
+        remap_s=remap,
+        zones=zones,
+        images=tuple(image or ()),
     )
     with _progress() as say:
         state = make_lab(options, say)

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,15 @@ _VOLUME_SERVER = {"driver": "nbd", "url": f"https://{VOL.address}:{VOLUMES_PORT}
 HOST = "127.0.0.1"
 HOME = Path("/var/lib/emp")
 """of every daemon, as seen from its place"""
+DISKS = "disks"
+"""below it, in the volume server's place: what root volumes are made from"""
 QEMU = "qemu-system-"
 FIRST_PORT, LAST_PORT = 7440, 7539
 """where a port for people is looked for, below the ports that the kernel gives away by itself"""
 
 
-def prepare(files: LabFiles, state: LabState, image: Image, nfs: NfsProgram | None = None) -> bytes:
-    """Give each place its own credentials, configuration and guest image; return the CA's certificate (PEM)."""
+def prepare(files: LabFiles, state: LabState, images: Sequence[Image], nfs: NfsProgram | None = None) -> bytes:
+    """Give each place its own credentials, configuration and guest images; return the CA's certificate (PEM)."""
     authority = CertificateAuthority.create(files.ca, state.name)
     if state.cloud:
         region.make_credentials(files)
@@ -83,7 +85,10 @@ def prepare(files: LabFiles, state: LabState, image: Image, nfs: NfsProgram | No
         authority.issue(Identity(place.role), name, [place.address]).write(home / "pki")
         if place.is_node:
             authority.issue(Identity.QEMU, name, [place.address]).write(home / "pki-qemu")
-            _install(image, home / "images" / image.name)
+            for image in images:
+                _install(image, home / "images" / image.name)
+        if place.role is Role.VOLUMES:
+            _offer(images, home / DISKS)
         if place.role is not Role.CONTROLLER:  # whose configuration names a descriptor, new at each start
             _write_config(files, place, _config(files, state, place))
     Secret.new().write(files.data(CTL.name) / "token")
@@ -103,6 +108,15 @@ def _install(image: Image, directory: Path) -> None:
     (directory / "image.json").write_text(json.dumps(record))
 
 
+def _offer(images: Sequence[Image], directory: Path) -> None:
+    """Put what root volumes are made from where the volume server looks for it."""
+    directory.mkdir()
+    for image in images:
+        if image.disk is not None:
+            argv = ["cp", "--reflink=auto", "--sparse=always", str(image.disk), str(directory / f"{image.name}.raw")]
+            subprocess.run(argv, check=True)
+
+
 def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
     if place.role is Role.POWER:  # which sees the machine's files
         credentials = str(files.data(place.name) / "pki")
@@ -110,7 +124,8 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
     common = {"pool": state.name, "address": place.address, "credentials": f"{HOME}/pki", "state_dir": str(HOME)}
     if place.role is Role.VOLUMES:
         cloud = region.cloud_part(files, state, HOME) if state.cloud else {}
-        return common | {"port": VOLUMES_PORT, "nbd_ports": list(NBD_PORTS)} | cloud
+        disks = {} if state.cloud else {"images_dir": f"{HOME}/{DISKS}"}
+        return common | {"port": VOLUMES_PORT, "nbd_ports": list(NBD_PORTS)} | disks | cloud
     if place.role is Role.CONTROLLER:
         return common | {
             "port": CONTROLLER_PORT,

@@ -54,7 +54,11 @@ NIC_MODULES = ("virtio_net",)
 LATE_MODULES = ("button", "evdev", "pvpanic-mmio", "virtio_blk", "virtio_scsi", "sd_mod")
 NFS_MODULES = ("nfsv4",)
 """Loaded only where the EVM has a mount."""
-MODULES = (*EARLY_MODULES, *NIC_MODULES, *LATE_MODULES, *NFS_MODULES)
+DISK_MODULES = ("virtio_pci", "virtio_scsi", "sd_mod", "crc32c_generic", "ext4")
+"""What the image `debian` mounts its root disk with."""
+POD_MODULES = ("qemu_fw_cfg", "virtio_net", "macvlan", "button", "evdev", "pvpanic-mmio")
+"""The rest of what it needs."""
+MODULES = (*EARLY_MODULES, *NIC_MODULES, *LATE_MODULES, *NFS_MODULES, *DISK_MODULES, *POD_MODULES)
 
 SHELL_RC = "alias ll='ls -l'\n"
 
@@ -65,7 +69,10 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Image:
-    """A bootable guest image. ``digest``: SHA-256 of kernel and initrd; nodes with equal ones boot the same guest."""
+    """A bootable guest image. ``digest``: SHA-256 of kernel and initrd; nodes with equal ones boot the same guest.
+
+    ``disk``: what a root volume is made from (raw), for an image that boots from one.
+    """
 
     name: str
     digest: str
@@ -73,6 +80,7 @@ class Image:
     initrd: Path
     kernel_version: str
     recipe_version: int = RECIPE_VERSION
+    disk: Path | None = None
 
 
 def default_cache() -> Path:
@@ -91,22 +99,14 @@ def ensure_image(
     if name != "micro":
         raise BadInput(f"there is no image {name!r}", field="image", hint="the image is called micro")
     cache = cache or default_cache()
-    kernel = _ensure_kernel(cache, refresh=refresh, notice=notice)
+    kernel = ensure_kernel(cache, refresh=refresh, notice=notice)
     busybox = ensure_busybox(cache, notice=notice)
     inputs = hash_inputs([*guest_files(), busybox, kernel / "kernel"], kernel.name)
     home = cache / "images" / f"{name}-{inputs[:16]}"
     if not (home / "image.json").exists():
         notice(f"building the guest image {name} (kernel {kernel.name}) into {home}")
         publish(home, lambda target: _build(target, name, kernel, busybox))
-    record = json.loads((home / "image.json").read_text())
-    return Image(
-        name=name,
-        digest=record["digest"],
-        kernel=home / "kernel",
-        initrd=home / "initrd",
-        kernel_version=record["kernel_version"],
-        recipe_version=record["recipe_version"],
-    )
+    return read_image(home)
 
 
 def guest_files() -> list[Path]:
@@ -146,14 +146,20 @@ def publish(home: Path, build: Callable[[Path], None]) -> None:
 # ---- packages -----------------------------------------------------------------------------------------------------
 
 
-def run_tool(argv: Sequence[str], *, cwd: Path | None = None, need: str) -> str:
-    """Run a tool and return its output; ``need`` says in the error what to do about a failure."""
+def run_tool(argv: Sequence[str], *, cwd: Path | None = None, need: str, last_lines: int = 0) -> str:
+    """Run a tool and return its output; ``need`` says in the error what to do about a failure.
+
+    ``last_lines``: so many of what it said are in the error, and not its command line; 0: all.
+    """
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise MissingDependency(f"{argv[0]} is not installed", hint=need) from None
     if done.returncode:
-        raise MissingDependency(f"{' '.join(argv)}: {done.stderr.strip() or done.stdout.strip()}", hint=need)
+        said = done.stderr.strip() or done.stdout.strip()
+        if last_lines:
+            raise MissingDependency("\n".join(said.splitlines()[-last_lines:]), hint=need)
+        raise MissingDependency(f"{' '.join(argv)}: {said}", hint=need)
     return done.stdout
 
 
@@ -174,7 +180,7 @@ def kernels_of(cache: Path) -> Path:
     return cache / "kernels" / hashlib.sha256(wanted.encode()).hexdigest()[:8]
 
 
-def _ensure_kernel(cache: Path, *, refresh: bool, notice: Notice) -> Path:
+def ensure_kernel(cache: Path, *, refresh: bool = False, notice: Notice = lambda line: None) -> Path:
     """Return the directory of the newest cached kernel: ``kernel`` and ``modules/``, named by its version."""
     kernels = kernels_of(cache)
     cached = sorted(kernels.glob("[!.]*/kernel"), key=lambda path: path.stat().st_mtime) if kernels.is_dir() else []
@@ -301,9 +307,7 @@ def _is_static(program: Path) -> bool:
 
 def _build(target: Path, name: str, kernel: Path, busybox: Path) -> None:
     service = target / "emp-guest"
-    source = str(GUEST_SOURCES / "service.c")
-    flags = ["-O2", "-static", "-s", "-pthread", "-Wall", "-Wextra", "-Werror"]
-    run_tool(["gcc", *flags, "-o", str(service), source], need="install gcc and libc6-dev")
+    compile_service(service)
     entries: list[tuple[str, int, bytes]] = [
         (directory, stat.S_IFDIR | 0o755, b"")
         for directory in ("bin", "dev", "etc", "lib", "lib/modules", "proc", "root", "run", "sys", "tmp", "var")
@@ -318,11 +322,23 @@ def _build(target: Path, name: str, kernel: Path, busybox: Path) -> None:
             entries.append((f"bin/{applet}", stat.S_IFLNK | 0o777, b"busybox"))
     loaded: set[str] = set()
     for stage, wanted in (("early", EARLY_MODULES), ("nic", NIC_MODULES), ("late", LATE_MODULES)):
-        entries.extend(_modules(kernel, stage, wanted, loaded))
+        entries.extend(module_entries(kernel, stage, wanted, loaded))
     # Packed: it takes the guest 2 MB of memory, which a migration has to carry, instead of 6.
-    packed = gzip.compress(cpio(_modules(kernel, "nfs", NFS_MODULES, loaded)), mtime=0)
+    packed = gzip.compress(cpio(module_entries(kernel, "nfs", NFS_MODULES, loaded)), mtime=0)
     entries.append(("lib/modules/nfs.cpio.gz", stat.S_IFREG | 0o644, packed))
     service.unlink()
+    finish(target, name, kernel, entries)
+
+
+def compile_service(program: Path) -> None:
+    """Make the guest service, a static program. Raises MissingDependency without a compiler."""
+    flags = ["-O2", "-static", "-s", "-pthread", "-Wall", "-Wextra", "-Werror"]
+    source = str(GUEST_SOURCES / "service.c")
+    run_tool(["gcc", *flags, "-o", str(program), source], need="install gcc and libc6-dev")
+
+
+def finish(target: Path, name: str, kernel: Path, entries: Iterable[tuple[str, int, bytes]]) -> None:
+    """Write kernel, initrd and the image's record."""
     (target / "initrd").write_bytes(cpio(entries))
     os.link(kernel / "kernel", target / "kernel")
     digest = hashlib.sha256((target / "kernel").read_bytes() + (target / "initrd").read_bytes()).hexdigest()
@@ -330,7 +346,13 @@ def _build(target: Path, name: str, kernel: Path, busybox: Path) -> None:
     (target / "image.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _modules(kernel: Path, stage: str, wanted: Sequence[str], loaded: set[str]) -> list[tuple[str, int, bytes]]:
+def read_image(home: Path) -> Image:
+    """Return the image in a directory of the cache."""
+    record, disk = json.loads((home / "image.json").read_text()), home / "disk.raw"
+    return Image(**record, kernel=home / "kernel", initrd=home / "initrd", disk=disk if disk.exists() else None)
+
+
+def module_entries(kernel: Path, stage: str, wanted: Sequence[str], loaded: set[str]) -> list[tuple[str, int, bytes]]:
     """Return the files of the modules of one stage that no earlier one has ``loaded``, and the list of them."""
     modules = [path for path in module_order(kernel / "modules", wanted) if path.name not in loaded]
     loaded.update(path.name for path in modules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,8 @@ from pathlib import Path
 from emp.client import context as contexts
 from emp.client.context import Context
 from emp.lab import bytecode, daemons, places, preflight
+from emp.lab.debian import NAME as DEBIAN
+from emp.lab.debian import ensure_debian
 from emp.lab.down import clear
 from emp.lab.images import Image, ensure_image
 from emp.lab.nfs_program import NfsProgram, ensure_nfs_program
@@ -20,7 +22,7 @@ from emp.lab.ready import wait_ready
 from emp.lab.region import Profile, check_zones
 from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import Network, Topology
-from emp.model.errors import AlreadyExists, MissingDependency, NotFound
+from emp.model.errors import AlreadyExists, BadInput, MissingDependency, NotFound
 from emp.wire.secret import Secret
 
 Say = Callable[[str], None]
@@ -47,6 +49,8 @@ class Options:
     """what that cloud takes to send an address to another interface"""
     zones: Mapping[str, str] = field(default_factory=dict)
     """node -> letter of its zone in the cloud; ``a`` if left out"""
+    images: tuple[str, ...] = ()
+    """guest images beside `micro`"""
 
 
 def up(options: Options, say: Say = lambda line: None) -> LabState:
@@ -70,7 +74,7 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
             clear(files)  # what a command that was killed has left
             places.check_free(topology)
             _check_context(options.name)
-            image = _image(say)
+            images = _images(options.images, say)
             nfs = _nfs_program(say) if options.cloud else None
             with daemons.people_socket(options.port) as people:
                 state = LabState(
@@ -94,7 +98,7 @@ def up(options: Options, say: Say = lambda line: None) -> LabState:
                 files.save(state)
                 volumes = "a simulated cloud" if options.cloud else "a volume server"
                 say(f"making {counted(options.nodes, 'node')}, a controller, {volumes} (QEMU {version})")
-                context = _make(files, state, image, nfs, people, lock)
+                context = _make(files, state, images, nfs, people, lock)
             say("waiting for the agents to report")
             wait_ready(files, state, context)
             state = replace(state, complete=True)
@@ -110,8 +114,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _image(say: Say) -> Image:
-    return ensure_image(cache=_cache(), notice=say)
+def _images(names: Sequence[str], say: Say) -> list[Image]:
+    """Return `micro`, and those that were asked for. Raises ``BadInput`` for one that there is not."""
+    for name in set(names) - {"micro", DEBIAN}:
+        raise BadInput(
+            f"there is no image {name[:40]!r}", field="image", hint=f"micro, which is always there, or {DEBIAN}"
+        )
+    images = [ensure_image(cache=_cache(), notice=say)]
+    return [*images, ensure_debian(_cache(), notice=say)] if DEBIAN in names else images
 
 
 def _nfs_program(say: Say) -> NfsProgram | None:
@@ -169,10 +179,15 @@ def broken_parts(files: LabFiles, state: LabState) -> list[str]:
 
 
 def _make(
-    files: LabFiles, state: LabState, image: Image, nfs: NfsProgram | None, people: socket.socket, lock: int
+    files: LabFiles,
+    state: LabState,
+    images: Sequence[Image],
+    nfs: NfsProgram | None,
+    people: socket.socket,
+    lock: int,
 ) -> Context:
     with ThreadPoolExecutor(4) as pool:
-        credentials = pool.submit(daemons.prepare, files, state, image, nfs)
+        credentials = pool.submit(daemons.prepare, files, state, images, nfs)
         compiled = pool.submit(bytecode.ensure)
         contexts.make_directory()  # so that the places can hide it
         places.wire(state.topology)
