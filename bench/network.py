@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,8 +34,11 @@ from bench.network_figures import L2, PODS, VPC, Case, Run, cases, row, table, v
 from bench.network_subject import NODES, Subject
 from emp.client import Client
 from emp.host.schedule import before_others
+from emp.lab.cloud.knobs import RemapDelay
+from emp.lab.cloud_control import turn
 from emp.lab.down import down
 from emp.lab.state import LabFiles, LabState
+from emp.lab.topology import Network
 from emp.lab.up import Options, up
 from emp.model.errors import EmpError, Refused
 
@@ -48,14 +51,13 @@ WIDTH = 150
 """of the tables"""
 
 
-def lab_options(driver: str) -> Options | None:
-    """Return how to make the lab of a driver; None: labs do not have that driver yet."""
+def lab(driver: str, console: Console) -> LabState:
+    """Make the lab of a driver."""
     if driver == L2:
-        return Options(NAME, len(NODES), faults=True)
-    wanted: dict[str, Any] = {"network": driver, "remap_s": REMAP_S}
-    if not wanted.keys() <= {field.name for field in fields(Options)}:
-        return None
-    return Options(NAME, len(NODES), faults=True, **wanted)
+        return up(Options(NAME, len(NODES), faults=True), console.print)
+    state = up(Options(NAME, len(NODES), faults=True, network=Network.VPC), console.print)
+    turn(LabFiles(NAME), remap=RemapDelay(least_s=REMAP_S))
+    return state
 
 
 def in_turn(chosen: Sequence[Case], runs: int) -> list[Case]:
@@ -145,13 +147,9 @@ def main() -> int:
         console.print("not allowed to run before other processes: their load is measured too")
     rows, demands, runs = [], [], []
     for driver in options.drivers:
-        lab = lab_options(driver)
-        if lab is None:
-            console.print(f"{driver} is left out: labs do not have it yet")
-            continue
         chosen = [case for case in cases(driver) if case.name in options.cases]
         try:
-            state = up(lab, console.print)
+            state = lab(driver, console)
             try:
                 with Client.from_context(state.name) as client:
                     versions = client.nodes.get(NODES[0]).report.versions
