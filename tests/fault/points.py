@@ -111,7 +111,7 @@ _RECORDS: dict[str, tuple[str, str]] = {
 }
 _ORDERS: dict[str, str] = {
     "agent.go": "M", "agent.answer": "M", "volumes.claim": "BPDHMT",
-    "agent.lend": "BT", "agent.take_back": "BPDHMT", "agent.hold": "T", "agent.go_on": "T",
+    "agent.address_moved": "T", "agent.lend": "BT", "agent.take_back": "BPDHMT", "agent.hold": "T", "agent.go_on": "T",
     "agent.prepare": "B", "agent.hand_over": "B", "agent.abort": "BPDHMT", "agent.status": "BPDHMT",
     "agent.watch": "BPDHMT", "agent.start": "BPDHMT", "agent.stop": "BPDHMT", "agent.retire": "BPDHMT",
     "volumes.attach": "B", "volumes.detach": "BPDHMT", "volumes.fence": "BPDHMT",
