@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from emp.agent.adoption import Adoption
+from emp.agent.gate import Gate
 from emp.agent.journal import Journal
 from emp.agent.migrations import Migrations
 from emp.agent.relays import Relays, Side
@@ -114,13 +115,19 @@ def landed() -> list[str]:
 
 
 @pytest.fixture
-def agent(relays: Relays, journal: Journal, landed: list[str]) -> Migrations:
+def gate() -> Gate:
+    made = Gate()
+    made.starting = None
+    return made
+
+
+@pytest.fixture
+def agent(relays: Relays, journal: Journal, gate: Gate, landed: list[str]) -> Migrations:
     async def land(evm: str, _: VolumeGrant) -> None:
         landed.append(evm)
 
     residents = SimpleNamespace(get=lambda evm: None, land=land)
     claims = SimpleNamespace(begin=lambda *_, **__: None)
-    gate = SimpleNamespace(check_journal=lambda: None)
     parts = (journal, residents, None, claims, gate, relays)
     return Migrations(*cast(Any, parts), stream_host="10.0.0.2")
 
@@ -212,6 +219,19 @@ async def test_the_relay_of_a_newer_migration_heeds_no_older_order(
     await agent.hold("m3", HoldOrder(evm="web", volume=VOLUME.id, within_s=1))
     await agent.go_on("m3", GoOnOrder(evm="web", epoch=9, grant=LOCAL))
     assert landed == ["web"]
+
+
+async def test_a_node_that_does_not_believe_its_journal_says_nothing_of_an_evm(
+    agent: Migrations, relays: Relays, driver: Driver, gate: Gate, landed: list[str]
+) -> None:
+    """Else its volume would be taken for landed, and its relay be left for good."""
+    await relays.borrow("web", BORROWED)
+    gate.distrust = "the journal is an older one"
+    with pytest.raises(Unavailable, match="an older one"):
+        await agent.hold("m1", HoldOrder(evm="web", volume=VOLUME.id, within_s=1))
+    with pytest.raises(Unavailable, match="an older one"):
+        await agent.go_on("m1", GoOnOrder(evm="web", epoch=5, grant=LOCAL))
+    assert (driver.relays["vol-1-borrowed"].state, landed) == (RelayState.RUNNING, [])
 
 
 async def test_an_evm_that_was_started_anew_heeds_no_order_of_a_migration(

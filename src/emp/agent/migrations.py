@@ -172,8 +172,13 @@ class Migrations:
             raise StaleEpoch(f"{order.migration} is beyond that here", field="migration")
 
     def _check_is_here(self, migration: str, evm: str, *, epoch: int | None = None) -> None:
-        """Raise ``NotFound`` unless what is here of the EVM came by this migration: a relay is named by its volume."""
+        """Raise ``NotFound`` unless what is here of the EVM came by this migration: a relay is named by its volume.
+
+        ``Unavailable`` where the journal is not believed and so the EVM, if it is here, was not adopted.
+        """
         last = self._journal.last(evm)
+        if last is None and self._gate.distrust:
+            raise Unavailable(self._gate.distrust, hint="see: emp node show, docs/journal.md")
         if last is None:
             return
         came_by_another = last.migration not in (None, migration)
