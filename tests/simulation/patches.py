@@ -83,7 +83,7 @@ def install() -> None:
     service = emp.volumes.server.service
     _patch(service, "Export", lambda spec: GROUND.exports(spec))
     _patch(service, "end_strays", _end_strays)
-    for name in ("write_tls_directory", "make_private_dir", "_make_sparse"):
+    for name in ("write_tls_directory", "make_private_dir", "make_sparse"):
         _patch(service, name, lambda *_: None)
     _patch(service, "EpochLog", lambda _: _NoLog())
     _patch(service, "_lock", lambda _: None)
