@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from emp_setup import apt, environment, packages, privilege
+from emp_setup import apt, environment, packages
 from emp_setup.console import Refusal, refuse, say
 
 MISSING_DEPENDENCY = 10
@@ -26,10 +26,7 @@ def main() -> int:
             extra = [packages.DEVELOPMENT, packages.PODS] if arguments.dev else []
             packages.ensure(extra=[*extra, *environment.needs()])
             environment.ensure(development=arguments.dev)
-            status = _made("emp.lab.images") or _made("emp.lab.nfs_program")
-            if arguments.dev and not status:
-                status = _made("emp.lab.debian", as_root="an image is built of Debian packages")
-            return status
+            return _made("emp.lab.images") or _made("emp.lab.nfs_program")
         except Refusal as refusal:
             return refuse(refusal)
         except KeyboardInterrupt:
@@ -45,14 +42,9 @@ def _alone(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def _made(module: str, *, as_root: str | None = None) -> int:
-    """Have a module of the lab fetch and build what it needs, unless that is there; it says for itself what it does.
-
-    ``as_root``: why it needs root.
-    """
+def _made(module: str) -> int:
+    """Have a module of the lab fetch and build what it needs, unless that is there; it says for itself what it does."""
     make = [str(environment.PYTHON), "-m", module]
-    if as_root:
-        make = privilege.as_root(make, as_root)
     status = subprocess.run(make, stdout=subprocess.DEVNULL, check=False).returncode
     if status == MISSING_DEPENDENCY:
         say("refreshing the package lists, which may be absent or outdated, to try once more")

@@ -13,7 +13,8 @@ from emp.model.migration import Migration
 async def test_work_that_is_ended_before_its_first_step_is_closed() -> None:
     """Else Python warns, at some later moment, that it was never awaited."""
     live = Migration(id="m-1", evm="web", source="n1", target="n2", epoch_target=5, epoch_source=4)
-    supervision = Supervision(cast(Any, SimpleNamespace(book=None, volumes=None, agents=None, nodes=None)), live)
+    tools = SimpleNamespace(book=None, volumes=None, agents=None, nodes=None, reach=None)
+    supervision = Supervision(cast(Any, tools), live)
 
     async def watch() -> None:
         pass
