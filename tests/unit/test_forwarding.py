@@ -93,6 +93,8 @@ class FakeLink:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.broken = False
+        self.hangs = False
+        """its other end does not answer a goodbye"""
         self.closed = False
 
     def send_data(self, data: bytes) -> bool:
@@ -104,6 +106,11 @@ class FakeLink:
     async def writable(self) -> None: ...
 
     async def close(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
+        self.closed = True
+
+    def abort(self) -> None:
         self.closed = True
 
 
@@ -259,6 +266,13 @@ async def test_a_rescue_gives_the_guest_here_what_had_been_sent(source: Source, 
     await source.forwarder.put_back()
     assert numbers(source.port.got) == [2, 3, 4], "the first is in the machine itself"
     assert source.port.calls[-1] == "forget"
+
+
+async def test_a_target_that_hangs_keeps_no_guest_from_running_here(source: Source, target: Target) -> None:
+    target.links[0].hangs = True
+    async with asyncio.timeout(0.5):
+        await source.forwarder.put_back()
+    assert target.links[0].closed
 
 
 async def test_an_abort_before_the_commit_takes_nothing_out(source: Source) -> None:

@@ -277,6 +277,9 @@ class Forwarder:
     async def put_back(self) -> None:
         """The guest is to run here again: it gets what was held, in order."""
         copies, self._copies = self._copies, [[] for _ in self._ports]
+        if self._link is not None:  # the guest stands still: no goodbye is waited for
+            self._link.abort()
+            self._link = None
         await self.close()
         for port, frames in zip(self._ports, copies, strict=True):
             port.put(frames)
