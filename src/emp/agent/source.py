@@ -495,6 +495,8 @@ class SourceRole(Role[Source]):
         if self._telling is not None:
             self._telling.cancel()
         await self._on_end(self)
+        if self._forwarder is not None:  # of an EVM that was lost here; else it has ended before
+            await self._forwarder.close()
         await self._peer.close()
 
     async def close(self) -> None:
