@@ -22,7 +22,6 @@ from emp.lab.places import NAMESPACES
 from emp.lab.topology import Topology
 
 _ETH_P_ALL = 0x0003
-_PACKET_OUTGOING = 4
 _SO_TIMESTAMPNS = 35
 _IPV4, _UDP = 0x0800, 17
 _LOAD_HALF, _LOAD_BYTE, _JUMP_EQUAL, _RETURN = 0x28, 0x30, 0x15, 0x06
@@ -90,7 +89,7 @@ class TapCapture:
             source, destination = data[26:30], data[30:34]  # RFC 791, behind 14 bytes of Ethernet
             if address[0] != self._tap:
                 continue
-            if address[2] == _PACKET_OUTGOING and destination == self._address:
+            if address[2] == packet.OUTGOING and destination == self._address:
                 self.passed.to_guest_s.append(monotonic_s(ancillary))
-            elif address[2] != _PACKET_OUTGOING and source == self._address:
+            elif address[2] != packet.OUTGOING and source == self._address:
                 self.passed.from_guest_s.append(monotonic_s(ancillary))

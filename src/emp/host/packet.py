@@ -26,15 +26,16 @@ OUTGOING = 4
 
 _ETH_P_ALL = 0x0003
 _SOL_PACKET = 263
-_VNET_HEADER = 15
+_VNET_HEADER, _IGNORE_OUTGOING = 15, 23
 _SO_ATTACH_FILTER = 26
 _SO_RCVBUFFORCE = 33
 _LOAD_BYTE, _LOAD_HALF, _LOAD_WORD, _JUMP_EQUAL, _JUMP_SET, _RETURN = 0x30, 0x28, 0x20, 0x15, 0x45, 0x06
 _PACKET_TYPE = 0xFFFFF004
 """where a filter finds in which direction a frame passes: SKF_AD_OFF + SKF_AD_PKTTYPE (linux/filter.h)"""
 
-Program = Sequence[tuple[int, int, int, int]]
-"""classic BPF: code, jump if true, jump if false, constant"""
+Instruction = tuple[int, int, int, int]
+"""of classic BPF: code, how many to skip if true, if false, constant"""
+Program = Sequence[Instruction]
 
 
 class _Filter(ctypes.Structure):
@@ -89,6 +90,24 @@ def open_packet(interface: str, *, program: Program | None, receive_bytes: int =
         opened.close()
         raise command_failed(["packet socket", interface], error.errno or -1, str(error.strerror)) from error
     return opened
+
+
+def open_capture(interface: str, program: Program, *, buffer_bytes: int) -> socket.socket:
+    """Return a non-blocking socket that gets the frames, without a header, that come *in* at ``interface``.
+
+    What goes out there is not looked at: for that the kernel would copy the head of every such frame. What does not fit
+    ``buffer_bytes`` is lost. Raise ``CommandFailed``, also without such an interface.
+    """
+    capture = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, 0)
+    try:
+        capture.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, 1)
+        capture.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        attach(capture, program)
+        capture.bind((interface, _ETH_P_ALL))
+    except OSError as error:
+        capture.close()
+        raise command_failed(["capture", interface], error.errno or -1, str(error.strerror)) from error
+    return capture
 
 
 def close_later(opened: socket.socket) -> None:

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 
-from emp.host.capture import Instruction, open_capture
+from emp.host.packet import Instruction, open_capture
 
 Heard = Callable[[str, str], None]
 """(MAC, IP), in canonical text form"""

@@ -25,7 +25,6 @@ from emp.lab.topology import FABRIC, Topology
 
 _ETH_P_ALL = 0x0003
 _IPV4 = 0x0800
-_PACKET_OUTGOING = 4
 _SO_TIMESTAMPNS = 35
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _LOAD_WORD, _LOAD_HALF, _JUMP_EQUAL, _RETURN = 0x20, 0x28, 0x15, 0x06
@@ -100,7 +99,7 @@ class FrameWitness:
                     data, ancillary, _, address = key.fileobj.recvmsg(_SNAP_BYTES, 128)
                 except (BlockingIOError, OSError):
                     continue  # ENETDOWN: the port is being taken down
-                if address[2] != _PACKET_OUTGOING:
+                if address[2] != packet.OUTGOING:
                     self.seen.append(Seen(monotonic_s(ancillary), key.data, struct.unpack_from("!H", data, 12)[0]))
 
 
