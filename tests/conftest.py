@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 
-pytest_plugins = ["pytester", "tests.isolation", "tests.leaks"]
+pytest_plugins = ["pytester", "tests.isolation", "tests.leaks", "tests.segment"]
 
 settings.register_profile("emp", database=None, print_blob=True)
 settings.load_profile("emp")

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 _CLONE_NEWNET = 0x40000000
 _ETH_P_ALL = 0x0003
 _PACKET_OUTGOING = 4
@@ -162,3 +164,14 @@ def arp_fields(data: bytes) -> tuple[int, str, str, str]:
     """Return operation, sender MAC, sender IP and target IP of an ARP frame."""
     operation, mac, sender, _, target = struct.unpack("!6xH6s4s6s4s", data[14:42])
     return operation, mac.hex(":"), socket.inet_ntoa(sender), socket.inet_ntoa(target)
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    """Give a segment; the test is in its node ``left``."""
+    made = Segment()
+    try:
+        with made.inside("left"):
+            yield made
+    finally:
+        made.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -62,16 +62,6 @@ BAD = {
     "vlan": tagged(arp(MAC, MINE, OTHERS), 5),
     "vlan-of-provider": tagged(tagged(arp(MAC, MINE, OTHERS), 5), 6, kind=0x88A8),
 }
-
-
-@pytest.fixture
-def segment() -> Iterator[Segment]:
-    made = Segment()
-    try:
-        with made.inside("left"):
-            yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from uuid import UUID
 
 import pytest
@@ -43,16 +43,6 @@ def spec(name: str = "web", nics: int = 1, pods: int = 1) -> EvmSpec:
             for n in range(1, pods + 1)
         ),
     )
-
-
-@pytest.fixture
-def segment() -> Iterator[Segment]:
-    made = Segment()
-    try:
-        with made.inside("left"):
-            yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture(params=["l2"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -19,16 +19,6 @@ from tests.segment import Segment, frame, guest_receives, guest_sends
 
 LEFT, RIGHT, THIRD = "192.0.2.1", "192.0.2.2", "192.0.2.3"
 THERE = "52:54:00:00:00:02"
-
-
-@pytest.fixture
-def segment() -> Iterator[Segment]:
-    made = Segment()
-    try:
-        with made.inside("left"):
-            yield made
-    finally:
-        made.close()
 
 
 async def has_vlans() -> bool:

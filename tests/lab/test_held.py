@@ -27,16 +27,6 @@ def numbers(frames: list[bytes]) -> list[int]:
 
 
 @pytest.fixture
-def segment() -> Iterator[Segment]:
-    made = Segment()
-    try:
-        with made.inside("left"):
-            yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture
 async def port(segment: Segment) -> AsyncIterator[TapPort]:
     made = TapPort(TAP, 0, tap.open_tap(TAP), macs=())
     netlink.set_ipv6(TAP, disable_ipv6=1)  # it would solicit routers by itself

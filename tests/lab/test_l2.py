@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from uuid import UUID
 
@@ -34,16 +34,6 @@ SPEC = EvmSpec(
     cpu_model="qemu64",
     nics=(Nic(mac=MAC, address="10.77.1.1", prefix_length=16),),
 )
-
-
-@pytest.fixture
-def segment() -> Iterator[Segment]:
-    made = Segment()
-    try:
-        with made.inside("left"):
-            yield made
-    finally:
-        made.close()
 
 
 @pytest.fixture
