@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -19,7 +20,7 @@ from emp.lab.checkers.frames import FrameWitness, violations
 from emp.lab.checkers.owners import Tenure, tenures
 from emp.lab.cloud.knobs import Fault, Harm, RemapDelay
 from emp.lab.down import down
-from emp.lab.guest_control import socket_in
+from emp.lab.guest_control import ECHO_PORT, socket_in
 from emp.lab.power import Power
 from emp.lab.probing import Probing
 from emp.lab.ready import wait_ready
@@ -290,6 +291,81 @@ def arrives(pool: Pool, node: str, source: str) -> bool:
             return bool(receiver.recvfrom(64)[1][0] == source)
         except TimeoutError:
             return False
+
+
+# ------------------------------------------------------------------ nodes with rules of their own
+
+STATEFUL = """
+table inet state {{
+    chain forward {{ type filter hook forward priority 0; policy {policy}; ct state established accept; }}
+}}
+"""
+
+
+@contextmanager
+def stateful(pool: Pool, policies: dict[str, str]) -> Iterator[None]:
+    """Give nodes rules that let established connections pass, and others by a policy."""
+    try:
+        for node, policy in policies.items():
+            pool.run_in(node, "nft", STATEFUL.format(policy=policy))
+        yield
+    finally:
+        for node in policies:
+            pool.run_in(node, "nft", "add table inet state; delete table inet state")
+
+
+def echoes(connection: socket.socket, word: str, *, within_s: float = 10.0) -> bool:
+    """Return whether the guest answers over an open connection."""
+    connection.settimeout(within_s)
+    try:
+        connection.sendall(f"{word}\n".encode())
+        answer = b""
+        while word.encode() not in answer and (some := connection.recv(4096)):
+            answer += some
+    except TimeoutError:
+        return False
+    return word.encode() in answer
+
+
+def connects(pool: Pool, address: str) -> bool:
+    with socket_in(pool.topology, socket.SOCK_STREAM) as connection:
+        connection.settimeout(2.0)
+        try:
+            connection.connect((address, ECHO_PORT))
+        except TimeoutError:
+            return False
+        return True
+
+
+def test_established_connections_pass_the_targets_stateful_rules(pool: Pool) -> None:
+    """Though no packet of theirs was ever seen there. Both ends are quiet while the EVM moves: nothing that they say
+    makes the target's node guess at a connection."""
+    with an_evm(pool) as evm:
+        address = evm.guest().address
+        tcp, udp = socket_in(pool.topology, socket.SOCK_STREAM), socket_in(pool.topology, socket.SOCK_DGRAM)
+        with tcp, udp, stateful(pool, {"n1": "accept", "n2": "drop"}):
+            for each in (tcp, udp):
+                each.settimeout(5.0)
+                each.connect((address, ECHO_PORT))
+                assert echoes(each, "before")
+            moved = evm.end_of(evm.begin("n2"))
+            assert moved.report.connections_carried is not None
+            assert moved.report.connections_carried >= 2
+            assert not connects(pool, address), "the rules of n2 let nothing new in"
+            for each in (tcp, udp):
+                assert echoes(each, "after")
+            pool.run_in("n2", "python3", "-c", FORGET, address)
+            for each in (udp, tcp):
+                assert not echoes(each, "forgotten", within_s=1.5), "without what was carried they are dropped"
+        is_only_at(evm, "n2")
+
+
+FORGET = f"""
+import sys
+sys.path[:] = {[*filter(None, sys.path)]!r}
+from emp.host import conntrack
+conntrack.remove(conntrack.read(sys.argv[1:]))
+"""
 
 
 # ------------------------------------------------------------------ what the cloud refuses

@@ -183,8 +183,7 @@ class Addresses:
         word."""
         async with self._lock:
             self._allowed = set(addresses)
-            learnt = self.learnt
-            usable = frozenset((*self._declared, *(one.address for one in learnt)))
+            usable = self.usable
             before = self._applied
             if usable == before:
                 return False
@@ -202,6 +201,11 @@ class Addresses:
 
     def _keep(self) -> None:
         self._files.put(self._evm, Seen(learnt=self.learnt, before=self._before))
+
+    @property
+    def usable(self) -> frozenset[str]:
+        """Every address that the EVM may use now."""
+        return frozenset((*self._declared, *(one.address for one in self.learnt)))
 
     def behind(self, nic: int) -> list[tuple[str, str]]:
         """Return every usable (MAC, IP) that is reached through a NIC: its own first, then pods', then learnt ones."""

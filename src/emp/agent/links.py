@@ -16,6 +16,7 @@ failed     target -> source  reason
 aborted    source -> target
 health     both              a question, then back with ``emp.agent.health``'s answer
 addresses  source -> target  learnt: what the EVM may use beside what it declares; on each link, and when that changes
+tracked    source -> target  connections: what this node's connection tracking knows of the EVM's connections
 traffic    source -> target  counted: what went over the EVM's taps until it was given away; behind go
 =========  ================  ==========================================================
 

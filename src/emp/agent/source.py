@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembly
+from emp.agent.connections import Teller
 from emp.agent.forwarding import DialFrames, Forwarder
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink, measure_clock
@@ -87,6 +88,8 @@ class SourceRole(Role[Source]):
         self._watchdog = Watchdog(policy, self._ask_target)
         self._peer = PeerLink(self.feed, journal, self._watchdog.told)
         self._forwarder = self._new_forwarder(policy, dial_frames)
+        self._connections = Teller(assembly.addresses, self._peer.send) if assembly is not None else None
+        self._tracking: asyncio.Task[None] | None = None
         self._max_blackout_ms = policy.max_blackout_ms
         self._limit_ms = policy.max_blackout_ms
 
@@ -174,6 +177,14 @@ class SourceRole(Role[Source]):
             learnt = [one.model_dump() for one in self.assembly.addresses.learnt]
             await self._peer.send({"type": "addresses", "learnt": learnt})
 
+    async def _tell_connections(self) -> None:
+        """The guest has stopped: what has changed since the last look."""
+        if self._tracking is not None:
+            self._tracking.cancel()
+        if self._connections is not None:
+            await self._connections.tell()
+            self.measured(connections_carried=self._connections.count)
+
     async def _send_traffic(self) -> None:
         """For the counters alone: it follows GO, and is lost with the link."""
         if self.assembly is not None:
@@ -184,6 +195,8 @@ class SourceRole(Role[Source]):
     async def _speak(self) -> None:
         """Say over a new link at once what would be said at the next repeat."""
         if not self.state.committed:
+            if self._connections is not None:
+                self._connections.again()
             await self._send_addresses()
         match self.state.phase:
             case SourcePhase.GIVEN:
@@ -214,6 +227,7 @@ class SourceRole(Role[Source]):
                 if self._forwarder is not None:
                     self._forwarder.stopped()
                 self.measured(stopped_at_s=event.at_s)
+                self.spawn(self._tell_connections())
             case MachineEventKind.RESUMED:
                 self.measured(resumed_at_s=event.at_s)
                 self.feed(events.GuestRuns())
@@ -399,6 +413,8 @@ class SourceRole(Role[Source]):
         self._watchdog.begin()
         if self._forwarder is not None:
             self._forwarder.watch()
+        if self._connections is not None:
+            self._tracking = self.spawn(self._connections.keep_telling())
         self.measured(precopy_began_at_s=_now_s())
         guard_s = policy.blackout_deadline_s + policy.guard_margin_s  # so that it acts only when this agent does not
         try:
@@ -484,6 +500,8 @@ class SourceRole(Role[Source]):
         if self._forwarder is not None and self.state.phase is SourcePhase.DISMANTLING:
             await self._forwarder.until_moved()
             self._count_frames(self._forwarder)
+            if self._connections is not None:
+                await self._connections.forget()
         await self.dismantled(self.assembly)
         self.feed(events.MachineGone())
 
@@ -492,8 +510,9 @@ class SourceRole(Role[Source]):
             self.measured(given_at_s=_now_s())
 
     async def ended(self) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
+        for task in (self._telling, self._tracking):
+            if task is not None:
+                task.cancel()
         await self._on_end(self)
         if self._forwarder is not None:  # of an EVM that was lost here; else it has ended before
             await self._forwarder.close()

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pydantic import ValidationError
 
 from emp.agent.assembly import Assembler, Assembly
+from emp.agent.connections import Taker
 from emp.agent.devices import MakeProbe
 from emp.agent.forwarding import ANNOUNCED_S, Arrivals
 from emp.agent.health import Health
@@ -71,6 +72,7 @@ class TargetRole(Role[Target]):
         self._on_end = on_end
         self._probe = probe
         self._arrivals: Arrivals | None = None
+        self._connections: Taker | None = None
         self._health: Health | None = None
         self._peer = PeerLink(self.feed, journal, self._told)
 
@@ -130,6 +132,9 @@ class TargetRole(Role[Target]):
                     self.spawn(self._peer.send(self._health_of(self.assembly).asked()))
                 case {"type": "addresses", "learnt": [*learnt]} if prepared:
                     self.spawn(addresses.take([LearntAddress.model_validate(one) for one in learnt]))
+                case {"type": "tracked", "connections": [*tracked]} if not self.phase.final:
+                    self._connections = self._connections or Taker(addresses)
+                    self.spawn(self._connections.take(tracked))
                 case {"type": "traffic", "counted": counted}:
                     addresses.came_with(Traffic.model_validate(counted))
         except ValidationError as error:
@@ -301,6 +306,8 @@ class TargetRole(Role[Target]):
         self.measured(announced_at_s=time.time())
 
     async def _kill(self) -> None:
+        if self._connections is not None:
+            await self._connections.forget()
         await self.dismantled(self.assembly)
         self.feed(events.MachineGone())
 

@@ -50,6 +50,8 @@ def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
     if report.frames_forwarded is not None:
         held = report.frames_held or 0
         lines.append(f"frames for the EVM: {held} held on the source, {report.frames_forwarded} forwarded in all")
+    if report.connections_carried:
+        lines.append(f"tracked connections: {report.connections_carried} made known to the target")
     if report.addresses is not None:
         lines.append(address_line(report.addresses))
     lines += volume_lines(report.volumes)

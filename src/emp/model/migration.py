@@ -197,6 +197,8 @@ class Report(Model):
     """came for the EVM between its stop on the source and the news that it runs on the target"""
     frames_forwarded: int | None = None
     """sent on from the source to the target in all"""
+    connections_carried: int | None = None
+    """known to the source's connection tracking, and so to the target's; 0: nothing there asks for their state"""
     commit_ms: float | None = None
     """from GIVEN on the source's disk to the target's running guest"""
     volumes: tuple[VolumeMove, ...] = ()

@@ -281,6 +281,8 @@ class RoleFigures(Model):
     """source: came for the EVM between its stop here and the news that it runs on the target"""
     frames_forwarded: int | None = None
     """source: sent on to the target in all"""
+    connections_carried: int | None = None
+    """source: of the EVM's connections that this node's connection tracking knew, told to the target"""
     clock_offset_ms: float | None = None
     """source: target's clock less the source's, as the link measured it"""
     clock_error_ms: float | None = None
