@@ -20,7 +20,7 @@ from emp.lab.state import LabFiles, LabState
 from emp.model.api import EvmCreate
 from emp.model.errors import HostError
 from emp.model.migration import Migration, Outcome
-from emp.network.l2 import interface_name
+from emp.network.tap_driver import interface_name
 
 NODES = ("n1", "n2")
 MEMORY_BYTES = 512 << 20

@@ -35,7 +35,7 @@ from emp.lab.topology import CTL, VOL
 from emp.lab.up import Options, up
 from emp.model.errors import Conflict, EmpError, NotFound
 from emp.model.migration import Migration
-from emp.network.l2 import interface_name
+from emp.network.tap_driver import interface_name
 from tests.fault.mount import Mount
 from tests.lab.conftest import Pool
 from tests.lab.pool import Subject

@@ -28,7 +28,7 @@ from emp.model.errors import EmpError, NotFound
 from emp.model.evm import Evm, EvmSpec, EvmState
 from emp.model.migration import Migration, Outcome, Stage
 from emp.model.volume import Volume
-from emp.network.l2 import interface_name
+from emp.network.tap_driver import interface_name
 from tests.lab.conftest import Pool
 
 T = TypeVar("T")

@@ -4,51 +4,26 @@ One bridge per node joins the uplink and a tap per NIC. A port is blocked by its
 in some 0.05 ms and without touching another port. A blocked tap has carrier and takes frames that are put on it
 directly, past the bridge: they wait in its queue until the machine reads.
 
-Nothing is kept in a file: the tap's name says which interfaces are ours, its alias which EVM and NIC it is for, its
-flags whether it is open.
+Nothing is kept in a file: a tap's flags say whether it is open.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import socket
 from collections.abc import Collection, Mapping, Sequence
 
 from emp.host import netlink, packet, tap
 from emp.host.link_stats import mtu_bytes
-from emp.host.netlink import Link, Netlink
-from emp.model.errors import EmpError, HostError
+from emp.host.netlink import Link
+from emp.model.errors import HostError
 from emp.model.evm import EvmSpec
 from emp.network import guard
 from emp.network.base import Port
+from emp.network.tap_driver import TapDriver, alias, interface_name, macs_of
 from emp.network.tap_port import TapPort, readable
 from emp.network.uplink import Overlay, Vxlan, vlan_of
-
-_PREFIX = "emp"
-_ALIAS = "emp-evm"
-
-
-def interface_name(evm: str, nic: int) -> str:
-    """Return the tap's name: at most 15 characters, the same on every node."""
-    return f"{_PREFIX}{hashlib.sha256(evm.encode()).hexdigest()[:8]}n{nic}"
-
-
-def alias(evm: str, nic: int) -> str:
-    return f"{_ALIAS} {evm} {nic}"
-
-
-def macs_of(spec: EvmSpec) -> frozenset[str]:
-    """Whichever card of the guest a pod is behind, the MAC is the EVM's own."""
-    return frozenset(mac for mac, _ in spec.addresses)
-
-
-def _evm_of(link: Link) -> str | None:
-    match (link.alias or "").split():
-        case [mark, evm, nic] if mark == _ALIAS and nic.isdigit() and link.name == interface_name(evm, int(nic)):
-            return evm
-    return None
 
 
 class L2Port(TapPort):
@@ -107,11 +82,10 @@ class L2Port(TapPort):
             self._arrivals = None
 
 
-class L2Driver:
+class L2Driver(TapDriver):
     """Ports on one bridge of this network namespace; see ``emp.network.base.NetworkDriver``.
 
     ``uplink`` must exist and carry no address of its own (the bridge may); the bridge is made if it is missing.
-    ``txqueuelen``: frames that a tap holds for a machine that does not read.
     """
 
     def __init__(
@@ -124,12 +98,11 @@ class L2Driver:
         txqueuelen: int = 10_000,
     ) -> None:
         """``vlan``, ``vxlan``: what of the uplink is joined, if not all of it."""
+        super().__init__(txqueuelen=txqueuelen)
         self._bridge = bridge
         self._card = uplink
         self._uplink = uplink
         self._vlan = vlan
-        self._txqueuelen = txqueuelen
-        self._links = Netlink()
         self._overlay = Overlay(self._links, vxlan) if vxlan is not None else None
 
     async def start(self) -> None:
@@ -190,22 +163,6 @@ class L2Driver:
             )
         await self._links.set_link(uplink.index, master=bridge.index)
 
-    async def close(self) -> None:
-        """Let go of the netlink socket; ports and bridge stay as they are. Idempotent."""
-        await self._links.close()
-
-    async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:
-        await self.remove(spec.name)
-        ports: list[Port] = []
-        try:
-            for number in range(len(spec.nics)):
-                ports.append(await self._plug(spec, number))
-        except BaseException:
-            for port in ports:
-                await port.remove()
-            raise
-        return tuple(ports)
-
     def _port(self, spec: EvmSpec, number: int, index: int, descriptor: int) -> Port:
         return L2Port(interface_name(spec.name, number), index, descriptor, macs=macs_of(spec), uplink=self._uplink)
 
@@ -234,41 +191,8 @@ class L2Driver:
             raise
         return port
 
-    async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[Port, ...]:
-        """See ``NetworkDriver``. The descriptors may come in any order; raise ``HostError`` if they are not exactly the
-        EVM's taps. They are closed then: ownership has passed."""
-        try:
-            held = {tap.tap_interface(descriptor): descriptor for descriptor in tap_fds}
-            wanted = [interface_name(spec.name, number) for number in range(len(spec.nics))]
-            if sorted(held) != sorted(wanted) or len(held) != len(tap_fds):
-                raise HostError(f"{spec.name} holds the taps {sorted(held)}, not {wanted}")
-            indices = [(await self._tap_link(interface)).index for interface in wanted]
-        except EmpError:
-            for descriptor in tap_fds:
-                os.close(descriptor)
-            raise
-        return tuple(
-            self._port(spec, number, index, held[name])
-            for number, (name, index) in enumerate(zip(wanted, indices, strict=True))
-        )
-
-    async def leftovers(self) -> frozenset[str]:
-        return frozenset(evm for link in await self._links.links() if (evm := _evm_of(link)))
-
-    async def remove(self, evm: str) -> None:
-        for link in await self._links.links():
-            if _evm_of(link) == evm:
-                await netlink.delete_link(link.index)
-                await guard.remove(link.name)
-
     async def _bridge_link(self) -> Link:
         bridge = await self._links.link(self._bridge)
         if bridge is None:
             raise HostError(f"the bridge {self._bridge} is gone", hint="restart the agent: it makes the bridge again")
         return bridge
-
-    async def _tap_link(self, interface: str) -> Link:
-        link = await self._links.link(interface)
-        if link is None:
-            raise HostError(f"the tap {interface} is not in this network namespace")
-        return link

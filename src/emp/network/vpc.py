@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from ipaddress import ip_address
 
 from emp.host import netlink, routes, tap
@@ -24,13 +24,11 @@ from emp.model.errors import HostError, Refused
 from emp.model.evm import EvmSpec
 from emp.network import guard
 from emp.network.base import Port
-from emp.network.l2 import L2Driver, alias, interface_name, macs_of
+from emp.network.tap_driver import TapDriver, alias, interface_name, macs_of
 from emp.network.tap_port import TapPort
 
 GATEWAY_MAC = "02:65:6d:70:00:01"
 """of every tap on every node: locally administered, then "emp" """
-
-
 _RULES = 7701
 """priorities from here on; any before the main table's 32766 will do"""
 
@@ -71,14 +69,17 @@ class VpcPort(TapPort):
         routes.remove_routes(self._index, self._addresses)
 
 
-class VpcDriver(L2Driver):
+class VpcDriver(TapDriver):
     """Ports that are routed to; see ``emp.network.base.NetworkDriver``. ``uplink`` has the node's own address.
 
-    Taps are made, found again and taken away as by ``l2``; there is no bridge.
+    ``txqueuelen``: frames that a tap holds for a machine that does not read.
     """
 
+    is_overlay = False
+
     def __init__(self, *, uplink: str, txqueuelen: int = 10_000) -> None:
-        super().__init__(bridge="", uplink=uplink, txqueuelen=txqueuelen)
+        super().__init__(txqueuelen=txqueuelen)
+        self._uplink = uplink
 
     async def start(self) -> None:
         await self._links.connect()
@@ -103,6 +104,9 @@ class VpcDriver(L2Driver):
     @property
     def mtu_bytes(self) -> int:
         return mtu_bytes(self._uplink)
+
+    async def place(self, macs: Mapping[str, str]) -> None:
+        """Nothing to do: the cloud knows."""
 
     async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:
         """See ``NetworkDriver``. Raise ``Refused`` for an IPv6 address: this driver does not route them."""

@@ -19,7 +19,7 @@ from emp.lab.topology import VOL, Place
 from emp.migration.records import RUNNABLE, SETTLED, Record
 from emp.model.errors import EmpError
 from emp.model.evm import EvmState
-from emp.network.l2 import interface_name
+from emp.network.tap_driver import interface_name
 
 
 def check(files: LabFiles, client: Client, evm: str) -> list[str]:
