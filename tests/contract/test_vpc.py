@@ -315,3 +315,17 @@ async def test_opening_a_hundred_addresses_is_fast_enough_for_the_blackout(segme
     print(f"open: least {min(took_ms):.2f} ms, worst {max(took_ms):.2f} ms")
     assert min(took_ms) < 10
     await port.close()
+
+
+async def test_an_address_that_nobody_declared_is_not_learnt_as_nobody_could_reach_it(
+    segment: Segment, driver: VpcDriver
+) -> None:
+    (port,) = await driver.plug(spec())
+    await port.open()
+    said: list[tuple[str, str]] = []
+    port.listen(lambda mac, address: said.append((mac, address)))
+    spoofed = port.traffic().spoofed_frames
+    guest_sends(port.tap_fd, arp(MAC, "10.77.1.99", CLIENT))
+    segment.settle()
+    assert said == []
+    assert port.traffic().spoofed_frames == spoofed + 1

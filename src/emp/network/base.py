@@ -46,7 +46,7 @@ class Port(Protocol):
 
     def listen(self, heard: Callable[[str, str], None]) -> None:
         """Call ``heard`` with each (MAC, IP) that the guest is seen to speak for, allowed or not, until ``close`` or
-        ``remove``. Raise ``HostError`` where the tap is gone."""
+        ``remove``; never where only declared addresses can be reached. Raise ``HostError`` where the tap is gone."""
         ...
 
     @property

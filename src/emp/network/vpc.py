@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from ipaddress import ip_address
 
 from emp.host import netlink, routes, tap
@@ -53,6 +53,9 @@ class VpcPort(TapPort):
 
     async def announce(self, addresses: Sequence[tuple[str, str]]) -> None:
         """Nobody is to be told: the cloud routes by its own table."""
+
+    def listen(self, heard: Callable[[str, str], None]) -> None:
+        """Nobody is to hear: what is sent to an address that a guest took by itself, the cloud brings nowhere."""
 
     def stopped(self) -> None:
         self._elsewhere.clear()
