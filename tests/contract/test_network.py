@@ -8,7 +8,6 @@ import os
 import statistics
 import time
 from collections.abc import AsyncIterator
-from uuid import UUID
 
 import pytest
 
@@ -17,6 +16,7 @@ from emp.model.errors import HostError
 from emp.model.evm import EvmSpec, Nic, Pod
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
+from tests.fakes.values import a_spec
 from tests.frames import arp
 from tests.segment import Segment, arp_fields, frame, guest_receives, guest_sends, put_on_wire
 
@@ -26,15 +26,8 @@ CLIENT = "02:00:00:00:00:fe"
 
 
 def spec(name: str = "web", nics: int = 1, pods: int = 1) -> EvmSpec:
-    return EvmSpec(
-        name=name,
-        uuid=UUID(int=1),
-        memory_bytes=1 << 28,
-        vcpus=1,
-        image="micro",
-        image_digest="",
-        machine="pc-q35-10.0",
-        cpu_model="qemu64",
+    return a_spec(
+        name,
         nics=tuple(
             Nic(mac=f"52:54:00:00:00:{n:02x}", address=f"10.77.1.{n}", prefix_length=16) for n in range(1, nics + 1)
         ),

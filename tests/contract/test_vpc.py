@@ -9,13 +9,13 @@ import struct
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
-from uuid import UUID
 
 import pytest
 
 from emp.model.errors import HostError, Refused
 from emp.model.evm import EvmSpec, Nic, Pod
 from emp.network.vpc import GATEWAY_MAC, VpcDriver
+from tests.fakes.values import a_spec
 from tests.segment import Segment, arp_fields, guest_receives, guest_sends, mac_bytes, put_on_wire
 
 NODE, OTHER_NODE, CLIENT = "10.77.0.11", "10.77.0.12", "10.77.0.4"
@@ -27,15 +27,8 @@ PORT = 4000
 
 
 def spec(name: str = "web", *, pods: int = 1) -> EvmSpec:
-    return EvmSpec(
-        name=name,
-        uuid=UUID(int=1),
-        memory_bytes=1 << 28,
-        vcpus=1,
-        image="micro",
-        image_digest="",
-        machine="pc-q35-10.0",
-        cpu_model="qemu64",
+    return a_spec(
+        name,
         nics=(Nic(mac=MAC, address=ADDRESS, prefix_length=16),),
         pods=tuple(
             Pod(name=f"p{n}", mac=f"02:00:0a:4d:02:{n:02x}", address=f"10.77.2.{n}", prefix_length=16)

@@ -10,28 +10,20 @@ import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from uuid import UUID
 
 import pytest
 
 from emp.host.processes import Process, spawn, take_descriptor
 from emp.host.tap import find_taps
 from emp.model.errors import HostError
-from emp.model.evm import EvmSpec, Nic
+from emp.model.evm import Nic
 from emp.network.l2 import L2Driver
+from tests.fakes.values import a_spec
 from tests.segment import Segment
 
 MAC = "52:54:00:00:00:01"
 ARP, RARP = b"\x08\x06", b"\x80\x35"
-SPEC = EvmSpec(
-    name="web",
-    uuid=UUID(int=1),
-    memory_bytes=64 << 20,
-    vcpus=1,
-    image="micro",
-    image_digest="",
-    machine="pc-q35-10.0",
-    cpu_model="qemu64",
+SPEC = a_spec(
     nics=(Nic(mac=MAC, address="10.77.1.1", prefix_length=16),),
 )
 

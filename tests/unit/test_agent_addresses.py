@@ -6,25 +6,17 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import pytest
 
 from emp.agent.addresses import ASK_S, FORGET_S, MOST, Addresses, Seen, SeenFiles
 from emp.model.errors import HostError
-from emp.model.evm import EvmSpec, Nic, Pod
+from emp.model.evm import Nic, Pod
 from emp.model.network import LearntAddress, Traffic
+from tests.fakes.values import a_spec
 
 NIC, POD, STRANGER = "52:54:00:00:00:01", "52:54:00:00:01:01", "52:54:00:00:00:99"
-SPEC = EvmSpec(
-    name="web",
-    uuid=UUID(int=1),
-    memory_bytes=1 << 28,
-    vcpus=1,
-    image="micro",
-    image_digest="",
-    machine="pc-q35-10.0",
-    cpu_model="qemu64",
+SPEC = a_spec(
     nics=(
         Nic(mac=NIC, address="10.77.1.1", prefix_length=16),
         Nic(mac="52:54:00:00:00:02", address="10.78.1.2", prefix_length=24),
