@@ -17,6 +17,7 @@ from emp.hypervisor.base import (
     Machine,
     MachineEventKind,
     MachineGone,
+    NoGuestAgent,
     ProcessId,
     RunState,
     StreamLimits,
@@ -140,6 +141,15 @@ class TestRunning:
         await until(events, is_kind(KIND.GUEST_PANICKED))
         await until(events, is_kind(KIND.STOPPED))
         assert await machine.run_state() is RunState.GUEST_PANICKED
+        await machine.kill()
+
+    async def test_a_guest_without_an_agent_is_said_to_have_none_and_goes_on(self, nodes: AnyBench) -> None:
+        machine = await nodes.booted()
+        for _ in range(2):  # what the first was to ask is still at the guest's port
+            with pytest.raises(NoGuestAgent, match="no agent in the guest answers"):
+                await machine.set_clock()
+        async with nodes.console(machine) as guest:
+            assert await guest.ask() == "0"
         await machine.kill()
 
     async def test_gives_copies_of_its_taps(self, nodes: AnyBench) -> None:

@@ -76,6 +76,9 @@ class Fabric:
     def watch_stream(self, qemu: FakeQemu) -> None:
         """Its stream's status has changed."""
 
+    def watch_clock(self, qemu: FakeQemu) -> None:
+        """Its guest's clock is to be measured and set."""
+
     # -- tools
 
     def next_pid(self) -> int:

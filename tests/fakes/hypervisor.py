@@ -18,6 +18,7 @@ from emp.hypervisor.base import (
     MachineEvent,
     MachineEventKind,
     MachineGone,
+    NoGuestAgent,
     ProcessId,
     RunState,
     StreamInfo,
@@ -26,6 +27,7 @@ from emp.hypervisor.base import (
 )
 from emp.hypervisor.qemu.disks import check_device, check_slot
 from emp.hypervisor.qemu.stream import rate_parameters
+from emp.model.clock import GuestClock
 from emp.model.errors import BadInput, Conflict, HypervisorError, OutcomeUnknown
 from emp.model.evm import EvmSpec
 from tests.fakes.fabric import Fabric
@@ -193,6 +195,17 @@ class FakeMachine:
             self.qemu.deaf = True
             await self._fabric.look()
         self.qemu.deaf = False
+
+    async def set_clock(self) -> GuestClock:
+        """Takes no time, and is no moment of a seed's run: nothing depends on it."""
+        if not self.qemu.alive:
+            raise self._gone()
+        self._fabric.watch_clock(self.qemu)
+        found_ms = self.qemu.clock_ms
+        if found_ms is None or not self.qemu.executing:
+            raise NoGuestAgent("no agent in the guest answers")
+        self.qemu.clock_ms = max(0.0, found_ms)
+        return GuestClock(found_ms=found_ms, now_ms=self.qemu.clock_ms, error_ms=0.0, is_set=found_ms < 0)
 
     async def tap_fds(self) -> tuple[int, ...]:
         if not self.qemu.alive:

@@ -75,6 +75,8 @@ class FakeQemu:
         self.channels = 2
         self.guard_s: dict[StreamStatus, float] = {}
         """how long its guard process lets a stream stay where (rule R12)"""
+        self.clock_ms: float | None = None
+        """its guest's clock less its node's, as its agent says; None: it has none"""
         self.left_in_socket: list[Callable[[], object]] = []
         self._listeners: list[Callable[[MachineEvent], None]] = []
         self._since: float | None = None

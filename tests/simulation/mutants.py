@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from emp.agent import adoption
+from emp.agent import adoption, guest_clock
+from emp.agent.residents import Resident, Residents
 from emp.controller.boot import Boot
 from emp.migration import source, target, way_back
 from emp.migration.events import AbortAsked, Event, SendGo, StreamMoved, TargetLoaded, Timer, TimerFired, WriteRecord
@@ -117,3 +118,16 @@ def withdraw_without_killing() -> None:
         return withdrawing, (WriteRecord(withdrawing.record(RecordKind.WITHDRAWN)),)
 
     way_back.target_withdraws = withdraws
+
+
+@mutant
+def clock_set_while_it_leaves() -> None:
+    """A guest's clock is looked at whatever else is being done to it."""
+    module: Any = guest_clock
+    right = module.set_right
+
+    def leave(self: Residents, resident: Resident) -> None:
+        resident.clock = None
+
+    Residents.leave_clock = leave  # type: ignore[method-assign]
+    module.set_right = lambda machine, may_go_on, told: right(machine, lambda: True, told)

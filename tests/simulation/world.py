@@ -267,6 +267,10 @@ class SimFabric(Fabric):
             self.world.violated(f"{qemu.node} overwrites acknowledged writes of {volume}: {old} by {new}")
         self.world.acknowledged[volume] = new
 
+    def watch_clock(self, qemu: FakeQemu) -> None:
+        if qemu.status in (StreamStatus.SETUP, StreamStatus.ACTIVE, StreamStatus.PRE_SWITCHOVER, StreamStatus.DEVICE):
+            self.world.violated(f"the clock of {qemu.spec.name} was to be set while it leaves {qemu.node}")
+
     def watch_stream(self, qemu: FakeQemu) -> None:
         world, track = self.world, self.world.track
         world.note(f"stream of {qemu.spec.name} at {qemu.node}: {qemu.status}")

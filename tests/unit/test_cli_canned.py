@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
+from emp.model.clock import GuestClock
 from emp.model.evm import Evm, EvmSpec, EvmState, Nic, Pod
 from emp.model.migration import (
     Check,
@@ -47,6 +48,7 @@ ON_THE_WIRE = EvmNetwork(
     refused=(LearntAddress(mac="52:54:00:00:00:01", address="10.77.0.2"),),
     traffic=Traffic(received_frames=7, received_bytes=2048, sent_frames=5, dropped_frames=3, spoofed_frames=2),
 )
+CLOCK = GuestClock(found_ms=-26.9, now_ms=0.4, error_ms=0.8, is_set=True, at_s=1_700_000_000.0)
 VOL = Volume(
     id="vol-1", type=VolumeType.IO2, size_bytes=1 << 30, serial="s1", evm="web",
     attachments=(

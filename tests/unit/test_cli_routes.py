@@ -12,7 +12,7 @@ from emp.model.errors import BadInput, Conflict, NotFound
 from emp.model.evm import EvmState
 from emp.model.migration import MigrationRequest
 from emp.model.node import Fence
-from tests.unit.test_cli_canned import ABORTED, ON_THE_WIRE, SHARED, VOL, WEB
+from tests.unit.test_cli_canned import ABORTED, CLOCK, ON_THE_WIRE, SHARED, VOL, WEB
 
 if TYPE_CHECKING:
     from tests.unit.test_cli_pool import Controller
@@ -77,6 +77,11 @@ def routes(pool: Controller) -> None:
     def network(name: str) -> Any:
         _get(pool.evms, name, "evm")
         return ON_THE_WIRE
+
+    @app.get("/v1/evms/{name}/clock")
+    def clock(name: str) -> Any:
+        _get(pool.evms, name, "evm")
+        return CLOCK
 
     @app.post("/v1/evms", status_code=201)
     def create(request: dict[str, Any]) -> Any:

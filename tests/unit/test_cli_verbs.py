@@ -15,6 +15,7 @@ from emp.model.migration import Check
 from emp.model.volume import Volume
 from tests.unit.test_cli_canned import (
     ABORTED,
+    CLOCK,
     COMPLETED,
     ID,
     MOVED,
@@ -42,13 +43,14 @@ def emp(capsys: pytest.CaptureFixture[str]) -> Emp:
     return in_process(capsys)
 
 
+BEHIND = "was 27 ms behind, set; now within 1.2 ms of its node's"
 ON_WIRE = ["10.77.9.9", "10.77.0.2", "not this EVM's", "received 7 frames, 2 KiB", "3 frames", "2 frames"]
 # (arguments, words of the text, what --json prints)
 READ: dict[str, tuple[str, list[str], Any]] = {
     "node list": ("node list", ["n1", "ready", "10.77.0.11", "4 GiB", "512 MiB"], [N1]),
     "node show": ("node show n1", ["10.77.0.11:7702", "10.0.2 (tcg)", "web (running)"], N1),
     "evm list": ("evm list", ["web", "running", "n1", "10.77.1.1", "512 MiB"], [WEB]),
-    "evm show": ("evm show web", ["10.77.1.2/16", "shop", "vol-1", "pc-q35-10.0", "epoch 7", *ON_WIRE], WEB),
+    "evm show": ("evm show web", ["10.77.1.2/16", "shop", "vol-1", "pc-q35-10.0", "epoch 7", *ON_WIRE, BEHIND], WEB),
     "evm start": ("evm start web --node n1", ["EVM web runs on n1"], WEB),
     "evm recover": ("evm recover web --node n1", ["EVM web runs on n1"], WEB),
     "evm stop": ("evm stop web --grace 0", ["EVM web is running"], WEB),
@@ -86,7 +88,7 @@ def test_a_verb_prints_the_model_as_json(pool: Controller, emp: Emp, verb: str) 
     else:
         wanted = model.model_dump(mode="json")
     if verb == "evm show":  # beside its record
-        wanted["network"] = ON_THE_WIRE.model_dump(mode="json")
+        wanted |= {"network": ON_THE_WIRE.model_dump(mode="json"), "clock": CLOCK.model_dump(mode="json")}
     assert (code, json.loads(out), err) == (0, wanted, "")
 
 

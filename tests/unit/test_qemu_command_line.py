@@ -52,7 +52,11 @@ PLAN = LaunchPlan(
     incoming=False,
 )
 FDS = Descriptors(
-    directory=10, kernel=11, initrd=12, sockets={"control": 13, "cancel": 14, "guard": 15, "console": 16}, taps=(20, 21)
+    directory=10,
+    kernel=11,
+    initrd=12,
+    sockets={"control": 13, "cancel": 14, "guard": 15, "console": 16, "qga": 17},
+    taps=(20, 21),
 )
 
 GOLDEN = """\
@@ -83,7 +87,9 @@ GOLDEN = """\
 -chardev socket,id=guard,fd=15,server=on,wait=off
 -mon chardev=guard,mode=control
 -chardev socket,id=console,fd=16,server=on,wait=off
+-chardev socket,id=qga,fd=17,server=on,wait=off
 -device {"driver":"isa-serial","id":"serial0","chardev":"console"}
+-device {"driver":"isa-serial","id":"serial1","chardev":"qga","index":1}
 -device {"driver":"pvpanic","id":"panic0"}
 -netdev {"type":"tap","id":"net0","fd":"20","vhost":false}
 -device {"driver":"virtio-net-pci","id":"nic0","bus":"pci.0","addr":"0x4","disable-legacy":"on","netdev":"net0","mac":"52:54:00:00:00:01","romfile":"","guest_ufo":false,"host_ufo":false,"guest_uso4":false,"guest_uso6":false,"host_uso":false}
@@ -121,7 +127,11 @@ def test_what_the_guest_sees_does_not_depend_on_the_node() -> None:
         volumes=(device("vol-a", "10.0.0.77"), device("vol-b", "10.0.0.77")),
     )
     other = Descriptors(
-        directory=30, kernel=31, initrd=32, sockets={"control": 4, "cancel": 5, "guard": 6, "console": 9}, taps=(7, 8)
+        directory=30,
+        kernel=31,
+        initrd=32,
+        sockets={"control": 4, "cancel": 5, "guard": 6, "console": 9, "qga": 12},
+        taps=(7, 8),
     )
     here, there = argv(PLAN), argv(elsewhere, fds=other, accelerator="kvm")
     for guest_facing in ("-device", "-machine", "-cpu", "-smp", "-m", "-uuid", "-append"):

@@ -247,6 +247,7 @@ class Migrations:
             self._residents.shelf.put(resident.entry.model_copy(update={"peer": order.target}))
             began = self._source_role(state, order, order.target)
             self._remember(began)  # so that an abort finds it while the link is being opened
+            self._residents.leave_clock(resident)
             try:
                 await began.start()
             except BaseException:

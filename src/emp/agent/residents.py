@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from emp.agent import guest_clock
 from emp.agent.assembly import Assembler, Assembly
 from emp.agent.journal import Journal
 from emp.agent.plugs import change_volumes
@@ -21,6 +22,7 @@ from emp.agent.source import SourceRole
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState
 from emp.migration import admission
 from emp.migration.records import OWNING, RUNNABLE, Record, RecordKind
+from emp.model.clock import GuestClock
 from emp.model.errors import Conflict, EmpError, HostError, NotFound, OutcomeUnknown, Refused, StaleEpoch, Unavailable
 from emp.model.evm import EvmState
 from emp.model.names import format_size
@@ -45,12 +47,19 @@ class Resident:
     role: SourceRole | None = None
     """while it is being migrated away"""
     follower: asyncio.Task[None] | None = None
+    clock: GuestClock | None = None
+    """as it was found since the guest last began to run here"""
+    clock_setter: asyncio.Task[None] | None = None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """orders about this EVM, one at a time (rule R1)"""
 
     @property
     def name(self) -> str:
         return self.entry.spec.name
+
+    @property
+    def is_migrating(self) -> bool:
+        return self.role is not None and not self.role.phase.final
 
 
 class Residents:
@@ -79,7 +88,7 @@ class Residents:
 
     def report(self, resident: Resident) -> EvmReport:
         last = self.journal.last(resident.name)
-        migrating = resident.role is not None and not resident.role.phase.final
+        migrating = resident.is_migrating
         addresses = resident.assembly.addresses if resident.assembly else None
         traffic = mtu_bytes = None
         if addresses is not None and resident.assembly is not None:
@@ -97,6 +106,7 @@ class Residents:
             asked=addresses.asked if addresses else (),
             traffic=traffic,
             mtu_bytes=mtu_bytes,
+            clock=resident.clock,
         )
 
     def allow(self, allowed: Mapping[str, Collection[str]]) -> None:
@@ -249,7 +259,7 @@ class Residents:
 
     @staticmethod
     def _check_not_migrating(resident: Resident) -> None:
-        if resident.role is not None and not resident.role.phase.final:
+        if resident.role is not None and resident.is_migrating:
             raise Conflict(
                 f"EVM {resident.name!r} is being migrated ({resident.role.state.migration})",
                 field="evm",
@@ -295,6 +305,7 @@ class Residents:
             follow = self._follow(resident, resident.assembly.machine.events())
             resident.follower = asyncio.create_task(follow, name=f"resident {resident.name}")
             resident.assembly.addresses.tell = self.changed.notify
+        self._set_clock(resident)
         self.changed.notify()
 
     async def depart(self, name: str) -> None:
@@ -327,11 +338,16 @@ class Residents:
                 self._let_run(resident)
             case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:
                 resident.state = EvmState.PAUSED
-                if resident.role is not None and not resident.role.phase.final:
+                self.leave_clock(resident)
+                if resident.is_migrating:
                     return  # the blackout: the migration tells
                 self._let_run(resident)
             case MachineEventKind.RESUMED:
                 resident.state, resident.reason = EvmState.RUNNING, None
+                self._set_clock(resident)
+            case MachineEventKind.GUEST_RESET:
+                self.leave_clock(resident)
+                self._set_clock(resident)  # it reads a clock of whole seconds when it boots
             case MachineEventKind.GONE:
                 await self._machine_gone(resident)
             case _:
@@ -350,6 +366,36 @@ class Residents:
         task = asyncio.create_task(work, name=name)
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
+
+    def _set_clock(self, resident: Resident) -> None:
+        """The guest begins to run here, and its clock may be behind."""
+        assembly = resident.assembly
+
+        def may_go_on() -> bool:
+            is_here = self._residents.get(resident.name) is resident and resident.assembly is assembly
+            return is_here and resident.state is EvmState.RUNNING and not resident.is_migrating
+
+        def told(clock: GuestClock) -> None:
+            resident.clock = clock
+            self.changed.notify()
+
+        def done(task: asyncio.Task[None]) -> None:
+            if resident.clock_setter is task:
+                resident.clock_setter = None
+
+        if assembly is not None and resident.clock_setter is None and may_go_on():
+            setting = guest_clock.set_right(assembly.machine, may_go_on, told)
+            resident.clock_setter = asyncio.create_task(setting, name=f"clock of {resident.name}")
+            self._chores.add(resident.clock_setter)
+            resident.clock_setter.add_done_callback(self._chores.discard)
+            resident.clock_setter.add_done_callback(done)
+
+    def leave_clock(self, resident: Resident) -> None:
+        """It is not to be set now, as the guest stands or is about to be migrated; what was known of it is over."""
+        resident.clock = None
+        if resident.clock_setter is not None:
+            resident.clock_setter.cancel()
+            resident.clock_setter = None
 
     def _let_run(self, resident: Resident) -> None:
         self._chore(self._until_it_runs(resident), f"pause of {resident.name}")
@@ -374,7 +420,7 @@ class Residents:
         assembly, last = resident.assembly, self.journal.last(resident.name)
         if assembly is None or last is None or last.kind not in RUNNABLE:
             return  # its machine is gone, or a migration has it (rule R1)
-        if resident.role is not None and not resident.role.phase.final:
+        if resident.is_migrating:
             return
         match await assembly.machine.run_state():
             case RunState.IO_ERROR | RunState.PAUSED:
@@ -383,6 +429,7 @@ class Residents:
                 await assembly.machine.cancel_stream()
             case RunState.RUNNING:  # its event has been missed
                 resident.state, resident.reason = EvmState.RUNNING, None
+                self._set_clock(resident)
                 self.changed.notify()
 
     async def _after_shutdown(self, resident: Resident) -> None:
@@ -398,7 +445,7 @@ class Residents:
                 await asyncio.sleep(_AGAIN_S)
 
     async def _machine_gone(self, resident: Resident) -> None:
-        if resident.role is not None and not resident.role.phase.final:
+        if resident.is_migrating:
             return  # the migration decides what that means
         if resident.state in (EvmState.STOPPED, EvmState.CRASHED):
             return
@@ -414,6 +461,7 @@ class Residents:
             try:
                 if resident.assembly is not None and resident.state is EvmState.RUNNING:
                     self._stands(resident, await resident.assembly.machine.run_state())
+                    self._set_clock(resident)
             except MachineGone:
                 await self.crashed(resident, "its QEMU process ended")
 
@@ -456,6 +504,7 @@ class Residents:
         self.changed.notify()
 
     async def _stop_following(self, resident: Resident) -> None:
+        self.leave_clock(resident)
         if resident.follower is not None and resident.follower is not asyncio.current_task():
             resident.follower.cancel()
             await asyncio.gather(resident.follower, return_exceptions=True)

@@ -110,9 +110,10 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
     """Show one EVM: where it runs, how it is, what it is made of."""
     session: Session = ctx.obj
     with session.client() as client:
-        evm, network = client.evms.get(name), client.evms.network(name)
+        evm, network, guest_clock = client.evms.get(name), client.evms.network(name), client.evms.clock(name)
     if as_json:
-        print_json(evm.model_dump(mode="json") | {"network": network.model_dump(mode="json")})
+        beside = {"network": network.model_dump(mode="json"), "clock": guest_clock.model_dump(mode="json")}
+        print_json(evm.model_dump(mode="json") | beside)
         return
     spec = evm.spec
     print_facts(
@@ -130,6 +131,7 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
             ("learnt", "\n".join(f"{one.address}  {one.mac}" for one in network.learnt)),
             ("refused", "\n".join(f"{one.address}  {one.mac}  not this EVM's to use" for one in network.refused)),
             ("traffic", _traffic(network.traffic) if network.traffic else None),
+            ("clock", "\n".join(guest_clock.in_words) if evm.owner else None),
             ("volumes", "\n".join(spec.volumes)),
             ("efs", "\n".join(f"{m.file_system}:{m.path} at {m.mount_point}, from {m.address}" for m in spec.efs)),
             ("restart", spec.restart.value),

@@ -52,6 +52,8 @@ def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
         lines.append(f"frames for the EVM: {held} held on the source, {report.frames_forwarded} forwarded in all")
     if report.connections_carried:
         lines.append(f"tracked connections: {report.connections_carried} made known to the target")
+    if report.clock is not None:
+        lines.append(f"guest clock: {'; '.join(report.clock.in_words)}")
     if report.addresses is not None:
         lines.append(address_line(report.addresses))
     lines += volume_lines(report.volumes)

@@ -9,6 +9,7 @@ from emp.client.nouns import ORDER_S, Noun, part, without_none
 
 if TYPE_CHECKING:
     from emp.model.api import EvmCreate, Listing
+    from emp.model.clock import GuestClock
     from emp.model.evm import Evm
     from emp.model.network import EvmNetwork
 
@@ -30,6 +31,10 @@ class Evms(Noun):
     def network(self, name: str) -> EvmNetwork:
         """Return what it does on the wire, as its node last reported. Raises ``NotFound``."""
         return self.ask(_network, "GET", f"{_path(name)}/network")
+
+    def clock(self, name: str) -> GuestClock:
+        """Return how right its guest's wall clock is, as its node last reported. Raises ``NotFound``."""
+        return self.ask(_clock, "GET", f"{_path(name)}/clock")
 
     def create(self, request: EvmCreate | Mapping[str, Any]) -> Evm:
         """Return the EVM once its QEMU runs. ``request``: an ``EvmCreate``, or its fields.
@@ -90,6 +95,12 @@ def _network() -> type[EvmNetwork]:
     from emp.model.network import EvmNetwork
 
     return EvmNetwork
+
+
+def _clock() -> type[GuestClock]:
+    from emp.model.clock import GuestClock
+
+    return GuestClock
 
 
 def _evm() -> type[Evm]:

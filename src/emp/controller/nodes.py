@@ -91,8 +91,12 @@ class Nodes:
 
     def report_of(self, evm: Evm) -> EvmReport | None:
         """Return what its owner last said of an EVM."""
-        node = self.find(evm.owner)
-        return next((report for report in node.report.evms if report.name == evm.spec.name), None) if node else None
+        return self.told_of(evm.spec.name, evm.owner)
+
+    def told_of(self, evm: str, name: str | None) -> EvmReport | None:
+        """Return what that node last said of an EVM."""
+        node = self.find(name)
+        return next((report for report in node.report.evms if report.name == evm), None) if node else None
 
     # -------------------------------------------------------------- writing
 

@@ -27,6 +27,7 @@ from emp.controller.tally import Tally
 from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
 from emp.migration import supervisor
+from emp.model.clock import GuestClock
 from emp.model.errors import OutcomeUnknown, Unavailable
 from emp.model.evm import Evm, EvmState
 from emp.model.migration import Migration, Outcome, VolumeOrder, VolumeStep
@@ -212,7 +213,7 @@ class Steps:
         An end that was ``silent`` to the last may still have something of the EVM: it stays on the list of those that
         a later delete or cold start retires.
         """
-        live, book = self._tally.closed(outcome, cause, time.time()), self._tools.book
+        live, book = self._tally.closed(outcome, cause, time.time(), self._clock_after(outcome)), self._tools.book
         holders = tuple(self.node_of(role) for role in Role if role in supervisor.holders(outcome) or role in silent)
 
         def free(evm: Evm) -> Evm:
@@ -235,6 +236,12 @@ class Steps:
 
         await self._until_known(None, write)
         self._tools.metrics.migrated(live)
+
+    def _clock_after(self, outcome: Outcome) -> GuestClock | None:
+        """Return what the node where the guest runs has told of its clock since the end there."""
+        node = self.node_of(Role.SOURCE if outcome is Outcome.ABORTED else Role.TARGET)
+        told = self._tools.nodes.told_of(self._live.evm, node)
+        return told.clock if told else None
 
     # -------------------------------------------------------------- the record
 

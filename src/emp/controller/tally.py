@@ -9,6 +9,7 @@ from emp.migration.report import build_report
 from emp.migration.supervisor import Phase, Supervisor
 from emp.migration.watch import advice
 from emp.model.addresses import AddressMove
+from emp.model.clock import GuestClock
 from emp.model.migration import Migration, Outcome, Report, Stage, VolumeMove, VolumeStep
 from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
 
@@ -63,9 +64,9 @@ class Tally:
         if self.migration.stage is not Stage.CLOSED:
             self._set(hint=hint)
 
-    def closed(self, outcome: Outcome, cause: str | None, at_s: float) -> Migration:
-        """Return the final record; ``at_s`` is the wall clock."""
-        report = self._report(at_s)
+    def closed(self, outcome: Outcome, cause: str | None, at_s: float, clock: GuestClock | None = None) -> Migration:
+        """Return the final record; ``at_s`` is the wall clock, ``clock`` the guest's, where it runs now."""
+        report = self._report(at_s).model_copy(update={"clock": clock})
         self._set(
             stage=Stage.CLOSED,
             outcome=outcome,

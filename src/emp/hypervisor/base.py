@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from emp.model.clock import GuestClock
 from emp.model.errors import HypervisorError
 from emp.model.evm import EvmSpec
 from emp.model.volume import HostDevice, NbdEndpoint, RbdImage
@@ -27,6 +28,12 @@ class MachineGone(HypervisorError):
     """The machine's process has ended: nothing more can be asked of it."""
 
     code = "machine_gone"
+
+
+class NoGuestAgent(HypervisorError):
+    """Nobody in the guest answers: it has no agent, or is not that far yet. Nothing has happened to it."""
+
+    code = "no_guest_agent"
 
 
 @dataclass(frozen=True)
@@ -274,6 +281,14 @@ class Machine(Protocol):
 
         The storage must have grown already. Raises ``BadInput`` for less than it has, ``NotFound`` without that disk,
         ``Conflict`` while a migration is on its way, ``HypervisorError`` when the storage is too small.
+        """
+        ...
+
+    async def set_clock(self) -> GuestClock:
+        """Measure the guest's wall clock by its agent, set it where it is behind, and return how it is then.
+
+        For a guest that runs, and is not being migrated: an order that is under way is lost or late then. A clock that
+        is ahead is left, so that none goes back. Raises ``NoGuestAgent``, ``HypervisorError`` where the agent refuses.
         """
         ...
 

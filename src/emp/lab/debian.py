@@ -41,7 +41,10 @@ from emp.model.errors import MissingDependency
 NAME = "debian"
 DISK_MIB = 384
 """Size of the disk as it is built; the guest grows its file system to the size of its volume."""
-PACKAGES = ("systemd", "podman", "netavark", "iptables", "catatonit", "crun", "dbus", "iproute2", "usr-is-merged")
+PACKAGES = (
+    *("systemd", "podman", "netavark", "iptables", "catatonit", "crun", "dbus", "iproute2", "usr-is-merged"),
+    *("qemu-guest-agent", "util-linux-extra"),  # the latter for hwclock, without which the former sets no clock
+)
 LEFT_OUT = ("man", "doc", "info", "locale")
 """Folders of /usr/share."""
 SOURCES = GUEST_SOURCES / "debian"

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from emp.model.addresses import AddressMove
 from emp.model.base import Model
+from emp.model.clock import GuestClock
 from emp.model.names import Name
 from emp.model.volume import VolumeType
 
@@ -205,6 +206,8 @@ class Report(Model):
     """those that one node alone can have, and that were moved"""
     addresses: AddressMove | None = None
     """None: they were announced, as the nodes share a segment; or they have not moved"""
+    clock: GuestClock | None = None
+    """None: its node had not told yet when the migration was closed; ``emp evm show`` has it"""
 
 
 class Check(Model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from emp.model.base import Model
+from emp.model.clock import GuestClock
 from emp.model.evm import EvmState
 from emp.model.names import Name
 from emp.model.network import LearntAddress, Traffic
@@ -43,6 +44,8 @@ class EvmReport(Model):
     traffic: Traffic | None = None
     mtu_bytes: int | None = None
     """of its taps, the smallest"""
+    clock: GuestClock | None = None
+    """None: not looked at since the guest last began to run here"""
 
 
 class OpenRole(Model):

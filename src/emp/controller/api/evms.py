@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 
 from emp.controller.services import Services
 from emp.model.api import EvmCreate, EvmStart, EvmStop, Listing, VolumeAttach
+from emp.model.clock import GuestClock
 from emp.model.evm import Evm
 from emp.model.network import EvmNetwork
 
@@ -35,6 +36,12 @@ def router(services: Services) -> APIRouter:
         """Addresses that its guest took by itself, and what was counted at its taps, as its node last reported."""
         told = services.nodes.report_of(evms.get(name))
         return EvmNetwork(learnt=told.learnt, refused=told.asked, traffic=told.traffic) if told else EvmNetwork()
+
+    @router.get("/{name}/clock")
+    async def show_clock(name: str) -> GuestClock:
+        """Its guest's wall clock, as its node found it when the guest last began to run there; empty until then."""
+        told = services.nodes.report_of(evms.get(name))
+        return (told.clock if told else None) or GuestClock()
 
     @router.post("/{name}/start")
     async def start_evm(name: str, request: EvmStart | None = None) -> Evm:

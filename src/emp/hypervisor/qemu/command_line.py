@@ -21,6 +21,7 @@ from typing import Any
 from emp.hypervisor.base import BlockDevice, LaunchPlan
 from emp.hypervisor.qemu import disks
 from emp.hypervisor.qemu.guest_config import FW_CFG_NAME
+from emp.hypervisor.qemu.run_directory import MONITORS
 from emp.model.errors import BadInput
 from emp.model.evm import MAX_VOLUMES
 from emp.model.names import check_name
@@ -46,7 +47,7 @@ class Descriptors:
     kernel: int
     initrd: int
     sockets: Mapping[str, int]
-    """listening: control, cancel, guard, console"""
+    """listening: those of ``run_directory.SOCKETS``"""
     taps: tuple[int, ...] = field(default=())
     devices: Mapping[int, int] = field(default_factory=dict)
     """slot of a volume that is a device of this node -> the open device"""
@@ -115,11 +116,14 @@ def command_line(plan: LaunchPlan, *, binary: Path, accelerator: str, fds: Descr
     argv += ["-fw_cfg", f"name={FW_CFG_NAME},file=/proc/self/fd/{fds.directory}/config"]
     for name, number in fds.sockets.items():
         argv += ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
-        if name != "console":
+        if name in MONITORS:
             argv += ["-mon", f"chardev={name},mode=control"]
     argv += _device("isa-serial", "serial0", chardev="console")
-    # Every PCI device lengthens the blackout (2 ms of loading under TCG): pvpanic is ISA's, and there is no virtio-rng,
-    # because QEMU seeds the kernel at each boot (SETUP_RNG_SEED of the Linux boot protocol).
+    # Every PCI device lengthens the blackout (2 ms of loading under TCG): the guest's agent has a serial port and no
+    # virtio-serial, pvpanic is ISA's, and there is no virtio-rng, because QEMU seeds the kernel at each boot
+    # (SETUP_RNG_SEED of the Linux boot protocol). Nor is there a vmgenid: a migration is no clone, and no state of a
+    # random number generator is used twice (docs/design/0016-the-guests-clock.md).
+    argv += _device("isa-serial", "serial1", chardev="qga", index=1)
     argv += _device("pvpanic", "panic0")
     for index, nic in enumerate(spec.nics):
         argv += ["-netdev", _json({"type": "tap", "id": f"net{index}", "fd": str(fds.taps[index]), "vhost": False})]

@@ -24,7 +24,7 @@ from emp.hypervisor.base import (
     StreamInfo,
     StreamLimits,
 )
-from emp.hypervisor.qemu import guarding, ring, stream
+from emp.hypervisor.qemu import guarding, guest_agent, ring, stream
 from emp.hypervisor.qemu.command_line import tls_credentials
 from emp.hypervisor.qemu.disks import CREDENTIALS
 from emp.hypervisor.qemu.ending import ending
@@ -32,6 +32,7 @@ from emp.hypervisor.qemu.events import Broadcast, Watcher, run_state
 from emp.hypervisor.qemu.plugging import Plugging
 from emp.hypervisor.qemu.qmp import QmpSession
 from emp.hypervisor.qemu.run_directory import Record, RunDirectory
+from emp.model.clock import GuestClock
 from emp.model.errors import EmpError, HypervisorError, OutcomeUnknown
 
 KILL_TIMEOUT_S = 30.0
@@ -240,6 +241,11 @@ class QemuMachine:
 
     async def resize_volume(self, device: BlockDevice) -> None:
         await self._plugging.resize(device)
+
+    async def set_clock(self) -> GuestClock:
+        if self._ended.is_set():
+            raise self._gone()
+        return await guest_agent.set_clock(self._directory.socket_path("qga"))
 
     async def tap_fds(self) -> tuple[int, ...]:
         taken: list[int] = []

@@ -7,7 +7,8 @@
       control        root      0600   QMP, the agent's
       cancel         root      0600   QMP, the agent's way to ``yank`` when ``control`` is stuck
       guard          root      0600   QMP, for a guard that outlives the agent
-      console        root      0600   the guest's serial console
+      console        root      0600   the guest's first serial port, its console
+      qga            root      0600   its second one, on which an agent in the guest answers
       config         root:GID  0440   what the guest reads through fw_cfg
       tls/           root:GID  0710   copies of the node's certificate and key for this QEMU
       log            root      0600   QEMU's standard output and error, and its guard's
@@ -38,7 +39,8 @@ MACHINES = "evm"
 LAUNCH_VARIABLE = "EMP_LAUNCH"
 """Environment variable of a machine's process: tells this launch from every other one, also from a twin with the same
 uuid, uid and paths in another mount namespace of the same host."""
-SOCKETS = ("control", "cancel", "guard", "console")
+MONITORS = ("control", "cancel", "guard")
+SOCKETS = (*MONITORS, "console", "qga")
 TLS_FILES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
 DH_PARAMS = b"""-----BEGIN DH PARAMETERS-----
 MIIBCAKCAQEA//////////+t+FRYortKmq/cViAnPTzx2LnFg84tNpWp4TZBFGQz

@@ -8,6 +8,8 @@
  *   TCP 7779       takes bulk data and compares it; TCP 7780 gives the same without end
  *   TCP 7778       control: one command per line, one line of JSON per answer; see `commands` at the end
  *
+ * `emp-guest agent PORT` is another process, which tells the host the time over a serial port; `agent.h`.
+ *
  * One thread owns the sockets (epoll). Memory rewriting and each journal have threads of their own, and a command that
  * can block runs in a thread of its own, so that an echo never waits for memory or for a disk.
  */
@@ -41,12 +43,14 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -105,6 +109,8 @@ __attribute__((format(printf, 2, 3))) static void put(struct buf *b, const char 
 #include "lock.h"
 #include "streams.h"
 #include "wire.h"
+#include "agent.h"
+#include "clock.h"
 
 /* ---- sockets ------------------------------------------------------------------------------------------------------ */
 
@@ -316,6 +322,20 @@ static void cmd_status(struct buf *out, int argc, char **argv)
     put(out, "}");
 }
 
+static void cmd_random(struct buf *out, int argc, char **argv) /* 16 bytes of /dev/urandom's generator */
+{
+    unsigned char bytes[16];
+    (void)argc, (void)argv;
+    if (getrandom(bytes, sizeof bytes, 0) != sizeof bytes) {
+        put(out, "{\"error\": \"%s\"}", strerror(errno));
+        return;
+    }
+    put(out, "{\"random\": \"");
+    for (size_t i = 0; i < sizeof bytes; i++)
+        put(out, "%02x", bytes[i]);
+    put(out, "\"}");
+}
+
 static void power(int how)
 {
     sync();
@@ -332,7 +352,7 @@ static void cmd_poweroff(struct buf *out, int argc, char **argv)
 static const struct command { const char *name; void (*run)(struct buf *out, int argc, char **argv); } commands[] = {
     {"status", cmd_status}, {"memory", cmd_memory}, {"verify", cmd_verify}, {"corrupt", cmd_corrupt},
     {"journal", cmd_journal}, {"lock", cmd_lock}, {"disks", cmd_disks}, {"sink", cmd_sink}, {"bulk", cmd_bulk},
-    {"wire", cmd_wire}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
+    {"wire", cmd_wire}, {"clock", cmd_clock}, {"random", cmd_random}, {"poweroff", cmd_poweroff}, {"reboot", cmd_poweroff},
 };
 enum { COMMANDS = sizeof commands / sizeof *commands };
 
@@ -444,8 +464,10 @@ int main(int argc, char **argv)
     }
     if (argc >= 2 && !strcmp(argv[1], "power-button"))
         return power_button(argv + 2);
+    if (argc == 3 && !strcmp(argv[1], "agent"))
+        return agent(argv[2]);
     if (argc != 3 || (strcmp(argv[1], "evm") && strcmp(argv[1], "pod"))) {
-        fprintf(stderr, "usage: %s evm|pod NAME | power-button [COMMAND...] | realtime COMMAND...\n", argv[0]);
+        fprintf(stderr, "usage: %s evm|pod NAME | agent PORT | power-button [COMMAND...] | realtime COMMAND...\n", argv[0]);
         return 2;
     }
     snprintf(role, sizeof role, "%s", argv[1]);
