@@ -75,8 +75,8 @@ async def paused(machine: Machine) -> None:
 async def test_a_clock_is_behind_by_the_pause_and_is_set_right(nodes: Bench, image: Image) -> None:
     machine = await launched(nodes, image, nodes.left)
     booted = await right(machine)  # a guest that boots reads whole seconds
-    assert booted[0].found_ms is not None
-    assert -2000 < booted[0].found_ms < 100
+    assert booted[-1].found_ms is not None
+    assert -2000 < booted[-1].found_ms < 100
     await paused(machine)
     after = (await right(machine))[-1]
     assert after.is_set

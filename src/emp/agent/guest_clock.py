@@ -49,8 +49,8 @@ async def set_right(
             first = first or clock
             clock = clock.model_copy(update={"found_ms": first.found_ms, "is_set": first.is_set or clock.is_set})
         is_over = clock.is_right or clock.is_ahead or is_late
+        told(clock)
         if is_over or clock.now_ms is not None:
-            told(clock)
             log.info("clock of %s: %s", machine.name, "; ".join(clock.in_words))
         if is_over:
             return

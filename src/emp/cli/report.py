@@ -53,7 +53,8 @@ def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
     if report.connections_carried:
         lines.append(f"tracked connections: {report.connections_carried} made known to the target")
     if report.clock is not None:
-        lines.append(f"guest clock: {'; '.join(report.clock.in_words)}")
+        said, *more = report.clock.in_words
+        lines += [f"guest clock: {said}", *more]
     if report.addresses is not None:
         lines.append(address_line(report.addresses))
     lines += volume_lines(report.volumes)
