@@ -9,13 +9,14 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from emp.lab.guest_control import CONTROL_PORT, Guest, socket_in
 from emp.model.clock import RIGHT_MS, GuestClock
-from emp.model.evm import EvmState
 from tests.lab.conftest import Pool
 from tests.lab.pool import Subject, subject, until
 
@@ -50,19 +51,32 @@ def clock(evm: Subject, command: str = "clock") -> dict[str, Any]:
     return answer
 
 
+def until_told(evm: Subject, known: Callable[[GuestClock], bool], what: str) -> GuestClock:
+    """Return what its node tells of its clock, once it is ``known``."""
+
+    def told() -> GuestClock | None:
+        clock = evm.client.evms.clock(evm.name)
+        return clock if known(clock) else None
+
+    return until(told, f"the clock of {evm.name} {what}")
+
+
 def until_right(evm: Subject) -> GuestClock:
-    """Return what its node tells of its clock, once that is right."""
+    return until_told(evm, lambda clock: clock.is_right, "is right")
 
-    def right() -> GuestClock | None:
-        told = evm.client.evms.clock(evm.name)
-        return told if told.is_right else None
 
-    return until(right, f"the clock of {evm.name} is right")
+@contextmanager
+def begun(pool: Pool) -> Iterator[Subject]:
+    """An EVM on n1 whose clock is right. One that boots ahead is not set back: a pause of a second takes that away."""
+    with subject(pool, node="n1") as evm:
+        if not until_told(evm, lambda clock: clock.is_right or clock.is_ahead, "has been looked at").is_right:
+            evm.tell_qemu("n1", "stop")
+        until_right(evm)
+        yield evm
 
 
 def test_a_guests_clock_is_right_after_a_move_there_and_back_and_never_goes_back(pool: Pool) -> None:
-    with subject(pool, node="n1") as evm:
-        until_right(evm)
+    with begun(pool) as evm:
         check_right(evm)
         boot_id, random = evm.boot_id, evm.guest().ask("random")
         before = clock(evm, "clock watch")
@@ -88,21 +102,20 @@ def test_a_guests_clock_is_right_after_a_move_there_and_back_and_never_goes_back
 
 
 def test_a_guests_clock_is_right_after_a_pause(pool: Pool) -> None:
-    with subject(pool, node="n1") as evm:
-        until_right(evm)
+    with begun(pool) as evm:
         clock(evm, "clock watch")
+        before_s = evm.client.evms.clock(evm.name).at_s
         evm.tell_qemu("n1", "stop")  # its node lets it run again, after a second
-        until(lambda: evm.client.evms.clock(evm.name).is_set or None, "its clock is set")
-        evm.wait(EvmState.RUNNING)
-        until_right(evm)
+        told = until_told(evm, lambda clock: clock.is_right and clock.at_s > before_s, "is right again")
+        assert told.found_ms is not None
+        assert told.found_ms < -500
         check_right(evm)
         assert clock(evm)["stepped_back_us"] == 0
 
 
 def test_a_guest_whose_agent_does_not_answer_is_behind_by_the_pause(pool: Pool) -> None:
     """Planted, so that the checks above can fail: nobody sets the clock, and then it is set back."""
-    with subject(pool, node="n1") as evm:
-        until_right(evm)
+    with begun(pool) as evm:
         clock(evm, "clock watch")
         evm.shell()
         evm.type("killall emp-agent")

@@ -30,6 +30,8 @@ ANSWER_S = 2.0
 SET_S = 15.0
 """``guest-set-time`` sets the clock at once, and answers after ``hwclock -w`` has waited for a second to begin"""
 EXCHANGES = 5
+ROUNDS = 3
+"""The first order is late by what the guest takes to read it into its caches."""
 BEHIND_MS = 1.0
 """a clock that is behind by less is left as it is"""
 _SENTINEL = b"\xff"
@@ -146,15 +148,17 @@ async def set_clock(path: Path) -> GuestClock:
     async with connected(path) as agent:
         found = now = await agent.measure()
         trouble = None
-        if is_set := found.offset_ms < -max(BEHIND_MS, found.longest_ms):
+        for _ in range(ROUNDS):
+            if now.offset_ms >= -max(BEHIND_MS, now.longest_ms):
+                break
             try:
-                await agent.set_time(later_ms=found.error_ms)
+                await agent.set_time(later_ms=now.error_ms)
             except NoGuestAgent:
                 raise
             except HypervisorError as error:  # it may be set: qemu-ga then says that the hardware clock is not
                 trouble = error.message
             now = await agent.measure()
-            is_set = now.offset_ms > found.offset_ms + BEHIND_MS
+        is_set = now.offset_ms > found.offset_ms + BEHIND_MS
         clock = GuestClock(
             found_ms=round(found.offset_ms, 3),
             now_ms=round(now.offset_ms, 3),
