@@ -17,7 +17,7 @@ from emp.model.errors import EmpError
 log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 """for an agent to answer, and for the clock to be right: a guest that boots has none for a while"""
 
 
