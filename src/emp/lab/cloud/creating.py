@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emp.lab.cloud.errors import CloudError
+from emp.lab.cloud.errors import CloudError, check_simulated
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def check_new(request: Mapping[str, Any], zones: Collection[str]) -> NewVolume:
     """Return what is to be made. Raises MissingParameter, InvalidParameterValue, InvalidParameterCombination,
     InvalidZone.NotFound or InvalidSnapshot.NotFound; UnsupportedOperation for what AWS has and the simulator has not.
     """
-    for name in _NOT_SIMULATED:
-        if name in request:
-            raise CloudError("UnsupportedOperation", f"The simulated cloud does not know {name}")
+    check_simulated(request, _NOT_SIMULATED)
     if (zone := request.get("AvailabilityZone")) is None:
         raise CloudError("MissingParameter", "The request must contain the parameter availabilityZone")
     if zone not in zones:

@@ -5,6 +5,9 @@ Codes: https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.ht
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 THROTTLED, DENIED, UNAUTHENTICATED, DRY_RUN, BROKEN = 503, 403, 401, 412, 500
 
 
@@ -17,3 +20,10 @@ class CloudError(Exception):
         self.message = message
         self.status = status
         self.details = details
+
+
+def check_simulated(request: Mapping[str, Any], unknown: Iterable[str]) -> None:
+    """Raise UnsupportedOperation for a parameter that AWS has and the simulated cloud has not."""
+    for name in unknown:
+        if name in request:
+            raise CloudError("UnsupportedOperation", f"The simulated cloud does not know {name}")

@@ -8,9 +8,8 @@ below https://docs.aws.amazon.com/AWSEC2/latest/APIReference/; ``docs/cloud.md``
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,18 +17,17 @@ from typing import Any
 from pydantic import Field
 
 from emp.lab.cloud import addresses, describing, eni_answers
+from emp.lab.cloud.assigning import Answer, Assignments, Request, check_slots
 from emp.lab.cloud.creating import check_token, tags_of_request
 from emp.lab.cloud.eni_records import (
     LIMITS,
     MAX_GROUPS,
-    WIDEST,
     EniAttachment,
     EniState,
     Interface,
-    NetworkLimits,
     Remap,
 )
-from emp.lab.cloud.errors import CloudError
+from emp.lab.cloud.errors import CloudError, check_simulated
 from emp.lab.cloud.knobs import Knobs
 from emp.lab.cloud.network_plane import PlaneInterface
 from emp.lab.cloud.records import Instance, check_id
@@ -47,12 +45,7 @@ _NOT_SIMULATED = {
         "EnaSrdSpecification", "EnablePrimaryIpv6", "ConnectionTrackingSpecification", "AssociatePublicIpAddress",
         "AssociatedSubnetIds",
     ),
-    "AssignIpv6Addresses": ("Ipv6Prefixes", "Ipv6PrefixCount"),
-    "UnassignIpv6Addresses": ("Ipv6Prefixes",),
 }  # fmt: skip
-
-Request = Mapping[str, Any]
-Answer = dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -94,25 +87,25 @@ class Network:
         self._knobs = knobs
         self._volumes_at = volumes_at
         self._new_id = new_id
-        self._interfaces = {eni.id: eni for eni in self._primaries()}
-        self._remaps: dict[str, Remap] = {}
-        self._moves = 0
+        self._addresses = Assignments(vpc, instances, clock=clock, knobs=knobs)
+        self.find = self._addresses.find
+        self._interfaces, self._remaps = self._addresses.interfaces, self._addresses.remaps
+        self._interfaces |= {eni.id: eni for eni in self._primaries()}
         self._tokens: dict[str, tuple[dict[str, Any], str]] = {}
         # What the data plane has done, is asked for now, and is to be asked for again no sooner than then.
         self._told: dict[str, PlaneInterface] = {}
         self._asked: set[str] = set()
         self._again_s: dict[str, float] = {}
-        vpc.holders.append(self._given)
         self.actions: dict[str, Callable[[Request], Answer]] = {
             "CreateNetworkInterface": self._create,
             "DeleteNetworkInterface": self._delete,
             "AttachNetworkInterface": self._attach,
             "DetachNetworkInterface": self._detach,
             "ModifyNetworkInterfaceAttribute": self._modify,
-            "AssignPrivateIpAddresses": self._assign_ipv4,
-            "UnassignPrivateIpAddresses": self._unassign_ipv4,
-            "AssignIpv6Addresses": self._assign_ipv6,
-            "UnassignIpv6Addresses": self._unassign_ipv6,
+            "AssignPrivateIpAddresses": self._addresses.assign_ipv4,
+            "UnassignPrivateIpAddresses": self._addresses.unassign_ipv4,
+            "AssignIpv6Addresses": self._addresses.assign_ipv6,
+            "UnassignIpv6Addresses": self._addresses.unassign_ipv6,
             "DescribeNetworkInterfaces": self._describe,
         }
 
@@ -120,13 +113,6 @@ class Network:
         """Return the interfaces of ``instance``, by their device's index."""
         found = [(e.attachment.index, e) for e in self._interfaces.values() if _is_at(e, instance) and e.attachment]
         return [eni for _, eni in sorted(found, key=lambda each: each[0])]
-
-    def find(self, name: str) -> Interface:
-        """Raise InvalidNetworkInterfaceId.Malformed or InvalidNetworkInterfaceID.NotFound."""
-        found = self._interfaces.get(check_id("eni", name))
-        if found is None or found.visible_s > self._clock():
-            raise CloudError("InvalidNetworkInterfaceID.NotFound", f"The networkInterface ID '{name}' does not exist")
-        return found
 
     # ------------------------------------------------------------------ time
 
@@ -200,15 +186,15 @@ class Network:
         return NetworkMemory(
             interfaces=tuple(self._interfaces.values()),
             remaps=tuple(self._remaps.values()),
-            moves=self._moves,
+            moves=self._addresses.moves,
             tokens=self._tokens,
         )
 
     def recall(self, memory: NetworkMemory, back_s: float) -> None:
         """Go on from ``memory``, by a clock that is ``back_s`` ahead of its times; the data plane is told all again."""
         self._interfaces |= {eni.id: eni for eni in memory.interfaces}
-        self._remaps = {remap.address: remap for remap in memory.remaps}
-        self._moves, self._tokens = memory.moves, dict(memory.tokens)
+        self._remaps |= {remap.address: remap for remap in memory.remaps}
+        self._addresses.moves, self._tokens = memory.moves, dict(memory.tokens)
         for eni in self._interfaces.values():
             eni.visible_s += back_s
             if eni.attachment is not None and eni.attachment.due_s is not None:
@@ -220,7 +206,7 @@ class Network:
 
     def _create(self, request: Request) -> Answer:
         """``API_CreateNetworkInterface.html``"""
-        _check_known("CreateNetworkInterface", request)
+        check_simulated(request, _NOT_SIMULATED["CreateNetworkInterface"])
         if (token := check_token(request.get("ClientToken"))) is not None and token in self._tokens:
             return self._made_before(token, request)
         if request.get("InterfaceType", "interface") != "interface":
@@ -238,13 +224,15 @@ class Network:
         rest = {key: value for key, value in (dict(request) | more).items() if value != []}
         ways = ("PrivateIpAddresses", "SecondaryPrivateIpAddressCount", "Ipv4Prefixes", "Ipv4PrefixCount")
         if addresses.one_way(rest, *ways, must=False):
-            fresh, prefixes = self._chosen(eni, rest, with_prefixes_of_structures=True)
-            if held := [address for address in fresh if self._holder(subnet.vpc, address)]:
+            fresh, prefixes = self._addresses.chosen(eni, rest, with_prefixes_of_structures=True)
+            if held := [address for address in fresh if self._addresses.holder(subnet.vpc, address)]:
                 raise CloudError("InvalidIPAddress.InUse", f"Address {held[0]} is in use")
-            self._check_room(eni, len(fresh) + len(prefixes))
+            self._addresses.check_room(eni, len(fresh) + len(prefixes))
             eni.addresses += fresh
             eni.prefixes += prefixes
-        eni.ipv6 += self._chosen_ipv6(eni, request, [each["Ipv6Address"] for each in request.get("Ipv6Addresses", ())])
+        eni.ipv6 += self._addresses.chosen_ipv6(
+            eni, request, [each["Ipv6Address"] for each in request.get("Ipv6Addresses", ())]
+        )
         self._interfaces[eni.id] = eni
         if token is not None:
             self._tokens[token] = (dict(request), eni.id)
@@ -265,8 +253,8 @@ class Network:
             raise CloudError("InvalidParameterCombination", "Only one primary private IP address can be specified")
         if not named:
             wanted = [each["PrivateIpAddress"] for each in listed]
-            return self._free(subnet, wanted)
-        if self._holder(subnet.vpc, addresses.check_ipv4(named[0], subnet)):
+            return self._addresses.free(subnet, wanted)
+        if self._addresses.holder(subnet.vpc, addresses.check_ipv4(named[0], subnet)):
             raise CloudError("InvalidIPAddress.InUse", f"Address {named[0]} is in use")
         return named[0]
 
@@ -281,7 +269,7 @@ class Network:
 
     def _attach(self, request: Request) -> Answer:
         """``API_AttachNetworkInterface.html``"""
-        _check_known("AttachNetworkInterface", request)
+        check_simulated(request, _NOT_SIMULATED["AttachNetworkInterface"])
         eni, instance = (
             self.find(request["NetworkInterfaceId"]),
             self._instances.get(check_id("i", request["InstanceId"])),
@@ -305,7 +293,7 @@ class Network:
         if len(there) >= limits.interfaces or len(there) + self._volumes_at(instance.id) > instance.max_volumes:
             message = f"Interface count {len(there) + 1} exceeds the limit for {instance.type}"
             raise CloudError("AttachmentLimitExceeded", message)
-        _check_slots(eni, limits, len(eni.addresses) + len(eni.prefixes), len(eni.ipv6))
+        check_slots(eni, limits, len(eni.addresses) + len(eni.prefixes), len(eni.ipv6))
         held = EniAttachment(f"eni-attach-0{self._new_id()}", instance.id, index, self._time())
         held.due_s = self._clock() + self._knobs().latency.attach_s
         eni.attachment = held
@@ -329,7 +317,7 @@ class Network:
 
     def _modify(self, request: Request) -> Answer:
         """``API_ModifyNetworkInterfaceAttribute.html``: one attribute at a time."""
-        _check_known("ModifyNetworkInterfaceAttribute", request)
+        check_simulated(request, _NOT_SIMULATED["ModifyNetworkInterfaceAttribute"])
         eni = self.find(request["NetworkInterfaceId"])
         match addresses.one_way(request, "SourceDestCheck", "Groups", "Description", "Attachment"):
             case "SourceDestCheck":
@@ -359,150 +347,6 @@ class Network:
         return tuple(wanted)
 
     # ------------------------------------------------------------------ addresses
-
-    def _assign_ipv4(self, request: Request) -> Answer:
-        """``API_AssignPrivateIpAddresses.html``; all that is asked for, or nothing."""
-        eni = self.find(request["NetworkInterfaceId"])
-        ways = ("PrivateIpAddresses", "SecondaryPrivateIpAddressCount", "Ipv4Prefixes", "Ipv4PrefixCount")
-        addresses.one_way(request, *ways)
-        wanted, prefixes = self._chosen(eni, request)
-        moved = self._check_moves(eni, wanted, may=request.get("AllowReassignment", False))
-        fresh = [address for address in wanted if self._holder(eni.vpc, address) is None]
-        self._check_room(eni, len(fresh) + len(prefixes) + sum(not self._is_coming(a, eni) for a in moved))
-        eni.addresses += fresh
-        eni.prefixes += prefixes
-        for address in moved:
-            if not self._is_coming(address, eni):  # given twice, it takes no longer
-                due_s = self._clock() + self._knobs().remap.draw_s(self._moves)
-                self._remaps[address] = Remap(address, eni.id, due_s)
-                self._moves += 1
-        for address in set(wanted) & set(eni.addresses):
-            self._remaps.pop(address, None)  # it was about to leave, and stays
-        return {
-            "NetworkInterfaceId": eni.id,
-            "AssignedPrivateIpAddresses": [{"PrivateIpAddress": address} for address in wanted],
-            "AssignedIpv4Prefixes": [{"Ipv4Prefix": prefix} for prefix in prefixes],
-        }
-
-    def _check_moves(self, eni: Interface, wanted: Iterable[str], *, may: bool) -> list[str]:
-        """Return those that have to come from another interface. Only a secondary one of the same subnet does."""
-        moved = []
-        for address in wanted:
-            holder = self._holder(eni.vpc, address)
-            if holder is None:
-                continue
-            if isinstance(holder, str) and self._is_coming(address, eni):
-                moved.append(address)  # its old interface has been made to give it up meanwhile
-                continue
-            if isinstance(holder, str):
-                raise CloudError("InvalidParameterValue", f"[{address}] is assigned to {holder}, and does not move")
-            if address == holder.addresses[0]:
-                raise CloudError("InvalidParameterValue", f"[{address}] is a primary address, and does not move")
-            if address not in holder.addresses:
-                message = f"[{address}] is of a prefix delegated to {holder.id}, and does not move by itself"
-                raise CloudError("InvalidParameterValue", message)
-            if not may:
-                raise CloudError("InvalidParameterValue", f"[{address}] is assigned, but move is not allowed")
-            if holder is not eni:
-                moved.append(address)
-        return moved
-
-    def _unassign_ipv4(self, request: Request) -> Answer:
-        """``API_UnassignPrivateIpAddresses.html``: secondary addresses and prefixes that it has."""
-        eni = self.find(request["NetworkInterfaceId"])
-        if addresses.one_way(request, "PrivateIpAddresses", "Ipv4Prefixes") == "Ipv4Prefixes":
-            _remove(eni.prefixes, request["Ipv4Prefixes"], eni)
-        else:
-            addresses.check_removable(eni, request["PrivateIpAddresses"])
-            _remove(eni.addresses, request["PrivateIpAddresses"], eni)
-        return None
-
-    def _assign_ipv6(self, request: Request) -> Answer:
-        """``API_AssignIpv6Addresses.html``: what another interface has stays there, as there is no reassignment."""
-        _check_known("AssignIpv6Addresses", request)
-        eni = self.find(request["NetworkInterfaceId"])
-        addresses.one_way(request, "Ipv6Addresses", "Ipv6AddressCount")
-        fresh = self._chosen_ipv6(eni, request, request.get("Ipv6Addresses", ()))
-        eni.ipv6 += fresh
-        return {"NetworkInterfaceId": eni.id, "AssignedIpv6Addresses": fresh, "AssignedIpv6Prefixes": []}
-
-    def _unassign_ipv6(self, request: Request) -> Answer:
-        """``API_UnassignIpv6Addresses.html``"""
-        _check_known("UnassignIpv6Addresses", request)
-        eni = self.find(request["NetworkInterfaceId"])
-        addresses.one_way(request, "Ipv6Addresses")
-        subnet = self._vpc.subnets[eni.subnet]
-        wanted = [addresses.check_ipv6(address, subnet) for address in request["Ipv6Addresses"]]
-        _remove(eni.ipv6, wanted, eni)
-        return {"NetworkInterfaceId": eni.id, "UnassignedIpv6Addresses": wanted, "UnassignedIpv6Prefixes": []}
-
-    def _chosen(
-        self, eni: Interface, request: Request, *, with_prefixes_of_structures: bool = False
-    ) -> tuple[list[str], list[str]]:
-        """Return the addresses and the prefixes that a request names, or as many free ones as it asks for."""
-        subnet = self._vpc.subnets[eni.subnet]
-        named = [addresses.check_ipv4(address, subnet) for address in request.get("PrivateIpAddresses", ())]
-        _check_once(named)
-        chosen = list(named)
-        for _ in range(_count(request, "SecondaryPrivateIpAddressCount")):
-            chosen.append(self._free(subnet, [*chosen, *eni.addresses]))
-        listed = request.get("Ipv4Prefixes", ())
-        wanted = [each["Ipv4Prefix"] for each in listed] if with_prefixes_of_structures else list(listed)
-        _check_once(wanted)
-        taken = [*self._vpc.taken(subnet.vpc), *eni.addresses]
-        prefixes = [addresses.check_prefix(text, subnet, taken) for text in wanted]
-        for _ in range(_count(request, "Ipv4PrefixCount")):
-            prefixes.append(addresses.free_prefix(subnet, [*taken, *prefixes]))
-        return chosen, prefixes
-
-    def _chosen_ipv6(self, eni: Interface, request: Request, named: Sequence[str]) -> list[str]:
-        subnet = self._vpc.subnets[eni.subnet]
-        chosen = [addresses.check_ipv6(address, subnet) for address in named]
-        _check_once(chosen)
-        taken = {address for each in self._interfaces.values() for address in each.ipv6}
-        if held := [address for address in chosen if address in taken]:
-            raise CloudError("InvalidIPAddress.InUse", f"Address {held[0]} is in use")
-        count, ends = _count(request, "Ipv6AddressCount"), subnet.usable_ipv6
-        if count and ends is None:
-            raise CloudError("InvalidParameterValue", f"The subnet {subnet.id} has no IPv6")
-        _check_slots(eni, self._limits(eni), 0, len(eni.ipv6) + len(chosen) + count)
-        candidate = ends[0] if ends else None
-        while candidate is not None and len(chosen) < len(named) + count:
-            if (text := str(candidate)) not in taken and text not in chosen:
-                chosen.append(text)
-            candidate += 1
-        return chosen
-
-    def _free(self, subnet: Subnet, others: Iterable[str]) -> str:
-        free = self._vpc.free_address(subnet, [*self._vpc.taken(subnet.vpc), *others])
-        if free is None:
-            message = f"The subnet {subnet.id} has not enough free addresses"
-            raise CloudError("InsufficientFreeAddressesInSubnet", message)
-        return free
-
-    def _check_room(self, eni: Interface, more: int) -> None:
-        coming = sum(self._is_coming(address, eni) for address in self._remaps)
-        _check_slots(eni, self._limits(eni), len(eni.addresses) + len(eni.prefixes) + coming + more, 0)
-
-    def _limits(self, eni: Interface) -> NetworkLimits:
-        return LIMITS[self._instances[eni.attachment.instance].type] if eni.attachment else WIDEST
-
-    def _is_coming(self, address: str, eni: Interface) -> bool:
-        return address in self._remaps and self._remaps[address].target == eni.id
-
-    def _holder(self, vpc: str, address: str) -> Interface | str | None:
-        """Return who has an IPv4 address: an interface, or the name of another service's."""
-        parsed = ipaddress.IPv4Address(address)
-        for eni in self._interfaces.values():
-            if eni.vpc == vpc and (address in eni.addresses or eni.prefix_of(parsed)):
-                return eni
-        return "another service" if address in self._vpc.taken(vpc) else None
-
-    def _given(self) -> Iterator[tuple[str, str]]:
-        for eni in self._interfaces.values():
-            yield from ((eni.subnet, address) for address in eni.everything())
-        # One that was unassigned while it moved is nobody's, and not free.
-        yield from ((self._interfaces[remap.target].subnet, remap.address) for remap in self._remaps.values())
 
     # ------------------------------------------------------------------ describing, and what there is from the start
 
@@ -541,36 +385,3 @@ def _plane(eni: Interface) -> PlaneInterface | None:
 
 def _is_at(eni: Interface, instance: str) -> bool:
     return eni.attachment is not None and eni.attachment.instance == instance
-
-
-def _check_known(action: str, request: Request) -> None:
-    for name in _NOT_SIMULATED[action]:
-        if name in request:
-            raise CloudError("UnsupportedOperation", f"The simulated cloud does not know {name}")
-
-
-def _check_slots(eni: Interface, limits: NetworkLimits, ipv4: int, ipv6: int) -> None:
-    if ipv4 > limits.ipv4 or ipv6 > limits.ipv6:
-        message = (
-            f"Number of private addresses will exceed limit: {eni.id} takes {limits.ipv4}, and {limits.ipv6} of IPv6"
-        )
-        raise CloudError("PrivateIpAddressLimitExceeded", message)
-
-
-def _check_once(wanted: Sequence[str]) -> None:
-    if len(set(wanted)) < len(wanted):
-        raise CloudError("InvalidParameterValue", "An address is named twice")
-
-
-def _count(request: Request, name: str) -> int:
-    count: int = request.get(name, 0)
-    if name in request and count < 1:
-        raise CloudError("InvalidParameterValue", f"Value ({count}) for parameter {name} is invalid.")
-    return count
-
-
-def _remove(there: list[str], wanted: Sequence[str], eni: Interface) -> None:
-    if strange := [each for each in wanted if each not in there]:
-        message = f"Some of [{', '.join(strange)}] are not assigned to interface {eni.id}"
-        raise CloudError("InvalidParameterValue", message)
-    there[:] = [each for each in there if each not in wanted]
