@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _AGAIN_S = 1.0
 PRESS_AGAIN_S = 2.0
 PANICKED = "the guest's kernel panicked"
+STORAGE = "storage error"
 
 
 @dataclass
@@ -334,7 +335,7 @@ class Residents:
             case MachineEventKind.GUEST_PANICKED:
                 resident.state, resident.reason = EvmState.PANICKED, PANICKED
             case MachineEventKind.IO_ERROR:
-                resident.state, resident.reason = EvmState.PAUSED, f"storage error: {event.detail}"
+                resident.state, resident.reason = EvmState.PAUSED, f"{STORAGE}: {event.detail}"
                 self._let_run(resident)
             case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:
                 resident.state = EvmState.PAUSED
@@ -342,6 +343,8 @@ class Residents:
                 if resident.is_migrating:
                     return  # the blackout: the migration tells
                 self._let_run(resident)
+            case MachineEventKind.RESUMED if resident.state is EvmState.PAUSED and _is_storage(resident):
+                return  # to try its I/O again: whether it goes on shows in a moment (``_cont``)
             case MachineEventKind.RESUMED:
                 resident.state, resident.reason = EvmState.RUNNING, None
                 self._set_clock(resident)
@@ -518,6 +521,10 @@ class Residents:
             await self._stop_following(resident)
             if resident.assembly is not None:
                 await resident.assembly.close()
+
+
+def _is_storage(resident: Resident) -> bool:
+    return resident.reason is not None and resident.reason.startswith(STORAGE)
 
 
 async def _until_shut_down(events: AsyncIterator[MachineEvent]) -> None:
