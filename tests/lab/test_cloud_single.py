@@ -145,12 +145,44 @@ def test_without_the_permission_it_stays_relayed_until_there_is_one(cloud: Pool,
         assert evm.qemus().keys() == {moving.target}
         assert attached(cloud, gp3(evm).id) == {instance_of(cloud.topology.place(moving.source)): "attached"}
         writes(evm)
-        for order in (lambda: evm.begin(moving.source), lambda: evm.client.evms.stop(evm.name, grace_s=0)):
-            with pytest.raises(Conflict, match=moving.id):
-                order()
+        with pytest.raises(Conflict, match=f"{moving.id} is not over: .* stays relayed by {moving.source}"):
+            evm.begin(moving.source)
         turn(cloud)
     ended = check_ends_well(evm, moving)
     assert [move.tries > 1 for move in ended.report.volumes] == [True]
+
+
+def test_one_that_stays_relayed_can_be_stopped_and_starts_where_its_volume_is(cloud: Pool) -> None:
+    turn(cloud, faults=[fault("denied", "DetachVolume", times=None)])
+    try:
+        with subject(cloud, node="n1", volumes=["gp3:1GiB"]) as evm:
+            (volume,) = evm.volumes
+            evm.start_journal(volume, JOURNAL_HZ)
+            moving = evm.begin("n2")
+            told(evm, moving, "stays relayed", "UnauthorizedOperation")
+            refused = cloud.emp("migrate", evm.name, "--dry-run", check=False)
+            assert (refused.returncode, refused.stdout) == (4, "")
+            assert "stays relayed by n1" in " ".join(refused.stderr.split())
+            assert f"emp evm stop {evm.name}" in " ".join(refused.stderr.split())
+            writes(evm)
+            acked = evm.guest().ask("status")["journals"][0]["acked_seq"]
+            cloud.emp("evm", "stop", evm.name, "--grace", "0")
+            assert evm.client.migrations.get(moving.id).outcome is Outcome.COMPLETED
+            assert not [
+                trace for node in ("n1", "n2") for trace in evm.traces(node) if trace.startswith(("relay", "QEMU"))
+            ]
+            assert attached(cloud, volume.id) == {instance_of(cloud.topology.place("n1")): "attached"}
+            found = check_journal(volume_file(cloud.files, volume))
+            assert (found.errors, found.missing(acked)) == ((), 0)
+            refused = cloud.emp("evm", "start", evm.name, "--node", "n2", check=False)
+            assert refused.returncode != 0 and "UnauthorizedOperation" in refused.stderr
+            cloud.emp("evm", "start", evm.name, "--node", "n1")
+            evm.guest().wait_first_packet()
+            evm.start_journal(volume, JOURNAL_HZ)
+            check_is_at(evm, "n1")
+            turn(cloud)
+    finally:
+        turn(cloud)
 
 
 @pytest.mark.parametrize(

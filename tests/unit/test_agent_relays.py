@@ -137,6 +137,21 @@ def lending(migration: str, *, given: bool = False) -> LendOrder:
     return LendOrder(migration=migration, evm="web", target="n2", volumes=(held,), given=given)
 
 
+# -- an EVM that ends while it borrows
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_what_an_evm_borrows_is_flushed_before_it_ends_if_its_lender_answers(
+    relays: Relays, driver: Driver, answers: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    await relays.borrow("web", BORROWED)
+    if not answers:
+        driver.reached.clear()
+    await relays.flush("web")
+    assert driver.relays[f"vol-1-{Side.BORROWED}"].state is RelayState.HELD
+    assert ("is not flushed" in caplog.text) is not answers
+
+
 # -- a relay that nobody could hold
 
 

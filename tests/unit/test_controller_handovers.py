@@ -16,7 +16,7 @@ from emp.controller import moves
 from emp.controller.handovers import Handovers, order_of
 from emp.controller.supervise import Supervision
 from emp.migration.supervisor import Phase, Supervisor
-from emp.model.errors import Forbidden, StoreUnavailable
+from emp.model.errors import Conflict, Forbidden, StoreUnavailable
 from emp.model.migration import Migration, MoveStep, Outcome, VolumeOrder, VolumeStep
 from emp.model.orders import Role
 from emp.model.volume import Handover, MoveOrder, VolumeType
@@ -103,6 +103,39 @@ async def test_a_refused_move_has_its_alarm_until_it_is_done(pool: Pool) -> None
     assert (made.alarm, made.broken_off) == (None, False)
     assert made.tries == move["tries"] >= 3
     assert made.relayed_since == stuck.relayed_since
+
+
+async def test_an_evm_whose_volume_stays_relayed_is_stopped_and_not_moved_on(pool: Pool) -> None:
+    pool.volumes.failing["detach"] = Forbidden("EC2 refuses: UnauthorizedOperation")
+    begun = await migrate(pool)
+    path = f"/v1/migrations/{begun['id']}"
+    await pool.until(path, lambda m: "stays relayed by n1" in (m["hint"] or ""))
+    with pytest.raises(Conflict, match=r"runs on n2, and .* stays relayed by n1.*UnauthorizedOperation") as refused:
+        await pool.post("/v1/evms/web/migrations", {"target": "n1", "dry_run": True})
+    assert "emp evm stop web" in (refused.value.hint or "")
+    stopped = await pool.post("/v1/evms/web/stop", {"grace_s": 0})
+    assert (stopped["state"], stopped["owner"], stopped["migration"]) == ("stopped", "n2", None)
+    done = await pool.get(path)
+    assert (done["outcome"], done["hint"], done["moving"]) == ("completed", None, [])
+    assert pool.agents["n1"].lent == set(), "nothing is lent any more"
+    assert pool.volumes.holders(GP3).keys() == {"n1"}, "where the cloud left it"
+    left = await handover(pool, GP3)
+    assert left.broken_off and left.alarm is not None
+    del pool.volumes.failing["detach"]
+    await pool.post("/v1/evms/web/start", {"node": "n2"})
+    assert pool.volumes.holders(GP3).keys() == {"n2"}
+
+
+async def test_an_evm_that_still_needs_its_source_is_not_stopped(pool: Pool) -> None:
+    script = pool.agents["n1"].script = Script()
+    script.precopy.set()
+    script.blackout.set()
+    begun = await migrate(pool)
+    await pool.until(f"/v1/migrations/{begun['id']}", lambda m: m["committed"])
+    with pytest.raises(Conflict, match=begun["id"]):
+        await pool.post("/v1/evms/web/stop", {"grace_s": 0})
+    script.clearing.set()
+    await closed(pool, begun)
 
 
 async def test_the_steps_are_seen_while_they_are_taken(pool: Pool) -> None:

@@ -35,6 +35,8 @@ class World:
         self.expected: list[tuple[str, int]] = []
         self.refusing: dict[str, list[EmpError]] = {}
         self.down: set[str] = set()
+        self.ended = asyncio.Event()
+        """the EVM is, at the target"""
         self.unseen = 0
         """how often the service does not know the volume"""
 
@@ -54,11 +56,11 @@ class World:
             id=volume, type=VolumeType.GP3, size_bytes=1 << 30, serial="s", attachments=tuple(self.attachments)
         )
 
-    async def release(self, _: tuple[str, ...], *, node: str, **__: Any) -> None:
+    async def release(self, _: tuple[str, ...], *, node: str = "all", **__: Any) -> None:
         self.step(f"detach {node}")
         assert not self.lent or node in self.down, "a volume is detached while its relay has it open"
         assert self.held or not self.borrowed, "a volume is detached under the guest's I/O"
-        self.attachments = [a for a in self.attachments if a.node != node]
+        self.attachments = [a for a in self.attachments if node not in (a.node, "all")]
 
     async def expect(self, _: str, *, node: str, epoch: int) -> None:
         assert not self.held, "the guest's I/O waits for what could have been done before"
@@ -154,7 +156,10 @@ def moving(
         if steps is not None:
             steps.append(step.value if step else "over")
 
-    made = Moves(live, cast(Volumes, world), cast(Agents, world), cast(Nodes, world), say, at)
+    async def until_ended() -> None:
+        await world.ended.wait()
+
+    made = Moves(live, cast(Volumes, world), cast(Agents, world), cast(Nodes, world), say, at, until_ended)
     return made
 
 
@@ -265,6 +270,26 @@ async def test_an_evm_that_is_gone_from_the_target_needs_no_volume(world: World)
     made = moving(world, steps=steps)
     await finished(made)
     assert (made.made, steps[-1]) == ({}, "over")
+
+
+@pytest.mark.parametrize("refused", [0, 1000])
+async def test_an_evm_that_has_ended_leaves_its_volume_where_its_service_lets_it_be(world: World, refused: int) -> None:
+    """Its relays are gone with it; one try to detach, and the migration is not held up by a refusal."""
+    world.refusing["detach n1"] = [Forbidden("no permission")] * 1000
+    world.refusing["detach all"] = [Forbidden("no permission")] * refused
+    steps: list[str] = []
+    made = moving(world, steps=steps)
+
+    async def end() -> None:
+        assert "stays relayed by n1" in made.alarms[VOLUME]
+        world.borrowed, world.held = False, False
+        world.ended.set()
+
+    made.say = end
+    await finished(made)
+    assert (made.left, made.made, made.alarms, steps[-1]) == ({VOLUME}, {}, {}, "over")
+    assert not world.lent
+    assert [a.node for a in world.attachments] == (["n1"] if refused else [])
 
 
 async def test_a_guest_that_stands_uses_nothing_by_way_of_the_source(world: World) -> None:

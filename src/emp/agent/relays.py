@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AGAIN_S = 0.5
+FLUSH_S = 2.0
+"""for what the guest has written to be flushed, before its machine and its relay are ended"""
 LET_GO_S = 1.0
 """for what is on its way to a lender that no longer has the volume"""
 
@@ -197,6 +199,14 @@ class Relays:
         """The machine has the volume itself: end the relay."""
         with contextlib.suppress(NotFound):
             await self._end(self._borrowed(volume))
+
+    async def flush(self, evm: str) -> None:
+        """Hold and flush what the EVM borrows, as well as that goes: its guest has ended, or is about to be."""
+        for use in self._of_evm(evm, Side.BORROWED):
+            try:
+                await self._driver.hold(use.name, within_s=FLUSH_S)
+            except EmpError as error:
+                log.warning("%s: the relay of %s ends, and is not flushed: %s", evm, use.volume, error)
 
     # -- either
 

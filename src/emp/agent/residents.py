@@ -502,6 +502,7 @@ class Residents:
             await self.journal.append(Record(RecordKind.STOPPED, resident.name, last.epoch))
         resident.state, resident.reason = state, reason
         if resident.assembly is not None:
+            await resident.assembly.relays.flush(resident.name)
             await resident.assembly.dismantle()
             resident.assembly = None
         self.changed.notify()

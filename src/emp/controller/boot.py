@@ -215,9 +215,14 @@ class Boot:
         reason = "stopped by request"
         if (report := await self._stop_at_owner(evm, intent.grace_s)) is not None:
             reason = report.reason or reason
-        await self._finish(
-            name, lambda e: e.model_copy(update={"state": EvmState.STOPPED, "reason": reason, "want_running": False})
-        )
+
+        def stopped(evm: Evm) -> Evm:
+            return evm.model_copy(update={"state": EvmState.STOPPED, "reason": reason, "want_running": False})
+
+        if evm.migration is not None:  # all but over: its volumes follow an EVM that has ended no longer (``Moves``)
+            await self._edit_evm(name, stopped)
+            await self._book.until(lambda: self._book.evms.get(name).migration is None)
+        await self._finish(name, stopped)
         await self._tidy(name, keep_epoch=None, unheld=report is not None)
 
     async def _stop_at_owner(self, evm: Evm, grace_s: float) -> EvmReport | None:

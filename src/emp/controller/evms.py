@@ -143,9 +143,15 @@ class Evms:
         return place(candidates, unfit, what=name)
 
     async def stop(self, name: str, request: EvmStop) -> Evm:
-        """Shut it down, and keep it down. Raises ``NodeDown`` while its owner cannot be asked."""
-        self._check_idle(name)
+        """Shut it down, and keep it down. Raises ``NodeDown`` while its owner cannot be asked.
+
+        ``Conflict`` while it migrates, but for one that runs on the target and waits for volumes to follow: they stay
+        where they are then.
+        """
         evm = self.get(name)
+        if evm.migration is None or not self._migrations.has_landed(evm.migration):
+            self._check_not_migrating(name)
+        self._check_no_intent(name)
         if evm.state is EvmState.STOPPED:
             return await self._book.update(
                 self._book.evms, name, lambda e: e.model_copy(update={"want_running": False})
@@ -334,7 +340,9 @@ class Evms:
             return upkeep.model_copy(update=update)
 
         def want(evm: Evm) -> Evm:
-            if evm.migration is not None:
+            if evm.migration is not None and not (
+                intent.verb is Verb.STOP and self._migrations.has_landed(evm.migration)
+            ):
                 self._check_not_migrating(name)
             return evm if want_running is None else evm.model_copy(update={"want_running": want_running})
 

@@ -144,10 +144,7 @@ class Migrations:
     def _movable(self, name: str) -> Evm:
         evm = self._book.evms.get(name, field="evm")
         if evm.migration is not None:
-            hint = f"watch it: emp migration watch {evm.migration}"
-            raise Conflict(
-                f"EVM {name} is already migrating ({evm.migration})", field="evm", hint=hint, migration=evm.migration
-            )
+            raise self._still_migrating(name, self.get(evm.migration))
         if (intent := self._book.upkeep.get(name).intent) is not None:
             raise Conflict(f"{intent.verb} of EVM {name} is under way", field="evm", hint="wait until it is done")
         if evm.state is EvmState.UNKNOWN and evm.owner is not None:
@@ -157,6 +154,16 @@ class Migrations:
             remedy = f"emp evm start {name}" if evm.state in ENDED else f"see: emp evm show {name}"
             raise Conflict(f"EVM {name} is {evm.state}, not running{why}", field="evm", hint=remedy)
         return evm
+
+    def _still_migrating(self, name: str, live: Migration) -> Conflict:
+        message, hint = f"EVM {name} is already migrating ({live.id})", f"watch it: emp migration watch {live.id}"
+        if self.has_landed(live.id) and live.moving:
+            volumes = ", ".join(step.volume for step in live.moving)
+            why = live.hint or f"{volumes} is on its way from {live.source}"
+            message = f"EVM {name} runs on {live.target}, and {live.id} is not over: {why}"
+            hint = f"remove the cause, and it ends by itself: emp volume show {live.moving[0].volume}; "
+            hint += f"or: emp evm stop {name}"
+        return Conflict(message, field="evm", hint=hint, migration=live.id)
 
     def _target(
         self,
@@ -302,6 +309,11 @@ class Migrations:
     def _is_closed(self, id: str) -> bool:  # noqa: A002
         migration = self._book.migrations.find(id)
         return migration is None or migration.stage is Stage.CLOSED
+
+    def has_landed(self, id: str) -> bool:  # noqa: A002
+        """Whether the EVM runs on the target and its source is clear, so that only volumes or addresses may follow."""
+        supervision = self._open.get(id)
+        return supervision is not None and supervision.has_landed
 
     def is_open(self, id: str) -> bool:  # noqa: A002
         """Whether the migration is supervised now."""

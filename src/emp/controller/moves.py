@@ -12,7 +12,8 @@
 
 Each step may be repeated, and where to go on is read from where the volume is attached: so a controller that was killed
 in between, or whose order was not answered, just begins again. What is refused leaves the volume with the source: its
-I/O goes on through the relay, people are told, and it is tried again.
+I/O goes on through the relay, people are told, and it is tried again. An EVM that ends at the target meanwhile, by an
+order or by itself, needs its volumes nowhere: they stay where they are for its next start.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class _Gone(Exception):
 class Moves:
     """Of the volumes of one migration. ``say`` shows that ``alarms`` or ``made`` have changed.
 
-    ``at`` is told each step of each volume as it begins; None: its move is over.
+    ``at`` is told each step of each volume as it begins; None: its move is over. ``until_ended`` returns once the EVM
+    has ended at the target, by its agent's word.
     """
 
     migration: Migration
@@ -66,10 +68,13 @@ class Moves:
     nodes: Nodes
     say: Say
     at: At
+    until_ended: Callable[[], Awaitable[None]]
     alarms: dict[str, str] = field(default_factory=dict)
     """volume -> why its move is not done yet, for people"""
     made: dict[str, VolumeMove] = field(default_factory=dict)
     tries: dict[str, int] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+    """volumes that the EVM, having ended, did not take along"""
 
     # -- before the hand-over, and back
 
@@ -89,10 +94,15 @@ class Moves:
     # -- behind the commit
 
     async def finish(self, volumes: Sequence[str]) -> None:
-        """Have the target get each of ``volumes`` itself, however long it takes."""
-        await all_of(self._move(volume) for volume in volumes)
+        """Have the target get each of ``volumes`` itself, however long it takes, while the EVM is there."""
+        ending = asyncio.ensure_future(self.until_ended())
+        try:
+            await all_of(self._move(volume, ending) for volume in volumes)
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
 
-    async def _move(self, volume: str) -> None:
+    async def _move(self, volume: str, ending: asyncio.Future[None]) -> None:
         pause_s = FIRST_PAUSE_S
         if self.migration.policy.volume_order is not VolumeOrder.CLASSIC:  # else the guest stands
             self.at(volume, MoveStep.RELAYED)
@@ -119,7 +129,9 @@ class Moves:
             finally:
                 moving.cancel()
                 await asyncio.gather(moving, return_exceptions=True)
-            await asyncio.sleep(pause_s)
+            if (await asyncio.wait([ending], timeout=pause_s))[0]:
+                await self._leave(volume)
+                return
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _try(self, volume: str) -> None:
@@ -148,6 +160,21 @@ class Moves:
         self.alarms.pop(volume, None)
         self.at(volume, None)
         await self.say()
+
+    async def _leave(self, volume: str) -> None:
+        """Nobody uses it any more: have nothing lent, and detach it if its service lets it go now.
+
+        Nothing depends on the detach: the next start detaches what another node has, or happens there.
+        """
+        live = self.migration
+        await self._unless_down(live.source, lambda: self._take_back((volume,)))
+        try:
+            await self.volumes.release((volume,), unheld=True)
+        except EmpError as error:
+            log.warning("%s: %s is left where it is attached: %s", live.id, volume, error)
+        self.left.add(volume)
+        self.alarms.pop(volume, None)
+        self.at(volume, None)
 
     async def bring_home(self, volumes: Sequence[str]) -> None:
         """The EVM went back when volumes may have left already, in the classic order: have the source get them anew."""

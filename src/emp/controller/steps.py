@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from emp.controller.tasks import all_of
 from emp.controller.volumes import Volumes
 from emp.migration import supervisor
 from emp.model.clock import GuestClock
-from emp.model.errors import OutcomeUnknown, Unavailable
+from emp.model.errors import EmpError, OutcomeUnknown, Unavailable
 from emp.model.evm import Evm, EvmState
 from emp.model.migration import Migration, Outcome, VolumeOrder, VolumeStep
 from emp.model.orders import (
@@ -43,6 +44,8 @@ from emp.model.orders import (
     RoleStatus,
     VolumeGrant,
 )
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -69,7 +72,9 @@ class Steps:
         self._tools = tools
         self._tally = tally
         self.handovers = Handovers(tools.book, tools.volumes, tally.migration, self._show_moving)
-        self.moves = Moves(tally.migration, tools.volumes, tools.agents, tools.nodes, say, self.handovers.at)
+        self.moves = Moves(
+            tally.migration, tools.volumes, tools.agents, tools.nodes, say, self.handovers.at, self._until_ended
+        )
         self.reassignment = Reassignment(tally.migration, tools.reach, tools.agents, tools.nodes, say)
         self._grants: tuple[VolumeGrant, ...] = ()
 
@@ -182,15 +187,20 @@ class Steps:
 
     async def _detach_from_source(self, volumes: Sequence[str]) -> None:
         async def detach(volume: str) -> None:
-            async with self.handovers.timed(volume, "detach_ms"):
-                await self._shut_out(Role.SOURCE, (volume,))
+            try:
+                async with self.handovers.timed(volume, "detach_ms"):
+                    await self._shut_out(Role.SOURCE, (volume,))
+            except EmpError as error:
+                if not self._has_ended():
+                    raise
+                log.warning("%s: %s stays attached to %s: %s", self._live.id, volume, self._live.source, error)
 
         await all_of(detach(volume) for volume in volumes)
         await self.handovers.went_over(volumes)
 
     async def _move_away(self, volumes: Sequence[str]) -> None:
         await self.moves.finish(volumes)
-        await self._shut_out(Role.SOURCE, volumes)
+        await self._shut_out(Role.SOURCE, [volume for volume in volumes if volume not in self.moves.left])
 
     async def _shut_out(self, role: Role, volumes: Sequence[str]) -> None:
         live, node = self._live, self.node_of(role)
@@ -259,6 +269,15 @@ class Steps:
 
     def agent(self, role: Role) -> AgentClient:
         return self._tools.agents.of(self._tools.nodes.get(self.node_of(role)))
+
+    async def _until_ended(self) -> None:
+        await self._tools.book.until(self._has_ended)
+
+    def _has_ended(self) -> bool:
+        """Whether the target has said that its machine is gone: the guest uses no volume any more."""
+        evm, live = self._evm(), self._live
+        is_target = (evm.owner, evm.epoch) == (live.target, live.epoch_target)
+        return is_target and evm.state in (EvmState.STOPPED, EvmState.CRASHED)
 
     def _volumes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the EVM's volumes: those that one node alone can have, and the others."""

@@ -81,6 +81,11 @@ class Supervision:
         return self.live
 
     @property
+    def has_landed(self) -> bool:
+        """Whether the EVM runs on the target and its source is clear: what is left is to have all follow it."""
+        return self._state.phase is Phase.DETACHING and self._state.outcome is Outcome.COMPLETED
+
+    @property
     def _is_decided(self) -> bool:
         return self.live.committed or self.live.outcome is not None
 
