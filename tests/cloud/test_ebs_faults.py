@@ -27,7 +27,7 @@ from emp.volumes.ebs import EbsVolumeDriver, Limits
 from tests.cloud.simulator import NODES, POOL, REGION, ZONE, HandClock, Simulator, simulated
 from tests.cloud.test_ebs_driver import SIZE_BYTES, driver_of, held
 
-LIMITS = Limits(create_s=15.0, attach_s=10.0, detach_s=25.0, force_after_s=15.0, resize_s=10.0)
+LIMITS = Limits(create_s=5.0, attach_s=8.0, detach_s=10.0, force_after_s=6.0, resize_s=5.0)
 """shorter than a pool's own, as every look is a real request"""
 NOTHING_DONE = [Harm.LOST_ORDER, Harm.BROKEN, Harm.THROTTLED]
 LOSSES = [Harm.LOST_ORDER, Harm.LOST_REPLY, Harm.SILENT, Harm.BROKEN]
