@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,16 +22,20 @@ from pathlib import Path
 from botocore.exceptions import ClientError
 from emp.aws.api import make_client
 
-region, url, service, call, parameters = sys.argv[1:]
+region, url, service, calls = sys.argv[1:]
 home = Path("/var/lib/emp")
 client = make_client(
     region, endpoint_url=url, ca_file=home / "pki/ca-cert.pem", credentials_file=home / "aws-credentials", read_s=5.0,
     service=service,
 )
-try:
-    print(json.dumps(getattr(client, call)(**json.loads(parameters)), default=str))
-except ClientError as error:
-    print(json.dumps({"Refused": error.response["Error"]["Code"]}))
+
+def answer(call, parameters):
+    try:
+        return getattr(client, call)(**parameters)
+    except ClientError as error:
+        return {"Refused": error.response["Error"]["Code"]}
+
+print(json.dumps([answer(*each) for each in json.loads(calls)], default=str))
 """
 
 
@@ -51,7 +55,13 @@ def turn(pool: Pool, **knobs: Any) -> None:
 
 def call(pool: Pool, action: str, service: str = "ec2", **parameters: Any) -> Any:
     """Return the cloud's answer to ``action``, or ``{"Refused": code}``."""
-    return json.loads(_run(pool, _CALL, region.REGION, region.url(), service, action, json.dumps(parameters)))
+    (answer,) = call_all(pool, [(action, parameters)], service)
+    return answer
+
+
+def call_all(pool: Pool, calls: Sequence[tuple[str, dict[str, Any]]], service: str = "ec2") -> list[Any]:
+    """Return the answers to several calls of actions with their parameters, each as ``call`` does."""
+    return list(json.loads(_run(pool, _CALL, region.REGION, region.url(), service, json.dumps(calls))))
 
 
 def _run(pool: Pool, code: str, *arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from emp.lab import region
 from emp.lab.checkers import epochs, records
 from emp.lab.cloud.knobs import AWS
 from emp.lab.demo import volume_file
@@ -19,9 +21,10 @@ from emp.lab.topology import VOL, Topology
 from emp.model.errors import Conflict, Refused
 from emp.model.evm import EvmState
 from emp.model.migration import Migration, Outcome
-from tests.lab.cloud import attached, call, cloud_of_three, turn
+from tests.lab.cloud import attached, call, call_all, cloud_of_three, turn
 from tests.lab.conftest import Pool, run_emp, run_lab
 from tests.lab.pool import Subject, subject, until
+from tests.lab.test_bad_input import refusal
 from tests.lab.test_volumes import disks
 from tests.leaks import outliving
 
@@ -149,9 +152,38 @@ def test_a_controller_without_the_permission_leaves_the_evm_where_it_is(cloud: P
     check_stays(evm, evm.end_of(evm.begin(away(evm))), "UnauthorizedOperation", "permission")
 
 
+def check_is_refused(evm: Subject, target: str, why: str) -> None:
+    """By ``emp``, which names the field, the volume and the reason; and a dry run shows it among its checks."""
+    (volume,) = evm.volumes
+    said = refusal(evm.pool, "migrate", evm.name, "--to", target)
+    assert (said.exit_code, said.field) == (5, "target")
+    assert f"volume {volume.id}: " in said.error and why in said.error
+    planned = evm.pool.emp("migrate", evm.name, "--to", target, "--dry-run", "--json", check=False)
+    checks = json.loads(planned.stdout)["checks"]
+    assert planned.returncode == 5
+    assert [check["name"] for check in checks if not check["ok"]] == [f"volume {volume.id}"]
+
+
+def test_a_volume_that_sixteen_instances_have_is_not_attached_to_a_17th(cloud: Pool) -> None:
+    turn(cloud)
+    with subject(cloud, boots=False, node="n1", volumes=[VOLUME]) as evm:
+        (volume,) = evm.volumes
+        one = {"VolumeId": volume.id}
+        shared = [("attach_volume", one | {"InstanceId": i, "Device": "/dev/sdf"}) for i in region.STRANGERS.values()]
+        assert not [answer for answer in call_all(cloud, shared) if "Refused" in answer]
+        try:
+            check_is_refused(evm, "n2", "it is attached to 16 nodes, and takes 16 at once")
+        finally:
+            ended = call_all(cloud, [("detach_volume", one | {"InstanceId": i}) for i in region.STRANGERS.values()])
+        assert not [answer for answer in ended if "Refused" in answer]
+        evm.migrate("n2")
+        check_only_on(evm, "n2")
+
+
 def test_a_node_in_another_zone_is_no_target(evm: Subject) -> None:
     with pytest.raises(Refused, match=r"it is in lab-1a, n3 in lab-1b"):
         evm.begin("n3")
+    check_is_refused(evm, "n3", "it is in lab-1a, n3 in lab-1b")
     check_only_on(evm, evm.record.owner or "")
 
 

@@ -22,6 +22,8 @@ MODULE = "emp.lab.cloud"
 REGION = "lab-1"
 HOME_ZONE = "a"
 ZONES = "abcdef"
+STRANGERS = {f"stranger{n}": f"i-{0x57000 + n:017x}" for n in range(1, 16)}
+"""instances in zone a that are no nodes of the pool: with one that is, as many as a Multi-Attach volume takes"""
 SUBNET_IPV6 = "fd77::/64"
 """that the cloud gives addresses of; nothing is sent to them"""
 NFS_PROGRAM = "nfs-ganesha"
@@ -96,6 +98,7 @@ def cloud_part(files: LabFiles, state: LabState, home: Path) -> dict[str, Any]:
         | (_vpc_part(state, place) if topology.network is Network.VPC else {})
         for place in topology.node_places
     }
+    nodes |= {name: {"instance": instance, "zone": REGION + HOME_ZONE} for name, instance in STRANGERS.items()}
     knobs = {"latency": PROFILES[str(state.cloud)].model_dump(), "remap": {"least_s": state.remap_s}}
     efs = {"efs": {"program": str(home / NFS_PROGRAM), "interface": UPLINK}} if state.efs else {}
     network = _network_part(state)
@@ -110,7 +113,7 @@ def _vpc_part(state: LabState, place: Place) -> dict[str, Any]:
 
 def _network_part(state: LabState) -> dict[str, Any]:
     """The lab's one segment. What the cloud chooses itself, of mount targets say, is above the addresses of EVMs."""
-    zones = {zone_of(state, place) for place in state.topology.node_places}
+    zones = {REGION + HOME_ZONE, *(zone_of(state, place) for place in state.topology.node_places)}
     blocks = {REGION + letter: f"10.77.{251 + n // 2}.{n % 2 * 128}/25" for n, letter in enumerate(ZONES)}
     return {"cidr": SUBNET, "ipv6": SUBNET_IPV6, "picks": {zone: blocks[zone] for zone in zones}}
 
