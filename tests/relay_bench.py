@@ -105,10 +105,10 @@ class RelayBench:
     async def pair(self, source: HostDevice | NbdEndpoint, *, is_open: bool = True) -> Path:
         """Serve a volume on n1, dial it on n2 for the machine ``m``; return the socket there."""
         n1, n2 = await self.node("n1"), await self.node("n2")
-        served = await n1.serve("v", source=source, size_bytes=SIZE_BYTES, peer="agent-n2")
+        self.served = await n1.serve("v", source=source, size_bytes=SIZE_BYTES, peer="agent-n2")
         if is_open:
             await n1.open("v")
-        return await n2.dial("v", machine="m", upstream=served, size_bytes=SIZE_BYTES)
+        return await n2.dial("v", machine="m", upstream=self.served, size_bytes=SIZE_BYTES)
 
     def relay(self, node: str, name: str = "v") -> Process:
         """Return a relay's process."""

@@ -101,7 +101,7 @@ async def test_a_hold_leaves_nothing_on_its_way_and_costs_the_time_that_it_lasts
         count = writer.count
         await asyncio.sleep(3 - (time.monotonic() - began_s))  # what a move would take
         assert writer.count <= count + writer.AT_ONCE
-        await n2.resume("v")
+        await n2.switch("v", bench.served)
         lasted_s = time.monotonic() - began_s
         await writer.more()
         await writer.stop()
@@ -146,7 +146,7 @@ async def test_a_block_device_is_let_go_at_one_end_and_taken_at_the_other(bench:
         assert qemu_io(path, "write -P 3 512 512", "discard 1M 64k", "write -z 2M 64k", "flush").returncode == 0
         held = await n2.hold("v", within_s=5)
         assert (held.is_flushed, openers(device)) == (True, [])
-        await n2.resume("v")
+        await n2.switch("v", device)
         assert qemu_io(path, "read -P 3 512 512", "read -P 0 1M 64k").returncode == 0
         killed = bench.relay("n2")
         killed.send(signal.SIGKILL)
@@ -247,7 +247,7 @@ async def test_relays_outlive_their_agent_and_are_adopted(bench: RelayBench) -> 
         await killed.ended()
         status = await (await bench.node("n2")).status("v")
         assert (status.state, status.is_flushed) == (RelayState.HELD, True), "as it was"
-        await (await bench.node("n2")).resume("v")
+        await (await bench.node("n2")).switch("v", bench.served)
         await writer.more()
         await writer.stop()
     assert "another relay" not in bench.log("n2"), "none was ever started beside one that ran"
@@ -304,7 +304,7 @@ async def test_the_same_order_again_gives_the_same_answer(bench: RelayBench) -> 
         await n2.end("v")
     assert not any(process.alive for process in processes[1:])
     assert not path.parent.exists()
-    for order in (n2.status("v"), n2.hold("v", within_s=1), n2.open("v"), n2.resume("v")):
+    for order in (n2.status("v"), n2.hold("v", within_s=1), n2.open("v"), n2.switch("v", served)):
         with pytest.raises(NotFound, match="no relay v"):
             await order
     assert is_whole(bench)
@@ -332,7 +332,7 @@ async def test_a_volume_of_another_size_is_refused_at_each_end(bench: RelayBench
     with pytest.raises(Refused, match="another one"):
         await n2.switch("v", small.endpoint)
     assert (await n2.status("v")).state is RelayState.HELD
-    await n2.resume("v")
+    await n2.switch("v", bench.served)
     assert qemu_io(path, "write -P 1 0 4k").returncode == 0
 
 

@@ -82,7 +82,7 @@ async def test_a_hold_of_three_seconds_costs_three_seconds(bench: RelayBench, tm
         writing = asyncio.create_task(qemu.io("write -P 2 0 4k"))
         await asyncio.wait({writing}, timeout=3 - (time.monotonic() - began_s))
         assert not writing.done()
-        await n2.resume("v")
+        await n2.switch("v", bench.served)
         await writing
         assert 2.9 < time.monotonic() - began_s < 3.6
         assert volume.at(0, 1) == b"\2"
@@ -101,7 +101,7 @@ async def test_qemu_goes_on_when_its_relay_is_killed(bench: RelayBench, tmp_path
             killed = bench.relay("n2")
             killed.send(signal.SIGKILL)
             await killed.ended()
-            assert (await n2.resume("v")).state is RelayState.RUNNING
+            assert (await n2.switch("v", bench.served)).state is RelayState.RUNNING
             await writing
             assert volume.at(0, 1) == bytes([byte])
 

@@ -119,11 +119,6 @@ class SimRelays:
             relay.upstream, relay.held = source, False
         return self._status(name)
 
-    async def resume(self, name: str) -> RelayStatus:
-        with self.world.disturbance():
-            self._of(name).held = False
-        return self._status(name)
-
     async def status(self, name: str) -> RelayStatus:
         here()
         return self._status(name)

@@ -233,7 +233,7 @@ async def test_between_nodes_the_newest_client_that_writes_is_the_only_one(bench
         await old.answer()
 
 
-# ---------------------------------------------------------------------- hold, resume, switch
+# ---------------------------------------------------------------------- hold, switch
 
 
 async def test_a_hold_waits_for_what_is_outstanding_and_flushes(bench: Bench) -> None:
@@ -259,7 +259,7 @@ async def test_a_hold_waits_for_what_is_outstanding_and_flushes(bench: Bench) ->
     connections = bench.volume.connections
     await bench.relay.hold(5)
     assert bench.volume.connections == connections, "the same order again asks nobody"
-    await bench.relay.resume()
+    await bench.relay.switch(HERE)
     assert await client.answer(512) == (0, late, b"\1" * 512)
     assert bench.relay.status()["held_since_s"] is None
 
@@ -356,7 +356,7 @@ async def test_what_is_not_the_volume_is_refused(bench: Bench, changes: dict[str
     assert await client.is_silent()
     assert (bench.relay.status()["state"], bench.there.is_open) == ("held", False)
     assert not bench.there.asked
-    await bench.relay.resume()
+    await bench.relay.switch(HERE)
     assert await client.answer() == (0, cookie, b"")
 
 

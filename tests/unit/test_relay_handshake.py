@@ -12,7 +12,7 @@ import pytest
 from emp.model.errors import Refused, Unreachable
 from emp.volumes.nbd_wire import REPLY_MAGIC, Kind
 from tests.fakes.nbd import ALL_FLAGS, raw_request
-from tests.fakes.relay import Bench, until
+from tests.fakes.relay import HERE, Bench, until
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ async def test_a_client_is_not_read_while_too_much_of_it_is_kept(bench: Bench) -
     await until(bench.relay, waiting=32)
     assert await client.is_silent()
     assert bench.relay.status()["waiting"] == 32, "32 MiB"
-    await bench.relay.resume()
+    await bench.relay.switch(HERE)
     for _ in range(40):
         assert (await client.answer())[0] == 0
 

@@ -240,21 +240,16 @@ class RelayDriver(Protocol):
         """Return when all is answered and flushed, and there is no connection to the volume; then it can be detached.
 
         Raises ``Unreachable`` if that is not so ``within_s``, ``HostError`` if a flush failed or a device stays open.
-        It is held all the same: ``resume`` it, ``switch`` it (both send again what is outstanding), or ``hold`` it once
-        more.
+        It is held all the same: ``switch`` it, which sends again what is outstanding, or ``hold`` it once more.
         """
         ...
 
     async def switch(self, name: str, source: HostDevice | NbdEndpoint) -> RelayStatus:
-        """Let a held relay go on with the volume where it is now.
+        """Let a held relay go on with the volume where it is now, or still is.
 
         Raises ``Refused`` if what is there has another size or cannot do what the client was told, ``Unreachable`` or
         ``HostError`` if it does not open: it stays held. ``Conflict``: it is not held.
         """
-        ...
-
-    async def resume(self, name: str) -> RelayStatus:
-        """Let a held relay go on with the same volume."""
         ...
 
     async def status(self, name: str) -> RelayStatus: ...

@@ -55,8 +55,6 @@ class Control:
                     await relay.open()
                 case "hold":
                     await relay.hold(float(said["within_s"]))
-                case "resume":
-                    await relay.resume()
                 case "switch":
                     if (upstream := parse_upstream(said["upstream"])) is None:
                         raise BadInput("it says no volume", field="upstream")

@@ -98,9 +98,6 @@ class Relays:
     async def switch(self, name: str, source: HostDevice | NbdEndpoint) -> RelayStatus:
         return await self._ask(name, "switch", upstream=asdict(_upstream(source)))
 
-    async def resume(self, name: str) -> RelayStatus:
-        return await self._ask(name, "resume")
-
     async def status(self, name: str) -> RelayStatus:
         return await self._ask(name, "status")
 

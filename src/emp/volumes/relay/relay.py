@@ -184,7 +184,7 @@ class Relay:
         """Send nothing new; return when all is answered and flushed, and there is no connection to the volume.
 
         Raises ``Unreachable`` if that is not so ``within_s``, ``HostError`` if the volume cannot be flushed. It is held
-        all the same, without a connection. What is outstanding is kept, and sent again by ``resume`` or ``switch``, or
+        all the same, without a connection. What is outstanding is kept, and sent again by ``switch``, or
         by another ``hold``, which tries anew.
         """
         async with self._orders:
@@ -202,7 +202,7 @@ class Relay:
                 what = f"{count} requests are unanswered" if count else "it is not flushed"
                 raise Unreachable(
                     f"the volume does not answer: {what} after {within_s:g} s",
-                    hint="the relay is held, and keeps what it has: resume it, or hold it again",
+                    hint="the relay is held, and keeps what it has: let it go on where the volume is, or hold it again",
                 ) from None
             finally:
                 self._is_holding = False
@@ -213,14 +213,8 @@ class Relay:
                     await self._source.close()
             self._save(is_flushed=True)
 
-    async def resume(self) -> None:
-        """Go on with the same volume."""
-        async with self._orders:
-            if self._mode is Mode.HELD:
-                self._go_on()
-
     async def switch(self, upstream: Upstream) -> None:
-        """Go on with the volume where it is now; it stays held if that fails.
+        """Go on with the volume where it is now, or still is; it stays held if that fails.
 
         Raises ``Refused`` when what is there is not the volume, ``Unreachable`` or ``HostError`` when it does not open.
         """
