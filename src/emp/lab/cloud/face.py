@@ -7,25 +7,24 @@ what that wants of the data plane is carried out beside the requests. Signatures
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from starlette.types import Receive, Scope, Send
 
 from emp.lab.cloud.cloud import Change, Cloud, Deed
 from emp.lab.cloud.errors import BROKEN, DENIED, THROTTLED, UNAUTHENTICATED, CloudError
-from emp.lab.cloud.knobs import Bucket, Fault, Faults, Harm, Knobs
+from emp.lab.cloud.knobs import Fault, Harm, Knobs
 from emp.lab.cloud.network import AddressChange
 from emp.lab.cloud.network_plane import NetworkPlane, NoNetworkPlane
 from emp.lab.cloud.plane import DataPlane
 from emp.lab.cloud.query import Ec2Model, render_error
+from emp.lab.cloud.serving import LAST_CALLS, Chores, Lost, Toll, answered
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
 from emp.wire.identity import Role
@@ -34,15 +33,12 @@ from emp.wire.points import with_points
 log = logging.getLogger(__name__)
 
 _CREDENTIAL = re.compile(r"AWS4-HMAC-SHA256 Credential=([^/,\s]+)/\d{8}/[^/]+/ec2/aws4_request,")
-LAST_CALLS = 10_000
 POINTS = {
     "CreateVolume": "volumes.create", "DeleteVolume": "volumes.delete", "DescribeVolumes": "volumes.describe",
     "AttachVolume": "volumes.attach", "DetachVolume": "volumes.detach", "DescribeInstances": "volumes.instances",
     "ModifyVolume": "volumes.resize", "CreateTags": "volumes.tag", "DeleteTags": "volumes.untag",
 }  # fmt: skip
 """action -> the point that a test may let it go wrong at (``emp.faults``): a pool's own volume server has the same"""
-TICK_S = 0.5
-"""how long a change that is due may wait where the clock is not the machine's"""
 
 
 class Face:
@@ -67,10 +63,9 @@ class Face:
         self._access_keys = frozenset(access_keys)
         self._model = model or Ec2Model()
         self._keep = keep
-        self._faults = Faults(cloud.knobs.faults)
-        self._buckets: dict[str, Bucket] = {}
-        self._changes: set[asyncio.Task[None]] = set()
-        self._asked = asyncio.Event()
+        self._toll = Toll(cloud.knobs, cloud.clock)
+        self._chores = Chores(self._settle, cloud.due_s, cloud.clock, keep)
+        self.running = self._chores.running
         self.calls: deque[tuple[str, dict[str, str]]] = deque(maxlen=LAST_CALLS)
         """the last requests that came in: action and parameters"""
         self.requests: Counter[str] = Counter()
@@ -78,20 +73,10 @@ class Face:
 
     def turn(self, knobs: Knobs) -> None:
         """Put ``knobs`` in force, with full buckets and all their faults."""
-        self._faults, self._buckets = Faults(knobs.faults), {}
+        self._toll.turn(knobs)
         self.cloud.turn(knobs)
         self._keep()
-        self._asked.set()
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        ticking = asyncio.create_task(self._tick())
-        try:
-            yield
-        finally:
-            for task in (ticking, *self._changes):
-                task.cancel()
-            await asyncio.gather(ticking, *self._changes, return_exceptions=True)
+        self._chores.look()
 
     async def api(self, request: Request) -> Response:
         """Answer one request of the query API."""
@@ -117,24 +102,19 @@ class Face:
             raise CloudError("InvalidAction", f"The action {action} is not valid for this web service.")
         if (version := parameters.get("Version")) != self._model.version:
             raise CloudError("NoSuchVersion", f"The requested version ({version}) of service AmazonEC2 does not exist")
-        fault = self._faults.take(action)
+        fault = self._toll.fault(action)
         if fault is not None and fault.harm is Harm.LOST_ORDER:
             return Lost()
         self._refuse(action, fault)
         request = self._model.parse(action, parameters)
         if fault is not None and fault.harm is Harm.SLOW:
             await asyncio.sleep(fault.delay_s)
-        await self._pump()
+        await self._chores.begin()
         answer = self._model.render(action, self.cloud.perform(action, request))
         if not action.startswith("Describe"):
             self._remember(action, request)
-        self._asked.set()
-        match fault:
-            case Fault(harm=Harm.LOST_REPLY):
-                return Lost()
-            case Fault(harm=Harm.SILENT):
-                return Silent()
-        return Response(answer, media_type="text/xml")
+        self._chores.look()
+        return answered(Response(answer, media_type="text/xml"), fault)
 
     def _remember(self, action: str, request: Mapping[str, Any]) -> None:
         try:
@@ -157,35 +137,16 @@ class Face:
         if harm is Harm.DENIED:
             message = "You are not authorized to perform this operation."
             raise CloudError("UnauthorizedOperation", message, status=DENIED)
-        if harm is Harm.THROTTLED or not self._has_token(action):
+        if self._toll.is_throttled(action, fault):
             raise CloudError("RequestLimitExceeded", "Request limit exceeded.", status=THROTTLED)
         if harm is Harm.BROKEN:
             raise CloudError("InternalError", "An internal error has occurred", status=BROKEN)
 
-    def _has_token(self, action: str) -> bool:
-        limits = self.cloud.knobs.limits
-        if limits is None:
-            return True
-        if action not in self._buckets:
-            size, per_s = (
-                (limits.describe_bucket, limits.describe_per_s)
-                if action.startswith("Describe")
-                else (limits.change_bucket, limits.change_per_s)
-            )
-            self._buckets[action] = Bucket(size, per_s, self.cloud.clock)
-        return self._buckets[action].take()
-
     # ------------------------------------------------------------------ the data plane
 
-    async def _pump(self) -> None:
-        """Begin what is due. A data plane that has nothing to wait for is done when this returns."""
-        begun = {asyncio.create_task(self._carry_out(change)) for change in self.cloud.settle()}
-        begun |= {asyncio.create_task(self._route(change)) for change in self.cloud.network.settle()}
-        for task in begun:
-            self._changes.add(task)
-            task.add_done_callback(self._changes.discard)
-        if begun:
-            await asyncio.wait(begun, timeout=0)
+    def _settle(self) -> Iterator[Coroutine[Any, Any, None]]:
+        yield from map(self._carry_out, self.cloud.settle())
+        yield from map(self._route, self.cloud.network.settle())
 
     async def _carry_out(self, change: Change) -> None:
         try:
@@ -203,11 +164,6 @@ class Face:
             self.cloud.failed(change)
         else:
             self.cloud.done(change)
-            try:
-                self._keep()
-            except OSError as error:  # a later process asks the data plane again, which has it done already
-                log.error("the cloud's memory is not on disk: %s", error)
-        self._asked.set()
 
     async def _route(self, change: AddressChange) -> None:
         network = self.cloud.network
@@ -218,21 +174,6 @@ class Face:
             network.failed(change)
         else:
             network.done(change)
-            try:
-                self._keep()
-            except OSError as error:
-                log.error("the cloud's memory is not on disk: %s", error)
-        self._asked.set()
-
-    async def _tick(self) -> None:
-        while True:
-            self._asked.clear()
-            await self._pump()
-            due_s = self.cloud.due_s()
-            wait_s = None if due_s is None else min(TICK_S, max(0.0, due_s - self.cloud.clock()))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s):
-                    await self._asked.wait()
 
 
 class _Running(Protocol):
@@ -282,20 +223,3 @@ def make_app(face: Face, routers: Iterable[APIRouter] = (), others: Sequence[Bes
     for router in (knobs, *routers):
         app.include_router(router)
     return app
-
-
-class Lost(Response):
-    """Begins and never ends: the server closes the connection, and the caller cannot know what came of its order."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Without a length it is sent in chunks, of which the last never comes: nobody takes that for an empty answer.
-        headers = [(b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-
-class Silent(Response):
-    """No answer at all, until the caller hangs up."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            continue
