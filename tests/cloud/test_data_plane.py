@@ -7,10 +7,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from http.client import HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,14 @@ from emp.model.errors import (
 )
 from emp.model.orders import VolumeGrant
 from emp.model.volume import NbdEndpoint, Volume, VolumeType
-from emp.volumes.ebs import EbsVolumeDriver
 from emp.wire.pki import Identity, Role
 from emp.wire.sockets import listen
 from emp.wire.tls import mutual_client
 from tests.cloud.interfaces import holder, new_eni, primary, show_eni, take
 from tests.cloud.served import GIB, NODES, CloudPool, at
 
-SHORT = Latency(attach_s=1.0, detach_s=1.0, create_s=0.5, delete_s=1.0)
+LONG = Latency(attach_s=2.0, detach_s=2.0, create_s=0.5, delete_s=2.0)
+"""about what a cloud takes that is killed and started again"""
 
 
 class Daemon:
@@ -178,52 +179,44 @@ async def test_exports_outlive_a_killed_cloud_and_are_adopted(daemon: Daemon) ->
     assert daemon.pool.io(at(endpoint, "n1"), "read -P 1 0 4k"), "what had died meanwhile is served again"
 
 
-Order = Callable[[EbsVolumeDriver, Volume], Any]
-ORDERS: dict[str, Order] = {
-    "attach": lambda driver, volume: driver.attach(volume.id, node="n2", epoch=5),
-    "detach": lambda driver, volume: driver.detach(volume.id, node="n1", epoch=4),
-    "delete": lambda driver, volume: driver.delete(volume.id),
-}
-
-
-@pytest.mark.parametrize("verb", ORDERS)
-async def test_what_is_under_way_goes_on_after_a_kill(daemon: Daemon, verb: str) -> None:
-    """Killed while the state lasts, with nobody to order it again: the answer was given, so it is done."""
-    volume = await daemon.volume()
-    if verb == "detach":
-        await daemon.driver.attach(volume.id, node="n1", epoch=4)
-    await daemon.pool.turn(latency=SHORT)
-    ordering = asyncio.create_task(ORDERS[verb](daemon.driver, volume))
+async def test_what_is_under_way_goes_on_after_a_kill(daemon: Daemon) -> None:
+    """Killed while the states last, with nobody to order it again: the answer was given, so it is done."""
+    driver, state_dir = daemon.driver, daemon.pool.cloud.state_dir
+    comes, goes, ends = [await daemon.volume() for _ in range(3)]
+    for volume in (goes, ends):
+        await driver.attach(volume.id, node="n1", epoch=4)
+    await driver.detach(ends.id, node="n1", epoch=4)
+    await daemon.pool.turn(latency=LONG)
+    ordering = [
+        asyncio.create_task(driver.attach(comes.id, node="n2", epoch=5)),
+        asyncio.create_task(driver.detach(goes.id, node="n1", epoch=4)),
+        asyncio.create_task(driver.delete(ends.id)),
+    ]
     async with asyncio.timeout(5):
-        while f'"{verb}ing"' not in (text := (daemon.pool.cloud.state_dir / "cloud.json").read_text()):
-            if verb == "delete" and '"deleted_s":null' not in text:
-                break
+        while not ('"attaching"' in (text := (state_dir / "cloud.json").read_text()) and '"detaching"' in text
+                   and len(re.findall(r'"deleted_s":[^n]', text)) == 1):  # fmt: skip
             await asyncio.sleep(0.01)
     daemon.kill()
-    ordering.cancel()
-    await asyncio.gather(ordering, return_exceptions=True)
+    for order in ordering:
+        order.cancel()
+    await asyncio.gather(*ordering, return_exceptions=True)
     await daemon.start()
     async with asyncio.timeout(10):
-        match verb:
-            case "attach":
-                while True:
-                    with contextlib.suppress(Unavailable):
-                        endpoint = await daemon.device(volume, "n2")
-                        break
-                    await asyncio.sleep(0.05)
-                assert daemon.pool.is_open(at(endpoint, "n2"))
-            case "detach":
-                while (await daemon.driver.describe(volume.id)).attachments:
-                    await asyncio.sleep(0.05)
-                assert not list((daemon.pool.cloud.state_dir / "run").glob("*.pid"))
-            case "delete":
-                with pytest.raises(NotFound):
-                    while True:
-                        await daemon.driver.describe(volume.id)
-                        await asyncio.sleep(0.05)
-                images = daemon.pool.cloud.state_dir / "images"
-                while list(images.iterdir()):
-                    await asyncio.sleep(0.05)
+        while True:
+            with contextlib.suppress(Unavailable):
+                endpoint = await daemon.device(comes, "n2")
+                break
+            await asyncio.sleep(0.05)
+        assert daemon.pool.is_open(at(endpoint, "n2"))
+        while (await driver.describe(goes.id)).attachments:
+            await asyncio.sleep(0.05)
+        assert not list((state_dir / "run").glob(f"{goes.id}*.pid"))
+        with pytest.raises(NotFound):
+            while True:
+                await driver.describe(ends.id)
+                await asyncio.sleep(0.05)
+        while list((state_dir / "images").glob(f"{ends.id}*")):
+            await asyncio.sleep(0.05)
 
 
 async def test_tags_tokens_and_knobs_outlive_a_kill(daemon: Daemon) -> None:
@@ -231,14 +224,14 @@ async def test_tags_tokens_and_knobs_outlive_a_kill(daemon: Daemon) -> None:
     request = {"AvailabilityZone": "eu-west-1a", "Size": 8, "VolumeType": "gp3", "ClientToken": "the same order"}
     made = (await asyncio.to_thread(ec2.create_volume, **request))["VolumeId"]
     await asyncio.to_thread(ec2.create_tags, Resources=[made], Tags=[{"Key": "owner", "Value": "me"}])
-    await daemon.pool.turn(latency=SHORT, faults=(Fault(harm=Harm.DENIED, times=None),))
+    await daemon.pool.turn(latency=LONG, faults=(Fault(harm=Harm.DENIED, times=None),))
     await daemon.restart()
     assert (await asyncio.to_thread(ec2.create_volume, **request))["VolumeId"] == made
     (found,) = (await asyncio.to_thread(ec2.describe_volumes, VolumeIds=[made]))["Volumes"]
     assert found["Tags"] == [{"Key": "owner", "Value": "me"}]
     async with daemon.pool.caller(Identity(Role.CONTROLLER, "main")) as controller:
         knobs = await controller.request("GET", "/knobs")
-    assert (knobs["latency"]["attach_s"], knobs["faults"]) == (1.0, [])
+    assert (knobs["latency"]["attach_s"], knobs["faults"]) == (LONG.attach_s, [])
     ec2.close()
 
 
