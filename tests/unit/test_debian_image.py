@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from emp.lab import debian
+from emp.lab import debian, pods
+from emp.lab.images import GUEST_SOURCES
 from emp.model.errors import MissingDependency
 
 MANIFEST = debian.SOURCES / "root/etc/kubernetes/manifests/web.yaml"
@@ -74,3 +75,12 @@ def test_the_manifest_has_two_pods_that_ask_for_nothing_from_outside() -> None:
     assert re.findall(r"^  name: (\S+)$", text, re.MULTILINE) == ["web-0", "web-1"]
     assert set(re.findall(r"image: (\S+)$", text, re.MULTILINE)) == {"localhost/emp-pod:latest"}
     assert text.count("imagePullPolicy: Never") == text.count("image: ")
+
+
+def test_podman_answers_at_a_port_that_the_guest_service_does_not_have() -> None:
+    """Whoever comes second does not listen: a question to podman was once answered with bulk data that had no end."""
+    taken = {int(port) for port in re.findall(r"_PORT = (\d+)", (GUEST_SOURCES / "service.c").read_text())}
+    socket = (debian.SOURCES / "root/etc/systemd/system/emp-podman.socket").read_text()
+    assert len(taken) == 4
+    assert re.findall(r"^ListenStream=(.*)$", socket, re.MULTILINE) == [str(pods.PORT)]
+    assert pods.PORT not in taken

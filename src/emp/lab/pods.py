@@ -14,8 +14,10 @@ from emp.lab.guest_control import socket_in
 from emp.lab.topology import Topology
 from emp.model.errors import Unreachable
 
-PORT = 7780
+PORT = 7781
 ANSWER_S = 60.0
+LARGEST_BYTES = 1 << 20
+"""No answer is larger, 11 kB for each container; one that is comes from something else, and may have no end."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ def containers(topology: Topology, address: str) -> dict[str, Container]:
         connection.settimeout(ANSWER_S)
         try:
             connection.connect((address, PORT))
-            with connection.makefile() as answer:
-                told = json.load(answer)
+            with connection.makefile("rb") as answer:
+                text = answer.read(LARGEST_BYTES + 1)
+            if len(text) > LARGEST_BYTES:
+                raise ValueError(f"more than {LARGEST_BYTES} bytes at port {PORT}")
+            told = json.loads(text)
         except (OSError, ValueError) as error:
             raise Unreachable(f"the EVM at {address} does not tell of its pods: {error}") from error
     return {each["Name"]: _container(each) for each in told}
