@@ -1,6 +1,6 @@
 # Every target does its own set-up. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models bench-relay bench-volumes bench-network lock clean
+.PHONY: help setup setup-dev setup-test demo test test-cloud test-faults simulate soak lint bench-idle bench-controller-loss bench-abort bench-disk-models bench-relay bench-volumes bench-network lock clean
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
@@ -18,11 +18,14 @@ setup: ## Install what the demo needs: packages, QEMU, Python environment, guest
 setup-dev:
 	@scripts/setup --dev
 
+setup-test:
+	@scripts/setup --dev --test
+
 demo: setup ## Migrate a running EVM there and back, and show what happened
 	@mkdir -p build
 	@$(AS_ROOT) .venv/bin/emp lab demo --json build/demo.json
 
-test: setup-dev lint ## Run every check and every test
+test: setup-test lint ## Run every check and every test
 	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider -q tests/search
 	@$(AS_ROOT) $(PY) -B -m pytest -p no:cacheprovider $(SIDE_BY_SIDE) --ignore tests/search --durations=15
 

@@ -61,7 +61,7 @@ def ensure_debian(cache: Path | None = None, *, notice: Notice = lambda line: No
     cache = cache or default_cache()
     kernel = ensure_kernel(cache, notice=notice)
     busybox = ensure_busybox(cache, notice=notice)
-    home = cache / "images" / f"{NAME}-{recipe(busybox, kernel)[:16]}"
+    home = _home(cache, kernel, busybox)
     if not (home / "image.json").exists():
         if os.geteuid() != 0:
             raise MissingDependency(f"root is needed to build the guest image {NAME}", hint="run the same as root")
@@ -69,6 +69,16 @@ def ensure_debian(cache: Path | None = None, *, notice: Notice = lambda line: No
         publish(home, lambda target: _build(target, kernel, busybox))
         _give_to_the_owner(cache, home)
     return read_image(home)
+
+
+def is_built(cache: Path | None = None) -> bool:
+    """Whether the cache has the image for the present recipe, so that nothing has to be fetched for it."""
+    cache = cache or default_cache()
+    return (_home(cache, ensure_kernel(cache), ensure_busybox(cache)) / "image.json").exists()
+
+
+def _home(cache: Path, kernel: Path, busybox: Path) -> Path:
+    return cache / "images" / f"{NAME}-{recipe(busybox, kernel)[:16]}"
 
 
 def recipe(busybox: Path, kernel: Path) -> str:
