@@ -47,6 +47,10 @@ class SimPort:
     def stopped(self) -> None:
         here()
 
+    @property
+    def overflowed(self) -> int:
+        return 0
+
     def swallowed(self, received: Sequence[int]) -> list[bytes]:
         return []
 

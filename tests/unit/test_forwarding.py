@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Self, cast
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from emp.agent import forwarding
-from emp.agent.forwarding import Arrivals, Forwarder, pack, unpack
+from emp.agent import forwarding, tunnel
+from emp.agent.forwarding import Forwarder
+from emp.agent.tunnel import Arrivals
 from emp.host import packet
 from emp.model.errors import Unavailable, Unreachable
 from emp.network.base import Port
@@ -46,6 +45,7 @@ class FakePort:
         self.calls: list[str] = []
         self._filled = asyncio.Event()
         self.takes = True
+        self.overflowed = 0
 
     def comes(self, *frames: bytes) -> None:
         self.queue.extend(frames)
@@ -70,6 +70,11 @@ class FakePort:
     async def filled(self) -> None:
         await self._filled.wait()
 
+    async def emptied(self) -> None:
+        async with asyncio.timeout(10):
+            while self.queue:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)  # there is nobody to tell
+
     async def moved(self) -> None:
         await self.has_moved.wait()
 
@@ -88,30 +93,90 @@ class FakePort:
 
 
 class FakeLink:
-    """Delivers to ``Arrivals`` at once."""
+    """Delivers to ``Arrivals`` at once, and brings back what they say."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.broken = False
+        """the source knows"""
+        self.swallows = False
+        """what is sent gets lost, and nobody knows yet"""
         self.hangs = False
         """its other end does not answer a goodbye"""
         self.closed = False
+        self.on_data: Callable[[bytes], None]
+        self._said: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._ended = asyncio.Event()
+        self._taking = asyncio.create_task(self._take())
+
+    async def _take(self) -> None:
+        await self.target.arrivals.take(cast(Link, FarEnd(self)))
 
     def send_data(self, data: bytes) -> bool:
         if self.broken:
             raise Unavailable("the link broke")
-        self.target.arrivals._put(data)
+        if not self.swallows:
+            self.on_data(data)
         return True
 
-    async def writable(self) -> None: ...
+    def say(self, message: dict[str, Any]) -> None:
+        if not self.swallows and not self.broken:
+            self._said.put_nowait(message)
+
+    def breaks(self) -> None:
+        self.broken = True
+        self._said.put_nowait(None)
+        self._ended.set()
+
+    async def until_ended(self) -> None:
+        await self._ended.wait()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        said = await self._said.get()
+        if said is None:
+            raise StopAsyncIteration
+        return said
 
     async def close(self) -> None:
         if self.hangs:
             await asyncio.Event().wait()
-        self.closed = True
+        self.abort()
+        await self._taking
 
     def abort(self) -> None:
         self.closed = True
+        self.breaks()
+
+
+class FarEnd:
+    """A link as the target has it."""
+
+    def __init__(self, link: FakeLink) -> None:
+        self._link = link
+
+    @property
+    def on_data(self) -> Callable[[bytes], None]:
+        return self._link.on_data
+
+    @on_data.setter
+    def on_data(self, take: Callable[[bytes], None]) -> None:
+        self._link.on_data = take
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self._link.say(message)
+
+    def abort(self) -> None:
+        self._link.breaks()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> dict[str, Any]:
+        await self._link.until_ended()
+        raise StopAsyncIteration
 
 
 class Target:
@@ -156,12 +221,16 @@ def target() -> Target:
 
 
 @pytest.fixture
-async def source(target: Target) -> AsyncIterator[Source]:
+async def source(target: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Source]:
+    monkeypatch.setattr(tunnel, "TAKEN_S", 0.001)
+    monkeypatch.setattr(tunnel, "_REDIAL_S", 0.001)
     made = Source(target)
     await made.forwarder.connect()
     made.forwarder.watch()
     made.forwarder.stopped()
     yield made
+    for link in target.links:
+        link.hangs = False
     await made.forwarder.close()
 
 
@@ -173,7 +242,8 @@ async def test_what_was_held_is_sent_at_once_and_in_order(source: Source, target
     assert target.arrivals.caught_up.is_set()
     source.port.comes(frame(4))
     assert await target.has(4) == [1, 2, 3, 4]
-    assert (source.forwarder.held, source.forwarder.forwarded) == (4, 4)
+    await source.forwarder.all_taken()
+    assert (source.forwarder.held, source.forwarder.forwarded, source.forwarder.lost) == (4, 4, 0)
     source.forwarder.begin()
     assert len(target.port.got) == 4, "a GO that is repeated begins nothing anew"
 
@@ -237,13 +307,10 @@ async def test_a_network_that_never_shows_that_it_moved_is_waited_for_so_long_an
     assert source.port.calls[-1] == "release"
 
 
-async def test_a_connection_that_breaks_is_made_again(
-    source: Source, target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forwarding, "_REDIAL_S", 0.001)
+async def test_a_connection_that_breaks_is_made_again(source: Source, target: Target) -> None:
     source.port.comes(frame(1))
     source.forwarder.begin()
-    target.links[0].broken = True
+    target.links[0].breaks()
     target.unreachable = 3
     source.port.comes(frame(2), frame(3))
     assert await target.has(3) == [1, 2, 3]
@@ -251,10 +318,76 @@ async def test_a_connection_that_breaks_is_made_again(
 
 
 async def test_one_that_was_broken_at_the_commit_too(source: Source, target: Target) -> None:
-    target.links[0].broken = True
+    target.links[0].breaks()
     source.port.comes(frame(1), frame(2))
     source.forwarder.begin()
     assert await target.has(2) == [1, 2]
+
+
+async def test_what_was_on_its_way_as_it_broke_comes_once(source: Source, target: Target) -> None:
+    source.port.comes(frame(1))
+    source.forwarder.begin()  # taken, and whether that was said nobody knows
+    target.links[0].swallows = True
+    source.port.comes(frame(2), frame(3))
+    await source.port.emptied()
+    target.links[0].breaks()
+    source.port.comes(frame(4))
+    assert await target.has(4) == [1, 2, 3, 4]
+    await source.forwarder.all_taken()
+    assert (source.forwarder.forwarded, source.forwarder.lost) == (4, 0)
+
+
+async def test_a_target_that_was_restarted_gets_no_frame_twice(source: Source, target: Target) -> None:
+    source.port.comes(frame(1))
+    source.forwarder.begin()
+    await source.forwarder.all_taken()
+    target.links[0].swallows = True
+    source.port.comes(frame(2))
+    await source.port.emptied()
+    target.arrivals = Arrivals("m-1", [cast(Port, target.port)])
+    target.links[0].breaks()
+    source.port.comes(frame(3))
+    assert await target.has(2) == [1, 3]
+    await source.forwarder.all_taken()
+    assert source.forwarder.lost == 1
+
+
+async def test_what_the_target_never_takes_is_lost_and_holds_nothing_up_for_longer_than_may_be(
+    source: Source, target: Target
+) -> None:
+    source.port.comes(frame(1), frame(2))
+    target.links[0].swallows = True
+    target.unreachable = 1_000_000
+    source.forwarder.begin()
+    source.port.has_moved.set()
+    began_s = asyncio.get_running_loop().time()
+    await source.forwarder.until_moved()
+    assert 0.25 < asyncio.get_running_loop().time() - began_s < 2
+    assert (source.forwarder.held, source.forwarder.forwarded, source.forwarder.lost) == (2, 0, 2)
+
+
+async def test_what_is_not_taken_at_once_waits_in_the_tap(
+    source: Source, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "_KEPT_BYTES", 50_000)
+    target.links[0].swallows = True
+    target.unreachable = 1_000_000
+    source.forwarder.begin()
+    source.port.comes(*(frame(number, size=1000) for number in range(500)))
+    await asyncio.sleep(0.05)  # in which more would be pulled
+    assert 300 < len(source.port.queue) < 500
+    target.unreachable = 0
+    target.links[0].breaks()
+    assert await target.has(500) == list(range(500))
+
+
+async def test_what_the_tap_had_no_room_for_since_the_stop_is_lost(source: Source) -> None:
+    source.forwarder.stopped()
+    source.port.overflowed += 7
+    source.forwarder.begin()
+    source.port.has_moved.set()
+    await source.forwarder.until_moved()
+    assert source.forwarder.lost == 7
 
 
 async def test_a_rescue_gives_the_guest_here_what_had_been_sent(source: Source, target: Target) -> None:
@@ -264,6 +397,7 @@ async def test_a_rescue_gives_the_guest_here_what_had_been_sent(source: Source, 
     source.port.comes(frame(4))
     await target.has(4)
     await source.forwarder.put_back()
+    assert source.forwarder.lost == 0
     assert numbers(source.port.got) == [2, 3, 4], "the first is in the machine itself"
     assert source.port.calls[-1] == "forget"
 
@@ -311,23 +445,5 @@ async def test_frames_without_room_are_counted(
     target.port.takes = False
     source.port.comes(frame(1), frame(2))
     source.forwarder.begin()
-    assert target.arrivals._lost == 2
-
-
-frames = st.binary(min_size=packet.HEADER_BYTES + 14, max_size=200)
-
-
-@given(nic=st.integers(0, 255), sent=st.lists(frames, max_size=20), chunk=st.integers(1, 500))
-def test_frames_come_out_of_messages_as_they_went_in(nic: int, sent: list[bytes], chunk: int) -> None:
-    before, forwarding._CHUNK_BYTES = forwarding._CHUNK_BYTES, chunk
-    try:
-        messages = list(pack(nic, sent))
-    finally:
-        forwarding._CHUNK_BYTES = before
-    assert [one for message in messages for one in unpack(message)] == [(nic, one) for one in sent]
-
-
-@pytest.mark.parametrize("message", [b"\0", b"\0\0\0\0\x08" + bytes(8), b"\0\0\0\0\x40" + bytes(63)])
-def test_what_is_no_message_of_frames_is_refused(message: bytes) -> None:
-    with pytest.raises(ValueError, match="frame"):
-        list(unpack(message))
+    await source.forwarder.all_taken()
+    assert source.forwarder.lost == 2

@@ -10,8 +10,8 @@ The target announces itself when what was held has arrived, or after ``ANNOUNCED
 overtake it.
 
 Until the commit nothing is taken out of the tap, so an abort needs nothing put back. The two agents have a connection
-of their own for the frames, opened before HANDOVER: an order never waits behind them. What the target or the connection
-does not take at once stays in the source's tap, whose queue is bounded and counts what it drops.
+of their own for the frames (``emp.agent.tunnel``), opened before HANDOVER: an order never waits behind them. What the
+target or the connection does not take at once stays in the source's tap, whose queue is bounded, and counts drops.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import struct
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 
+from emp.agent.tunnel import DialFrames, Tunnel
 from emp.host import packet
 from emp.hypervisor.base import Machine
 from emp.model.errors import EmpError
 from emp.network.base import Port
-from emp.wire.link import Link
 
 log = logging.getLogger(__name__)
 
@@ -34,50 +34,16 @@ _BATCH = 64
 """frames in one turn of the event loop"""
 ANNOUNCED_S = 0.2
 """the target waits so long at most for what was held, while the connection to the source is there"""
-CAUGHT_UP = b""
-"""the message that says: what was held has been sent"""
 _AT_ONCE = 512
 """frames that were held and are sent before anything else happens; some 5 ms"""
-_CHUNK_BYTES = 256 << 10
 _COPIES_BYTES = 16 << 20
-"""of frames that the target may still send back; what is beyond waits in the tap until it runs"""
+"""of memory, for frames that the target may still send back; what is beyond waits in the tap until it runs"""
 _LOCAL_S = 1.0
 """after the network has moved, frames can only come from EVMs of this very node, and those need not fall silent"""
-_REDIAL_S = 0.2
 _SETTLE_S = 0.01
+_LAST_S = 0.2
+"""for the word that the last frames have been taken, however long the network has taken to move"""
 _LOOK_S = 0.05
-_FRAME = struct.Struct("!BI")
-"""number of the card, length of the frame that follows"""
-
-DialFrames = Callable[[], Awaitable[Link]]
-
-
-def pack(nic: int, frames: Sequence[bytes]) -> Iterator[bytes]:
-    """Yield the messages that carry the frames, each of 256 KiB or one frame."""
-    parts: list[bytes] = []
-    size = 0
-    for frame in frames:
-        if parts and size + len(frame) > _CHUNK_BYTES:
-            yield b"".join(parts)
-            parts, size = [], 0
-        parts += (_FRAME.pack(nic, len(frame)), frame)
-        size += _FRAME.size + len(frame)
-    if parts:
-        yield b"".join(parts)
-
-
-def unpack(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (number of the card, frame). Raise ``ValueError`` for what ``pack`` has not made."""
-    at = 0
-    while at < len(message):
-        if at + _FRAME.size > len(message):
-            raise ValueError("a frame without its length")
-        nic, size = _FRAME.unpack_from(message, at)
-        at += _FRAME.size
-        if not packet.HEADER_BYTES + 14 <= size <= len(message) - at:
-            raise ValueError(f"a frame of {size} bytes in a message with {len(message) - at} left")
-        yield nic, message[at : at + size]
-        at += size
 
 
 class Forwarder:
@@ -98,10 +64,9 @@ class Forwarder:
         self._ports = ports
         self._macs = macs
         self._own = [{bytes.fromhex(mac.replace(":", "")) for mac in behind} for behind in macs]
-        self._dial = dial
+        self._tunnel = Tunnel(name, dial)
         self._quiet_s = quiet_s
         self._most_s = most_s
-        self._link: Link | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._watches = False
         self._runs = asyncio.Event()
@@ -112,13 +77,25 @@ class Forwarder:
         self._copies: list[list[bytes]] = [[] for _ in ports]
         self._copied_bytes = 0
         self._frame_at_s = 0.0
+        self._overflowed = [0 for _ in ports]
+        """frames that the taps had dropped when the guest stopped"""
+        self._dropped = [0 for _ in ports]
         self.held = 0
         """frames that came before the target ran"""
-        self.forwarded = 0
+
+    @property
+    def forwarded(self) -> int:
+        """Frames that the target has taken."""
+        return self._tunnel.forwarded
+
+    @property
+    def lost(self) -> int:
+        """Frames since the guest's stop without room in a queue, here or there, or that the target has not taken."""
+        return self._tunnel.lost + sum(self._dropped)
 
     async def connect(self) -> None:
         """Open the connection. Raises as the dialling does."""
-        self._link = await self._dial()
+        await self._tunnel.connect()
 
     def watch(self) -> None:
         """Pre-copy begins."""
@@ -133,6 +110,7 @@ class Forwarder:
         """The guest has stopped."""
         for port in self._ports:
             port.stopped()
+        self._overflowed = [_overflowed(port) for port in self._ports]
 
     def completed(self, machine: Machine) -> None:
         """Everything is with the target: see what the guest had received to the last. QEMU answers nothing before."""
@@ -160,20 +138,18 @@ class Forwarder:
         self._frame_at_s = asyncio.get_running_loop().time()
         for nic, port in enumerate(self._ports):
             received = self._received[nic]
-            known = received.result() if received is not None and received.done() else None
-            waiting = self._take_held(nic, port, known) if known is not None or received is None else None
-            self._tasks.append(asyncio.create_task(self._carry(nic, port, waiting), name=f"frames of {self._name}"))
+            is_known = received is None or received.done()
+            if is_known:
+                self._send_held(nic, port, received.result() if received is not None else None)
+            self._tasks.append(asyncio.create_task(self._carry(nic, port, is_known), name=f"frames of {self._name}"))
 
-    def _take_held(self, nic: int, port: Port, received: Sequence[int] | None) -> list[bytes]:
-        """Send what was held; return what could not be sent."""
+    def _send_held(self, nic: int, port: Port, received: Sequence[int] | None) -> None:
         held = port.swallowed(received or ())
         self.held += len(held)
         with contextlib.suppress(OSError):  # the task says it
             held += self._pulled(nic, port, _AT_ONCE)
-        if self._link is None or not self._send_at_once(self._link, nic, held):
-            return held
+        self._tunnel.send(nic, held)
         self._say_if_caught_up()
-        return []
 
     def _pulled(self, nic: int, port: Port, most: int) -> list[bytes]:
         """Take what there is for the target, up to ``most`` frames."""
@@ -188,38 +164,23 @@ class Forwarder:
             return [frame for frame in frames if frame[packet.RECEIVER] in own]
         self.held += len(frames)
         self._copies[nic] += frames
-        self._copied_bytes += sum(map(len, frames))
+        self._copied_bytes += sum(map(sys.getsizeof, frames))
         return frames
-
-    def _send_at_once(self, link: Link, nic: int, frames: list[bytes]) -> bool:
-        """Send without waiting, unless the connection is gone."""
-        try:
-            for message in pack(nic, frames):
-                link.send_data(message)
-        except EmpError:
-            return False
-        self.forwarded += len(frames)
-        return True
 
     def _say_if_caught_up(self) -> None:
         """Once what was held on every port has been sent."""
-        if not self._behind and not self._has_caught_up and self._link is not None:
+        if not self._behind and not self._has_caught_up:
             self._has_caught_up = True
-            with contextlib.suppress(EmpError):  # the target waits for it in vain, for a moment
-                self._link.send_data(CAUGHT_UP)
+            self._tunnel.say_caught_up()
 
-    async def _carry(self, nic: int, port: Port, waiting: list[bytes] | None) -> None:
+    async def _carry(self, nic: int, port: Port, is_held_sent: bool) -> None:
         received = self._received[nic]
-        if waiting is None and received is not None:
+        if not is_held_sent and received is not None:
             await asyncio.wait({received}, timeout=_LOOK_S)
-            waiting = self._take_held(nic, port, received.result() if received.done() else None)
-        frames = waiting or []
+            self._send_held(nic, port, received.result() if received.done() else None)
         while True:
-            if frames:
-                self._frame_at_s = asyncio.get_running_loop().time()
-                await self._send(nic, frames)
-            self._say_if_caught_up()
             await asyncio.sleep(0)  # a flood must not take the event loop from the migration
+            await self._tunnel.writable()
             if self._copied_bytes > _COPIES_BYTES:
                 await self._runs.wait()
             try:
@@ -228,20 +189,10 @@ class Forwarder:
             except OSError as error:
                 log.warning("%s: %s is gone, frames for it are lost: %s", self._name, port.interface, error)
                 return
-
-    async def _send(self, nic: int, frames: Sequence[bytes]) -> None:
-        for message in pack(nic, frames):
-            while True:
-                try:
-                    link = self._link = self._link or await self._dial()
-                    if not link.send_data(message):
-                        await link.writable()
-                    break
-                except EmpError as error:
-                    log.info("%s: frames wait for a connection to the target: %s", self._name, error)
-                    self._link = None
-                    await asyncio.sleep(_REDIAL_S)
-        self.forwarded += len(frames)
+            if frames:
+                self._frame_at_s = asyncio.get_running_loop().time()
+                self._tunnel.send(nic, frames)
+            self._say_if_caught_up()
 
     async def until_moved(self) -> None:
         """The target runs: go on until nothing comes here any more, or the policy's time is up."""
@@ -249,6 +200,7 @@ class Forwarder:
             return
         self._runs.set()
         self._copies, self._copied_bytes = [[] for _ in self._ports], 0
+        until_s = asyncio.get_running_loop().time() + self._most_s
         try:
             async with asyncio.timeout(self._most_s):
                 await asyncio.gather(*(port.moved() for port in self._ports))
@@ -267,19 +219,32 @@ class Forwarder:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LOCAL_S):
                 await self._quiet(_SETTLE_S)
+        self._count_drops()
+        try:
+            async with asyncio.timeout(max(_LAST_S, until_s - asyncio.get_running_loop().time())):
+                await self.all_taken()
+        except TimeoutError:
+            log.warning("%s: the target has not taken %d frames for it", self._name, self._tunnel.lost)
         await self.close()
+
+    def _count_drops(self) -> None:
+        now = [_overflowed(port) for port in self._ports]
+        self._dropped = [max(0, after - before) for before, after in zip(self._overflowed, now, strict=True)]
 
     async def _quiet(self, span_s: float) -> None:
         began_s = asyncio.get_running_loop().time()
         while (left_s := max(began_s, self._frame_at_s) + span_s - asyncio.get_running_loop().time()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left_s)  # a frame has come meanwhile, or none: then it is over
 
+    async def all_taken(self) -> None:
+        """Return when the target has taken everything that was sent."""
+        await self._tunnel.emptied()
+
     async def put_back(self) -> None:
         """The guest is to run here again: it gets what was held, in order."""
         copies, self._copies = self._copies, [[] for _ in self._ports]
-        if self._link is not None:  # the guest stands still: no goodbye is waited for
-            self._link.abort()
-            self._link = None
+        self._count_drops()
+        await self._tunnel.abort()  # the guest stands still: no goodbye is waited for
         await self.close()
         for port, frames in zip(self._ports, copies, strict=True):
             port.put(frames)
@@ -291,37 +256,11 @@ class Forwarder:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._link is not None:
-            await self._link.close()
-            self._link = None
+        await self._tunnel.close()
 
 
-class Arrivals:
-    """The target's side: frames from one connection go into the ports' queues, where the machine finds them."""
-
-    def __init__(self, name: str, ports: Sequence[Port]) -> None:
-        self._name = name
-        self._ports = ports
-        self._lost = 0
-        self.caught_up = asyncio.Event()
-        """what the source held has arrived"""
-
-    async def take(self, link: Link) -> None:
-        """Until the connection ends."""
-        link.on_data = self._put
-        try:
-            async for _ in link:
-                pass
-        finally:
-            self.caught_up.set()
-            for port in self._ports:
-                port.settle()
-            if self._lost:
-                log.warning("%s: %d forwarded frames found no room in their queue", self._name, self._lost)
-
-    def _put(self, message: bytes) -> None:
-        if message == CAUGHT_UP:
-            self.caught_up.set()
-        for nic, frame in unpack(message):
-            if nic < len(self._ports):
-                self._lost += 1 - self._ports[nic].put([frame])
+def _overflowed(port: Port) -> int:
+    try:
+        return port.overflowed
+    except EmpError:
+        return 0  # it is gone, and its counter with it

@@ -6,7 +6,7 @@ The source opens it; after a break whoever has something to say or to ask does.
 message    from -> to        fields
 =========  ================  ==========================================================
 hello      both              migration, journal, seq: who dials says it first; ``carries``:
-                             "frames" on a link of its own (``emp.agent.forwarding``)
+                             "frames" on a link of its own (``emp.agent.tunnel``)
 clock      both              t1_s, then back with t2_s, t3_s (RFC 5905, section 8)
 loaded     target -> source  nonce
 go         source -> target  epoch, nonce

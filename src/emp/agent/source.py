@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from emp.agent.assembly import Assembly
 from emp.agent.connections import Teller
-from emp.agent.forwarding import DialFrames, Forwarder
+from emp.agent.forwarding import Forwarder
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink, measure_clock
 from emp.agent.relays import Relays
 from emp.agent.role import Role
+from emp.agent.tunnel import DialFrames
 from emp.agent.watchdog import Watchdog
 from emp.hypervisor.base import (
     Machine,
@@ -386,7 +387,7 @@ class SourceRole(Role[Source]):
             self._count_frames(self._forwarder)
 
     def _count_frames(self, forwarder: Forwarder) -> None:
-        self.measured(frames_held=forwarder.held, frames_forwarded=forwarder.forwarded)
+        self.measured(frames_held=forwarder.held, frames_forwarded=forwarder.forwarded, frames_lost=forwarder.lost)
 
     async def _take_back_volumes(self) -> None:
         """None may be left beside the guest that runs here, so it is tried until that is so."""

@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from emp.agent.assembly import Assembler, Assembly
 from emp.agent.connections import Taker
 from emp.agent.devices import MakeProbe
-from emp.agent.forwarding import ANNOUNCED_S, Arrivals
+from emp.agent.forwarding import ANNOUNCED_S
 from emp.agent.health import Health
 from emp.agent.journal import Journal, Standing
 from emp.agent.links import Message, PeerLink
 from emp.agent.role import REPEAT_S, Role
 from emp.agent.shelf import Entry
+from emp.agent.tunnel import Arrivals
 from emp.hypervisor.base import MachineEvent, MachineEventKind, MachineGone, RunState, StreamStatus
 from emp.migration import events
 from emp.migration.events import Action, Ordered, Stream, StreamMoved
@@ -294,7 +295,8 @@ class TargetRole(Role[Target]):
     async def take_frames(self, link: Link) -> None:
         """Use ``link`` for what the source forwards, until it ends; the role may be over by then."""
         assert self.assembly is not None
-        self._arrivals = Arrivals(self.state.migration, self.assembly.ports)
+        if self._arrivals is None:
+            self._arrivals = Arrivals(self.state.migration, self.assembly.ports)
         await self._arrivals.take(link)
 
     async def _announce(self) -> None:

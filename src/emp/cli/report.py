@@ -49,7 +49,8 @@ def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
         lines.append(f"the guest stood still for {milliseconds(report.abort_pause_ms)} before it went back")
     if report.frames_forwarded is not None:
         held = report.frames_held or 0
-        lines.append(f"frames for the EVM: {held} held on the source, {report.frames_forwarded} forwarded in all")
+        lost = f", {report.frames_lost} lost" if report.frames_lost else ""
+        lines.append(f"frames for the EVM: {held} held on the source, {report.frames_forwarded} forwarded in all{lost}")
     if report.connections_carried:
         lines.append(f"tracked connections: {report.connections_carried} made known to the target")
     if report.clock is not None:

@@ -49,6 +49,7 @@ def build_report(
         watch=watch,
         frames_held=s.frames_held,
         frames_forwarded=s.frames_forwarded,
+        frames_lost=s.frames_lost,
         connections_carried=s.connections_carried,
         commit_ms=_ms(_span(s.given_at_s, resumed_at_s)),
     )

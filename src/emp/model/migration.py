@@ -197,7 +197,9 @@ class Report(Model):
     frames_held: int | None = None
     """came for the EVM between its stop on the source and the news that it runs on the target"""
     frames_forwarded: int | None = None
-    """sent on from the source to the target in all"""
+    """sent on from the source, and taken by the target, in all"""
+    frames_lost: int | None = None
+    """of those that came to the source since its stop: no queue had room for them, or the target has not taken them"""
     connections_carried: int | None = None
     """known to the source's connection tracking, and so to the target's; 0: nothing there asks for their state"""
     commit_ms: float | None = None

@@ -280,7 +280,9 @@ class RoleFigures(Model):
     frames_held: int | None = None
     """source: came for the EVM between its stop here and the news that it runs on the target"""
     frames_forwarded: int | None = None
-    """source: sent on to the target in all"""
+    """source: taken by the target in all"""
+    frames_lost: int | None = None
+    """source: since its stop here, without room in a queue at either end, or sent on and not taken"""
     connections_carried: int | None = None
     """source: of the EVM's connections that this node's connection tracking knew, told to the target"""
     clock_offset_ms: float | None = None

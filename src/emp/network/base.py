@@ -58,6 +58,12 @@ class Port(Protocol):
         """Return what was counted since the port was made. Raise ``HostError`` where it is gone."""
         ...
 
+    @property
+    def overflowed(self) -> int:
+        """Frames for the machine, since the port was made, that found its queue full. Raise ``HostError`` where it is
+        gone."""
+        ...
+
     # The source, from pre-copy until the network has moved. A *frame* is as ``emp.host.packet`` has it.
 
     def watch(self, macs: Sequence[str]) -> None:

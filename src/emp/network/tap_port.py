@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from emp.host import netlink, packet, tap
-from emp.host.link_stats import mtu_bytes
+from emp.host.link_stats import link_stats, mtu_bytes
 from emp.model.errors import HostError
 from emp.model.network import Traffic
 from emp.network.announce import REPEATS_S, announcements
@@ -82,6 +82,10 @@ class TapPort:
 
     def traffic(self) -> Traffic:
         return self._guarded.traffic()
+
+    @property
+    def overflowed(self) -> int:
+        return link_stats(self._index).tx_dropped
 
     async def remove(self) -> None:
         await self.close()
