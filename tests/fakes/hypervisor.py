@@ -20,6 +20,7 @@ from emp.hypervisor.base import (
     MachineGone,
     NoGuestAgent,
     ProcessId,
+    Received,
     RunState,
     StreamInfo,
     StreamLimits,
@@ -106,8 +107,8 @@ class FakeMachine:
     async def run_state(self) -> RunState:
         return await self._ask("query-status", lambda: self.qemu.run_state)
 
-    async def received_bytes(self, nic: int) -> list[int]:
-        return []
+    async def received(self, nic: int, *, sizes: bool = True) -> Received:
+        return Received()
 
     async def stream_info(self) -> StreamInfo:
         return await self._ask("query-migrate", self.qemu.query_migrate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import pytest
 
@@ -60,6 +60,12 @@ def machine_takes(port: TapPort, count: int) -> list[int]:
     return numbers(tap.read_frames(port.tap_fd, count))
 
 
+def swallowed(port: TapPort, received: Sequence[int] = ()) -> list[bytes]:
+    """What the machine took and did not give to its guest, in order."""
+    found = port.swallowed(received)
+    return found.thrown + found.queued
+
+
 async def left(port: TapPort) -> list[int]:
     """What is pulled until nothing more comes."""
     found: list[bytes] = []
@@ -77,7 +83,7 @@ async def test_nothing_was_on_its_way(port: TapPort, network: Network) -> None:
     port.stopped()
     tap.read_frames(port.tap_fd, SWALLOWED_BY_QEMU)  # it is the mark
     network.send(4, 5)
-    assert port.swallowed([]) == []
+    assert swallowed(port) == []
     assert await left(port) == [4, 5]
 
 
@@ -90,8 +96,7 @@ async def test_the_first_frame_after_the_stop_is_the_one(port: TapPort, network:
     network.send(5, 6)
     port.stopped()
     network.send(7)
-    swallowed = port.swallowed([])
-    assert numbers(swallowed) == [4]
+    assert numbers(swallowed(port)) == [4]
     assert await left(port) == [5, 6, 7]
 
 
@@ -102,8 +107,7 @@ async def test_it_may_have_come_before_the_stop(port: TapPort, network: Network)
     assert machine_takes(port, 2) == [1, 2]
     port.stopped()
     assert machine_takes(port, SWALLOWED_BY_QEMU) == [3]
-    swallowed = port.swallowed([])
-    assert numbers(swallowed) == [3]
+    assert numbers(swallowed(port)) == [3]
     assert await left(port) == [4]
 
 
@@ -116,8 +120,7 @@ async def test_a_long_brownout_keeps_the_newest(port: TapPort, network: Network)
     network.send(50_000)
     assert machine_takes(port, SWALLOWED_BY_QEMU) == [50_000]
     port.stopped()
-    swallowed = port.swallowed([])
-    assert numbers(swallowed) == [50_000]
+    assert numbers(swallowed(port)) == [50_000]
     assert await left(port) == []
 
 
@@ -136,7 +139,7 @@ async def test_what_was_read_up_to_the_mark_is_put_back(port: TapPort, network: 
     network.send(1, 2)
     assert machine_takes(port, SWALLOWED_BY_QEMU) == [1]
     port.stopped()
-    assert len(port.swallowed([])) == 1
+    assert len(swallowed(port)) == 1
     port.forget()
     assert machine_takes(port, 10) == [2]
 
@@ -149,8 +152,7 @@ async def test_a_watch_that_has_begun_can_begin_anew(port: TapPort, network: Net
     network.send(2)
     assert machine_takes(port, SWALLOWED_BY_QEMU) == [2]
     port.stopped()
-    swallowed = port.swallowed([])
-    assert numbers(swallowed) == [2]
+    assert numbers(swallowed(port)) == [2]
 
 
 BROADCAST = b"\xff" * 6
@@ -183,13 +185,16 @@ class Ring:
     def __init__(self, port: TapPort) -> None:
         self._port = port
         self.received: list[int] = [0] * 256
+        self.buffers = 0
 
     def gets(self, count: int, *, buffer_bytes: int = 4096, drops: int = 0) -> list[int]:
         """The machine takes frames, gives them to the guest, but for ``drops`` that its filter stops."""
         frames = tap.read_frames(self._port.tap_fd, count + drops)
         for one in frames[drops:]:
             size = 12 + len(one) - packet.HEADER_BYTES
+            before = len(self.received)
             self.received += [buffer_bytes] * (size // buffer_bytes) + [size % buffer_bytes] * (size % buffer_bytes > 0)
+            self.buffers += len(self.received) - before
         self.received = self.received[-256:]
         return numbers(frames)
 
@@ -222,7 +227,7 @@ async def test_frames_that_the_machine_threw_away_are_known(
     network.send(2001)
     port.stopped()
     network.send(2002)
-    assert numbers(port.swallowed(ring.received)) == [*lost, 2000]
+    assert numbers(swallowed(port, ring.received)) == [*lost, 2000]
     assert await left(port) == [2001, 2002]
 
 
@@ -238,4 +243,77 @@ async def test_frames_that_fill_several_buffers_or_none_are_counted_right(
     network.send(4, 5)
     assert machine_takes(port, 2) == [4, 5]
     port.stopped()
-    assert numbers(port.swallowed(ring.received)) == [4, 5]
+    assert numbers(swallowed(port, ring.received)) == [4, 5]
+
+
+# -- on an abort the guest runs again, and gets what the machine has not thrown away
+
+
+def thrown(port: TapPort, ring: Ring, at_stop: int) -> list[int] | None:
+    found = port.thrown(len(ring.received) - (ring.buffers - at_stop), ring.received)
+    return None if found is None else numbers(found)
+
+
+@pytest.mark.parametrize("before", [1, 30, 300])
+@pytest.mark.parametrize("count", [0, 1, 2])
+async def test_what_was_thrown_away_is_found_when_the_guest_runs_again(
+    port: TapPort, network: Network, ring: Ring, before: int, count: int
+) -> None:
+    """All frames are as long as each other."""
+    port.watch(WATCHED)
+    ring.gets(1)
+    for number in range(before):
+        network.send(number)
+        if number % 50 == 49:
+            await asyncio.sleep(0.012)  # two looks, and a spacer: what it is for takes its turn
+            ring.gets(100)
+    ring.gets(1000)
+    lost = list(range(1000, 1000 + count))
+    network.send(*lost, 2000)
+    assert machine_takes(port, count) == lost
+    at_stop = ring.buffers
+    network.send(2001)
+    port.stopped()
+    network.send(2002)
+    assert thrown(port, ring, at_stop) is None, "the guest does not run yet"
+    ring.gets(2)
+    assert thrown(port, ring, at_stop) is None, "it has not got the mark"
+    ring.gets(2)
+    network.send(2003)
+    ring.gets(1)
+    assert thrown(port, ring, at_stop) == lost
+    port.forget()
+    assert tap.read_frames(port.tap_fd, 10) == [], "nothing else is put back"
+
+
+async def test_what_the_filter_stopped_is_not_taken_for_thrown_away(
+    port: TapPort, network: Network, ring: Ring
+) -> None:
+    port.watch(WATCHED)
+    ring.gets(1)
+    network.send(1)
+    ring.gets(1)
+    network.send(2)
+    assert machine_takes(port, 1) == [2]
+    at_stop = ring.buffers
+    network.send(3)
+    network.send(4, to=BROADCAST)
+    network.send(5)
+    port.stopped()
+    ring.gets(1, buffer_bytes=40)
+    ring.gets(0, drops=1)
+    ring.gets(2)
+    assert thrown(port, ring, at_stop) == [2]
+
+
+async def test_in_doubt_nothing_is_given_twice(port: TapPort, network: Network, ring: Ring) -> None:
+    """More has come since than the ring remembers."""
+    port.watch(WATCHED)
+    ring.gets(1)
+    network.send(1)
+    assert machine_takes(port, 1) == [1]
+    at_stop = ring.buffers
+    port.stopped()
+    network.send(*range(300))
+    ring.gets(301)
+    assert thrown(port, ring, at_stop) == []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from emp.agent.images import NodeImage
 from emp.model.evm import EvmSpec
 from emp.model.network import NO_TRAFFIC, Traffic
+from emp.network.base import Swallowed
 from tests.simulation.loop import here
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ class SimPort:
     def overflowed(self) -> int:
         return 0
 
-    def swallowed(self, received: Sequence[int]) -> list[bytes]:
+    def swallowed(self, received: Sequence[int]) -> Swallowed:
+        return Swallowed([], [])
+
+    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
         return []
 
     def pull(self, most: int) -> list[bytes]:

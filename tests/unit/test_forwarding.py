@@ -13,8 +13,9 @@ from emp.agent import forwarding, tunnel
 from emp.agent.forwarding import Forwarder
 from emp.agent.tunnel import Arrivals
 from emp.host import packet
+from emp.hypervisor.base import Received
 from emp.model.errors import Unavailable, Unreachable
-from emp.network.base import Port
+from emp.network.base import Port, Swallowed
 from emp.wire.link import Link
 
 EVM, POD, CLIENT = "52:54:00:00:00:01", "02:00:0a:4d:01:02", "02:00:00:00:00:09"
@@ -39,6 +40,7 @@ class FakePort:
     def __init__(self) -> None:
         self.queue: deque[bytes] = deque()
         self.was_swallowed: list[bytes] = []
+        self.was_thrown: list[bytes] = []
         self.got: list[bytes] = []
         """put into it"""
         self.has_moved = asyncio.Event()
@@ -57,9 +59,13 @@ class FakePort:
     def stopped(self) -> None:
         self.calls.append("stopped")
 
-    def swallowed(self, received: Sequence[int]) -> list[bytes]:
+    def swallowed(self, received: Sequence[int]) -> Swallowed:
         self.calls.append(f"swallowed {list(received)}")
-        return self.was_swallowed
+        return Swallowed(self.was_thrown, self.was_swallowed)
+
+    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
+        self.calls.append(f"thrown {before} {list(received)}")
+        return self.was_thrown if before < len(received) else None
 
     def pull(self, most: int) -> list[bytes]:
         taken = [self.queue.popleft() for _ in range(min(most, len(self.queue)))]
@@ -203,16 +209,19 @@ class Target:
 class Source:
     def __init__(self, target: Target) -> None:
         self.port = FakePort()
+        self.machine = Machine()
         self.forwarder = Forwarder("m-1", [cast(Port, self.port)], [[EVM, POD]], target.dial, quiet_s=0.02, most_s=0.3)
 
 
 class Machine:
     def __init__(self) -> None:
         self.answers = asyncio.Event()
+        self.says = Received(7, (60,))
 
-    async def received_bytes(self, nic: int) -> list[int]:
-        await self.answers.wait()
-        return [60 + nic]
+    async def received(self, nic: int, *, sizes: bool = True) -> Received:
+        if sizes:
+            await self.answers.wait()
+        return self.says
 
 
 @pytest.fixture
@@ -227,7 +236,7 @@ async def source(target: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     made = Source(target)
     await made.forwarder.connect()
     made.forwarder.watch()
-    made.forwarder.stopped()
+    made.forwarder.stopped(cast(Any, made.machine))
     yield made
     for link in target.links:
         link.hangs = False
@@ -382,7 +391,6 @@ async def test_what_is_not_taken_at_once_waits_in_the_tap(
 
 
 async def test_what_the_tap_had_no_room_for_since_the_stop_is_lost(source: Source) -> None:
-    source.forwarder.stopped()
     source.port.overflowed += 7
     source.forwarder.begin()
     source.port.has_moved.set()
@@ -391,28 +399,63 @@ async def test_what_the_tap_had_no_room_for_since_the_stop_is_lost(source: Sourc
 
 
 async def test_a_rescue_gives_the_guest_here_what_had_been_sent(source: Source, target: Target) -> None:
-    source.port.was_swallowed = [frame(1)]
+    source.port.was_thrown, source.port.was_swallowed = [frame(0)], [frame(1)]
     source.port.comes(frame(2), frame(3, to=EVERYBODY))
     source.forwarder.begin()
     source.port.comes(frame(4))
-    await target.has(4)
-    await source.forwarder.put_back()
+    assert await target.has(5) == [0, 1, 2, 3, 4]
+    await put_back(source)
     assert source.forwarder.lost == 0
-    assert numbers(source.port.got) == [2, 3, 4], "the first is in the machine itself"
+    assert numbers(source.port.got) == [0, 2, 3, 4], "1 is in the machine itself, and 0 it has thrown away"
     assert source.port.calls[-1] == "forget"
 
 
 async def test_a_target_that_hangs_keeps_no_guest_from_running_here(source: Source, target: Target) -> None:
     target.links[0].hangs = True
     async with asyncio.timeout(0.5):
-        await source.forwarder.put_back()
+        await put_back(source)
     assert target.links[0].closed
+
+
+async def put_back(source: Source) -> None:
+    await source.forwarder.put_back(cast(Any, source.machine))
 
 
 async def test_an_abort_before_the_commit_takes_nothing_out(source: Source) -> None:
     source.port.comes(frame(1))
-    await source.forwarder.put_back()
+    source.machine.answers.set()
+    await asyncio.sleep(0)
+    await put_back(source)
+    source.machine.says = Received(8, (60, 61))
+    await source.forwarder.settled()
     assert (list(source.port.queue), source.port.got) == ([frame(1)], [])
+    assert source.port.calls[-2:] == ["thrown 1 [60, 61]", "forget"]
+
+
+async def test_what_the_machine_threw_away_comes_back_once_the_guest_runs_again(source: Source) -> None:
+    source.machine.answers.set()
+    source.port.was_thrown = [frame(1)]
+    source.machine.says = Received(65535, (60,))
+    source.forwarder.stopped(cast(Any, source.machine))
+    await asyncio.sleep(0)
+    await put_back(source)
+    await asyncio.sleep(0.01)  # in which it is asked for, in vain
+    assert source.port.got == []
+    source.machine.says = Received(1, (60, 61, 62))  # the count has gone round
+    await source.forwarder.settled()
+    assert numbers(source.port.got) == [1]
+    assert source.port.calls[-2:] == ["thrown 1 [60, 61, 62]", "forget"]
+
+
+async def test_a_guest_that_does_not_run_again_is_waited_for_a_second(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwarding, "_BACK_S", 0.05)
+    source.machine.answers.set()
+    await asyncio.sleep(0)
+    await put_back(source)
+    await source.forwarder.settled()
+    assert source.port.calls[-1] == "forget"
 
 
 async def test_copies_have_a_bound_and_what_is_beyond_waits_in_the_tap(

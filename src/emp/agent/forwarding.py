@@ -21,10 +21,11 @@ import contextlib
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from emp.agent.tunnel import DialFrames, Tunnel
 from emp.host import packet
-from emp.hypervisor.base import Machine
+from emp.hypervisor.base import Machine, Received
 from emp.model.errors import EmpError
 from emp.network.base import Port
 
@@ -44,6 +45,9 @@ _SETTLE_S = 0.01
 _LAST_S = 0.2
 """for the word that the last frames have been taken, however long the network has taken to move"""
 _LOOK_S = 0.05
+_BACK_S = 1.0
+"""until a guest that runs again has got the mark"""
+_MODULUS = 1 << 16
 
 
 class Forwarder:
@@ -73,7 +77,11 @@ class Forwarder:
         self._behind = set(range(len(ports)))
         """ports whose queue has not been empty since the commit"""
         self._has_caught_up = False
-        self._received: list[asyncio.Task[list[int]] | None] = [None for _ in ports]
+        self._received: list[asyncio.Task[Received | None] | None] = [None for _ in ports]
+        self._got_before: list[asyncio.Task[Received | None]] = []
+        """per port, what the guest had received when it stopped"""
+        self._goes_back = False
+        self._giving_back: asyncio.Task[None] | None = None
         self._copies: list[list[bytes]] = [[] for _ in ports]
         self._copied_bytes = 0
         self._frame_at_s = 0.0
@@ -106,10 +114,14 @@ class Forwarder:
                 log.error("%s: %s: frames may be lost in the handover: %s", self._name, port.interface, error)
         self._watches = True
 
-    def stopped(self) -> None:
+    def stopped(self, machine: Machine) -> None:
         """The guest has stopped."""
         for port in self._ports:
             port.stopped()
+        # Asked before the hypervisor is told to go on or back: a later answer might be of a guest that runs again.
+        if not self._goes_back:
+            looking = (self._look(machine, nic, sizes=False) for nic in range(len(self._ports)))
+            self._got_before = [asyncio.create_task(look, name=f"frames of {self._name}") for look in looking]
         self._overflowed = [_overflowed(port) for port in self._ports]
 
     def completed(self, machine: Machine) -> None:
@@ -118,12 +130,12 @@ class Forwarder:
             looking = asyncio.create_task(self._look(machine, nic), name=f"last frames of {self._name}")
             self._received[nic] = looking
 
-    async def _look(self, machine: Machine, nic: int) -> list[int]:
+    async def _look(self, machine: Machine, nic: int, *, sizes: bool = True) -> Received | None:
         try:
-            return await machine.received_bytes(nic)
+            return await machine.received(nic, sizes=sizes)
         except EmpError as error:
             log.warning("%s: a frame may be lost that came as the guest stopped: %s", self._name, error)
-            return []
+            return None
 
     def begin(self) -> None:
         """GIVEN is on disk: from now on frames go to the target. Idempotent.
@@ -143,9 +155,11 @@ class Forwarder:
                 self._send_held(nic, port, received.result() if received is not None else None)
             self._tasks.append(asyncio.create_task(self._carry(nic, port, is_known), name=f"frames of {self._name}"))
 
-    def _send_held(self, nic: int, port: Port, received: Sequence[int] | None) -> None:
-        held = port.swallowed(received or ())
+    def _send_held(self, nic: int, port: Port, received: Received | None) -> None:
+        swallowed = port.swallowed(received.sizes if received is not None else ())
+        held = swallowed.thrown + swallowed.queued
         self.held += len(held)
+        self._copies[nic] += swallowed.thrown  # what is queued the machine gives to its guest itself
         with contextlib.suppress(OSError):  # the task says it
             held += self._pulled(nic, port, _AT_ONCE)
         self._tunnel.send(nic, held)
@@ -240,23 +254,68 @@ class Forwarder:
         """Return when the target has taken everything that was sent."""
         await self._tunnel.emptied()
 
-    async def put_back(self) -> None:
+    def goes_back(self, machine: Machine) -> None:
+        """Before the commit, and perhaps before the guest runs here again: look out for that, as it soon gets more than
+        is remembered of it. It then gets what the machine has thrown away (``settled``). Idempotent."""
+        if self._goes_back or self._tasks:
+            return
+        self._goes_back = True
+        before = [looked.result() if looked.done() else None for looked in self._got_before]
+        if before:
+            giving = self._give_back(machine, before)
+            self._giving_back = asyncio.create_task(giving, name=f"frames of {self._name} back")
+
+    async def put_back(self, machine: Machine) -> None:
         """The guest is to run here again: it gets what was held, in order."""
         copies, self._copies = self._copies, [[] for _ in self._ports]
         self._count_drops()
         await self._tunnel.abort()  # the guest stands still: no goodbye is waited for
-        await self.close()
+        await self._stop(*self._tasks, *self._received)
         for port, frames in zip(self._ports, copies, strict=True):
             port.put(frames)
+        self.goes_back(machine)
+        if self._giving_back is None:
+            self._forget()
+
+    async def settled(self) -> None:
+        """Return when the guest that runs here again has got everything that can be given to it."""
+        if self._giving_back is not None:
+            await asyncio.wait({self._giving_back})
+
+    async def _give_back(self, machine: Machine, before: Sequence[Received | None]) -> None:
+        try:
+            async with asyncio.timeout(_BACK_S):
+                for nic, (port, got) in enumerate(zip(self._ports, before, strict=True)):
+                    if got is None:
+                        continue
+                    while (thrown := await _thrown(port, machine, nic, got.buffers)) is None:  # noqa: ASYNC110
+                        await asyncio.sleep(0)  # the guest tells nobody what it receives
+                    port.put(thrown)
+        except (EmpError, TimeoutError) as error:
+            log.warning("%s: a frame may be lost that came as the guest stopped: %s", self._name, error)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        for port in self._ports:
             port.forget()
 
     async def close(self) -> None:
         """Forward no more. Idempotent."""
-        tasks = [*self._tasks, *filter(None, self._received)]
+        await self._stop(*self._tasks, *self._received, *self._got_before, self._giving_back)
+        await self._tunnel.close()
+
+    async def _stop(self, *maybe: asyncio.Task[Any] | None) -> None:
+        tasks = [task for task in maybe if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._tunnel.close()
+
+
+async def _thrown(port: Port, machine: Machine, nic: int, buffers_before: int) -> list[bytes] | None:
+    received = await machine.received(nic)
+    since = (received.buffers - buffers_before) % _MODULUS
+    return port.thrown(len(received.sizes) - since, received.sizes)
 
 
 def _overflowed(port: Port) -> int:

@@ -226,7 +226,7 @@ class SourceRole(Role[Source]):
                 await self._stream_moved(event.stream)
             case MachineEventKind.STOPPED:
                 if self._forwarder is not None:
-                    self._forwarder.stopped()
+                    self._forwarder.stopped(self.machine)
                 self.measured(stopped_at_s=event.at_s)
                 self.spawn(self._tell_connections())
             case MachineEventKind.RESUMED:
@@ -248,6 +248,8 @@ class SourceRole(Role[Source]):
             case StreamStatus.COMPLETED:
                 await self._attest_completed()
             case StreamStatus.FAILED | StreamStatus.CANCELLED:
+                if self._forwarder is not None:
+                    self._forwarder.goes_back(self.machine)
                 reason = None
                 with contextlib.suppress(EmpError):
                     reason = (await self.machine.stream_info()).error
@@ -346,6 +348,8 @@ class SourceRole(Role[Source]):
                 except EmpError as error:
                     self.feed(events.AbortAsked(f"the switchover was refused: {error}"))
             case events.CancelStream():
+                if self._forwarder is not None:
+                    self._forwarder.goes_back(self.machine)
                 self.spawn(self._cancel_stream())
             case events.SendGo():
                 message = {"type": "go", "epoch": self.state.epoch_target, "nonce": self.state.nonce}
@@ -383,7 +387,7 @@ class SourceRole(Role[Source]):
 
     async def _take_back_frames(self) -> None:
         if self._forwarder is not None:
-            await self._forwarder.put_back()
+            await self._forwarder.put_back(self.machine)
             self._count_frames(self._forwarder)
 
     def _count_frames(self, forwarder: Forwarder) -> None:
@@ -516,6 +520,7 @@ class SourceRole(Role[Source]):
                 task.cancel()
         await self._on_end(self)
         if self._forwarder is not None:  # of an EVM that was lost here; else it has ended before
+            await self._forwarder.settled()
             await self._forwarder.close()
         await self._peer.close()
 

@@ -173,6 +173,17 @@ class MachineEvent:
     detail: str | None = None
 
 
+@dataclass(frozen=True)
+class Received:
+    """What a guest has received by a NIC. A frame fills one buffer or several in a row, and its header of 12 bytes
+    counts (virtio 1.2, 5.1.6.4)."""
+
+    buffers: int = 0
+    """since it has the NIC, modulo 65,536"""
+    sizes: tuple[int, ...] = ()
+    """how much each of the newest buffers holds, oldest first; empty where the hypervisor cannot say"""
+
+
 class Machine(Protocol):
     """One EVM's process on this node."""
 
@@ -194,11 +205,10 @@ class Machine(Protocol):
 
     async def run_state(self) -> RunState: ...
     async def stream_info(self) -> StreamInfo: ...
-    async def received_bytes(self, nic: int) -> list[int]:
-        """Return how much each of the newest buffers holds that the guest has received by a NIC, oldest first.
+    async def received(self, nic: int, *, sizes: bool = True) -> Received:
+        """Return what the guest has received by a NIC; without ``sizes`` only how much, in a tenth of the time.
 
-        A frame fills one buffer or several in a row, and its header of 12 bytes counts (virtio 1.2, 5.1.6.4). For a
-        guest that stands still; empty where the hypervisor cannot say. Raises as ``stream_info``.
+        Raises as ``stream_info``.
         """
         ...
 

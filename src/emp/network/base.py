@@ -9,10 +9,21 @@ MACs and as the addresses that it is allowed; what else it sends is dropped and 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from emp.model.evm import EvmSpec
 from emp.model.network import Traffic
+
+
+@dataclass(frozen=True)
+class Swallowed:
+    """What a machine took as its guest stopped and did not give to it, in order."""
+
+    thrown: list[bytes]
+    """gone"""
+    queued: list[bytes]
+    """in the machine: the guest gets it if it runs here again"""
 
 
 class Port(Protocol):
@@ -76,9 +87,14 @@ class Port(Protocol):
         announced from here any more."""
         ...
 
-    def swallowed(self, received: Sequence[int]) -> list[bytes]:
+    def swallowed(self, received: Sequence[int]) -> Swallowed:
         """Behind the commit, once, before ``pull``: the frames that the machine took as its guest stopped, and did not
-        give to it. ``received``: what ``Machine.received_bytes`` says."""
+        give to it. ``received``: how much the newest buffers hold that the guest has got, oldest first."""
+        ...
+
+    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
+        """Once the guest runs here again, before ``forget``: the frames that the machine threw away as its guest
+        stopped; None: ask again, it has not come so far. ``before``: how many of ``received`` are from before then."""
         ...
 
     def pull(self, most: int) -> list[bytes]:

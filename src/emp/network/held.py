@@ -6,7 +6,7 @@ When a guest stops, QEMU stops reading its tap, and what comes for it waits ther
   QEMU (net/net.c, ``qemu_can_send_packet``; net/tap.c, ``tap_send`` stops polling only then). On an abort the guest
   gets it.
 - One that is read while QEMU waits for its vCPUs to stop is queued as well, and thrown away when they have
-  (``net_vm_change_state_handler``); then there is one more of the first kind.
+  (``net_vm_change_state_handler``); then there is one more of the first kind. On an abort it is missing.
 
 With the source's process they would go under, and nothing tells which ones they were. So what goes into the tap is
 remembered, and
@@ -16,6 +16,9 @@ remembered, and
 - the ring in the guest's memory says how long the newest frames are that the guest has really got. Laid beside the
   memory of the tap it says which one was the last. Now and then a frame of our own, a **spacer**, goes to the guest
   with a length that no frame near it has: of a stream of equal frames the ring would say nothing.
+- if the guest runs here again it gets the mark too, which has such a length. The ring then says what came before the
+  stop, by how many buffers had been filled by then, and what came from there to the mark: what is missing in between
+  was thrown away.
 
 A guest drops mark and spacers: they are of a protocol that is nobody's.
 """
@@ -30,6 +33,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from emp.host import packet, tap
+from emp.network.base import Swallowed
 
 KEPT_BYTES = 4 << 20
 LOOK_S = 0.005
@@ -44,9 +48,14 @@ _SPACER_BYTES = range(64, 1024)
 _PURGED = 3
 """frames at most that are taken to have been thrown away"""
 _RING_HEADER_BYTES = 12
+_ETHERNET_BYTES = 14
+_MARK_BYTES = 16
+"""by which a mark is known"""
 _LOCAL_EXPERIMENTAL = b"\x88\xb5"
 """EtherType that IEEE 802 leaves to local experiments (IEEE 802-2014, 9.2.4)"""
 _US, _NOBODY = bytes.fromhex("02454d500001"), bytes.fromhex("02454d500000")
+_STRANGE = 64
+"""frames between stop and mark that the card's filter may have kept from the guest"""
 
 
 class Held:
@@ -71,16 +80,17 @@ class Held:
 
     def stopped(self) -> None:
         """The guest has stopped: the mark goes in."""
-        self._mark = packet.PLAIN + _NOBODY + _US + _LOCAL_EXPERIMENTAL + os.urandom(46)
+        size = self._strange_size()
+        self._mark = self._head() + os.urandom(_MARK_BYTES) + bytes(size - _ETHERNET_BYTES - _MARK_BYTES)
         self._put([self._mark])
 
-    def resolve(self, received: Sequence[int]) -> tuple[list[bytes], list[bytes]]:
-        """Once nobody else reads the tap: (the frames that were swallowed, those after them up to the mark).
+    def resolve(self, received: Sequence[int]) -> tuple[Swallowed, list[bytes]]:
+        """Once nobody else reads the tap: (what was swallowed, the frames after it up to the mark).
 
-        ``received``: what ``Machine.received_bytes`` says.
+        ``received``: how much the newest buffers hold that the guest has got, oldest first.
         """
         if self._mark is None:
-            return [], []
+            return Swallowed([], []), []
         ahead: list[bytes] = []
         is_swallowed = False
         while not is_swallowed and len(ahead) < _AHEAD:
@@ -92,12 +102,39 @@ class Held:
         self._look(_AHEAD + _LOOKS)
         kept = list(self._kept)
         if self._mark not in kept:
-            return [], ahead
+            return Swallowed([], []), ahead
         at_mark = kept.index(self._mark)
         last = at_mark if is_swallowed else at_mark - len(ahead) - 1
         purged = next((n for n in range(_PURGED + 1) if n <= last and self._is_last(kept[: last - n], received)), 0)
-        swallowed = kept[max(0, last - purged) : last + 1] if last >= 0 else []
-        return [frame for frame in swallowed if self._is_for_the_guest(frame)], ahead
+        if last < 0:
+            return Swallowed([], []), ahead
+        thrown, queued = kept[max(0, last - purged) : last], kept[last : last + 1]
+        return Swallowed(self._for_the_guest(thrown), self._for_the_guest(queued)), ahead
+
+    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
+        """Once the guest runs here again: the frames that were thrown away; None: it has not got the mark yet.
+
+        ``before``: how many of the buffers in ``received`` it had got before the stop. In doubt nothing counts as
+        thrown away: no frame is to be handed out twice.
+        """
+        if self._mark is None or not received or not 0 <= before <= len(received):
+            return []
+        mark_bytes = _RING_HEADER_BYTES + len(self._mark) - packet.HEADER_BYTES
+        if mark_bytes not in received[before:]:
+            return None
+        after = received[before : before + received[before:].index(mark_bytes) + 1]
+        self._look(_AHEAD + _LOOKS)
+        kept = list(self._kept)
+        if self._mark not in kept:
+            return []
+        behind = kept.index(self._mark) + 1
+        least = max(0, behind - len(after) - _STRANGE)
+        firsts = [at for at in range(least, behind) if self._fill(kept[at:behind], after)]
+        for count in range(_PURGED + 1):
+            for at in firsts:
+                if count <= at and self._is_last(kept[: at - count], received[:before]):
+                    return self._for_the_guest(kept[at - count : at])
+        return []
 
     def close(self) -> None:
         """Forget everything. Idempotent."""
@@ -112,18 +149,30 @@ class Held:
 
         Frames for another MAC may have got to the guest, or have been stopped by the card's filter.
         """
+        return bool(self._beginnings(kept, received, stops_at_the_oldest=True))
+
+    def _beginnings(self, frames: Sequence[bytes], received: Sequence[int], *, stops_at_the_oldest: bool) -> set[int]:
+        """Return where in ``received`` the first of the frames may begin, if the last one ends it.
+
+        ``stops_at_the_oldest``: what is older than ``received`` may be as it likes.
+        """
         lefts = {len(received)}
         """how much of the ring may be older than the frame that is looked at"""
-        for frame in reversed(kept):
+        for frame in reversed(frames):
             wanted = _RING_HEADER_BYTES + len(frame) - packet.HEADER_BYTES
             before = lefts if frame[packet.RECEIVER] not in self._own else set()
-            lefts = {first for left in lefts if (first := _first_buffer(received, left, wanted)) is not None} | before
-            if 0 in lefts:
-                return True
-        return bool(lefts)
+            firsts = (_first_buffer(received, left, wanted, exactly=not stops_at_the_oldest) for left in lefts)
+            lefts = {first for first in firsts if first is not None} | before
+            if not lefts or (stops_at_the_oldest and 0 in lefts):
+                break
+        return lefts
 
-    def _is_for_the_guest(self, frame: bytes) -> bool:
-        return frame != self._mark and frame[packet.SENDER] != _US
+    def _fill(self, frames: Sequence[bytes], received: Sequence[int]) -> bool:
+        """Whether the frames, but for such as may have been stopped, fill these buffers and no others."""
+        return 0 in self._beginnings(frames, received, stops_at_the_oldest=False)
+
+    def _for_the_guest(self, frames: Sequence[bytes]) -> list[bytes]:
+        return [frame for frame in frames if frame[packet.SENDER] != _US]
 
     def _tick(self) -> None:
         self._look(_LOOKS)
@@ -135,10 +184,15 @@ class Held:
     def _send_spacer(self) -> None:
         self._since_spacer = 0
         if self._own:
-            near = {len(frame) - packet.HEADER_BYTES for frame in list(self._kept)[-4 * _SPACING :]}
-            size = random.choice([size for size in _SPACER_BYTES if size not in near])
-            head = packet.PLAIN + self._own[0] + _US + _LOCAL_EXPERIMENTAL
-            self._put([head.ljust(packet.HEADER_BYTES + size, b"\0")])
+            self._put([self._head().ljust(packet.HEADER_BYTES + self._strange_size(), b"\0")])
+
+    def _head(self) -> bytes:
+        return packet.PLAIN + (self._own[0] if self._own else _NOBODY) + _US + _LOCAL_EXPERIMENTAL
+
+    def _strange_size(self) -> int:
+        """Return a length that no frame near has, of the Ethernet frame."""
+        near = {len(frame) - packet.HEADER_BYTES for frame in list(self._kept)[-4 * _SPACING :]}
+        return random.choice([size for size in _SPACER_BYTES if size not in near])
 
     def _look(self, most: int) -> None:
         assert self._watching is not None
@@ -154,9 +208,10 @@ class Held:
                 self._kept_bytes -= len(self._kept.popleft())
 
 
-def _first_buffer(received: Sequence[int], left: int, wanted: int) -> int | None:
-    """Return where the buffers begin that end before ``left`` and hold ``wanted``; 0: further back than is known."""
+def _first_buffer(received: Sequence[int], left: int, wanted: int, *, exactly: bool) -> int | None:
+    """Return where the buffers begin that end before ``left`` and hold ``wanted``; 0 also, unless ``exactly``: further
+    back than is known."""
     while left > 0 and wanted > 0:
         left -= 1
         wanted -= received[left]
-    return left if wanted == 0 or (left == 0 and wanted > 0) else None
+    return left if wanted == 0 or (left == 0 and wanted > 0 and not exactly) else None

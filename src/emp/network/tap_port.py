@@ -19,6 +19,7 @@ from emp.host.link_stats import link_stats, mtu_bytes
 from emp.model.errors import HostError
 from emp.model.network import Traffic
 from emp.network.announce import REPEATS_S, announcements
+from emp.network.base import Swallowed
 from emp.network.guarded_tap import GuardedTap
 from emp.network.held import Held
 
@@ -135,13 +136,16 @@ class TapPort:
         if self._held is not None:
             self._held.stopped()
 
-    def swallowed(self, received: Sequence[int]) -> list[bytes]:
+    def swallowed(self, received: Sequence[int]) -> Swallowed:
         if self._held is None:
-            return []
+            return Swallowed([], [])
         swallowed, self._ahead = self._held.resolve(received)
         self._held.close()
         self._held = None
         return swallowed
+
+    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
+        return [] if self._held is None else self._held.thrown(before, received)
 
     def readdressed(self) -> None:
         """See ``Port``."""

@@ -20,6 +20,7 @@ from emp.hypervisor.base import (
     MachineEventKind,
     MachineGone,
     ProcessId,
+    Received,
     RunState,
     StreamInfo,
     StreamLimits,
@@ -138,8 +139,8 @@ class QemuMachine:
     async def stream_info(self) -> StreamInfo:
         return stream.stream_info(await self._ask("query-migrate"))
 
-    async def received_bytes(self, nic: int) -> list[int]:
-        return await ring.received_bytes(self._ask, nic)
+    async def received(self, nic: int, *, sizes: bool = True) -> Received:
+        return await ring.received(self._ask, nic, sizes=sizes)
 
     async def cont(self) -> None:
         # In inmigrate QEMU would say yes, and start the guest by itself once it has loaded. It never gets back there.
