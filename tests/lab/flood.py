@@ -1,0 +1,88 @@
+"""Sends the same frame over and over, faster than Python's own ``send`` can: ``sendmmsg(2)``, many in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.places import NAMESPACES
+from emp.lab.topology import Topology
+
+_BATCH = 256
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Vector(ctypes.Structure):
+    """``struct iovec``"""
+
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Message(ctypes.Structure):
+    """``struct mmsghdr`` (sendmmsg(2)): a ``struct msghdr`` and how much of it was sent"""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint),
+        ("vectors", ctypes.POINTER(_Vector)),
+        ("vector_count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("sent", ctypes.c_uint),
+    )
+
+
+def packet_socket(topology: Topology, where: str, interface: str) -> socket.socket:
+    """Return a socket that sends Ethernet frames by an interface of a place of the lab, and receives none."""
+    made: list[socket.socket] = []
+
+    def visit() -> None:
+        join_namespace(str(NAMESPACES / topology.namespace(where)), CLONE_NEWNET)
+        made.append(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
+        made[0].bind((interface, 0))
+
+    visitor = threading.Thread(target=visit, name=f"visit {where}")
+    visitor.start()
+    visitor.join()
+    return made[0]
+
+
+class Flood:
+    """``with Flood(socket, frame, rate_hz): ...`` sends in a thread until its end, never faster than that."""
+
+    def __init__(self, sender: socket.socket, frame: bytes, rate_hz: int) -> None:
+        self._sender = sender
+        self._rate_hz = rate_hz
+        self._buffer = ctypes.create_string_buffer(frame, len(frame))
+        vector = _Vector(ctypes.cast(self._buffer, ctypes.c_void_p), len(frame))
+        self._vector = ctypes.pointer(vector)
+        self._messages = (_Message * _BATCH)(*(_Message(vectors=self._vector, vector_count=1) for _ in range(_BATCH)))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="flood")
+        self.sent = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        due_s = time.monotonic()
+        while not self._stop.wait(max(0.0, due_s - time.monotonic())):
+            count = _libc.sendmmsg(self._sender.fileno(), self._messages, _BATCH, 0)
+            if count < 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            self.sent += count
+            due_s = max(due_s + count / self._rate_hz, time.monotonic() - 0.1)
