@@ -107,7 +107,7 @@ class FakeMachine:
     async def run_state(self) -> RunState:
         return await self._ask("query-status", lambda: self.qemu.run_state)
 
-    async def received(self, nic: int, *, sizes: bool = True) -> Received:
+    async def received(self, nic: int, *, sizes: bool = True, again: bool = False) -> Received:
         return Received()
 
     async def stream_info(self) -> StreamInfo:

@@ -31,7 +31,7 @@ from emp.lab.probing import Probing
 from emp.lab.topology import CLIENT, FABRIC, LINK_PORT, UPLINK
 from emp.lab.up import Options, up
 from emp.model.migration import Migration, Outcome
-from emp.network.l2 import interface_name
+from emp.network.tap_driver import interface_name
 from tests.frames import ethernet
 from tests.lab.conftest import Pool
 from tests.lab.flood import Flood, packet_socket
@@ -124,12 +124,16 @@ def aborted_in(stage: str, pool: Pool, evm: Subject) -> Migration:
     return evm.end_of(moving)
 
 
-@pytest.mark.parametrize("stage", ["source brownout", "pre-switchover", "device transfer", "completed"])
+RATES_HZ = {"source brownout": 1000, "pre-switchover": 1000, "device transfer": 200, "completed": 1000}
+"""a hung target's blackout is long: fewer than 256 frames are to wait (docs/design/0013)"""
+
+
+@pytest.mark.parametrize("stage", RATES_HZ)
 def test_of_an_abort_nobody_hears_and_no_packet_is_lost(pool: Pool, evm: Subject, stage: str) -> None:
     source, _ = ends(evm)
     mac, address = evm.spec.nics[0].mac, evm.spec.nics[0].address
     with (
-        Probing(pool.files, {"evm": address}, rate_hz=1000) as probing,
+        Probing(pool.files, {"evm": address}, rate_hz=RATES_HZ[stage]) as probing,
         FrameWitness(pool.topology, [mac]) as witness,
     ):
         before = neighbours(pool, evm)
@@ -280,7 +284,7 @@ def test_frames_that_never_get_through_are_lost_and_counted_and_hold_nothing_up(
 
 # ---------------------------------------------------------------- a flood
 
-FLOOD_HZ = 150_000
+FLOOD_HZ = 400_000
 COUNTED = 120_000
 RATE_HZ = 100_000
 QUEUE = 10_000
@@ -354,7 +358,7 @@ def test_a_flood_in_the_blackout_harms_nothing_but_itself(
     assert ended.outcome is Outcome.COMPLETED, ended.cause
     assert dropped >= COUNTED - 2 * QUEUE, "there was room for no more"
     assert report.frames_lost is not None and report.frames_lost >= dropped
-    assert report.frames_held is not None and report.frames_held >= QUEUE - 1
+    assert report.frames_forwarded is not None and report.frames_forwarded > 0.9 * QUEUE, "what had room has come"
     assert f"{report.frames_lost} lost" in pool.emp("migration", "show", ended.id).stdout
     assert max(grown.values()) < MEMORY_BYTES
     assert evm.boot_id == boot_id

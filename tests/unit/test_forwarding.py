@@ -218,7 +218,7 @@ class Machine:
         self.answers = asyncio.Event()
         self.says = Received(7, (60,))
 
-    async def received(self, nic: int, *, sizes: bool = True) -> Received:
+    async def received(self, nic: int, *, sizes: bool = True, again: bool = False) -> Received:
         if sizes:
             await self.answers.wait()
         return self.says

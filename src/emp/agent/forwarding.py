@@ -313,7 +313,7 @@ class Forwarder:
 
 
 async def _thrown(port: Port, machine: Machine, nic: int, buffers_before: int) -> list[bytes] | None:
-    received = await machine.received(nic)
+    received = await machine.received(nic, again=True)
     since = (received.buffers - buffers_before) % _MODULUS
     return port.thrown(len(received.sizes) - since, received.sizes)
 

@@ -25,13 +25,14 @@ from emp.hypervisor.base import (
     StreamInfo,
     StreamLimits,
 )
-from emp.hypervisor.qemu import guarding, guest_agent, ring, stream
+from emp.hypervisor.qemu import guarding, guest_agent, stream
 from emp.hypervisor.qemu.command_line import tls_credentials
 from emp.hypervisor.qemu.disks import CREDENTIALS
 from emp.hypervisor.qemu.ending import ending
 from emp.hypervisor.qemu.events import Broadcast, Watcher, run_state
 from emp.hypervisor.qemu.plugging import Plugging
 from emp.hypervisor.qemu.qmp import QmpSession
+from emp.hypervisor.qemu.ring import ReceiveRing
 from emp.hypervisor.qemu.run_directory import Record, RunDirectory
 from emp.model.clock import GuestClock
 from emp.model.errors import EmpError, HypervisorError, OutcomeUnknown
@@ -71,6 +72,7 @@ class QemuMachine:
         """has been seen out of ``inmigrate``"""
         self._watch: asyncio.Task[None] | None = None
         self._guardian: guarding.Guardian | None = None
+        self._rings: dict[int, ReceiveRing] = {}
         self._plugging = Plugging(record.name, self._ask, self._load_volume_credentials)
 
     @property
@@ -139,8 +141,13 @@ class QemuMachine:
     async def stream_info(self) -> StreamInfo:
         return stream.stream_info(await self._ask("query-migrate"))
 
-    async def received(self, nic: int, *, sizes: bool = True) -> Received:
-        return await ring.received(self._ask, nic, sizes=sizes)
+    async def received(self, nic: int, *, sizes: bool = True, again: bool = False) -> Received:
+        ring = self._rings.setdefault(nic, ReceiveRing(self._ask, nic))
+        if not sizes:
+            return Received(await ring.count())
+        if not again:
+            await ring.count()
+        return await ring.read()
 
     async def cont(self) -> None:
         # In inmigrate QEMU would say yes, and start the guest by itself once it has loaded. It never gets back there.
