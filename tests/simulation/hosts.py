@@ -55,7 +55,7 @@ class SimPort:
     def swallowed(self, received: Sequence[int]) -> Swallowed:
         return Swallowed([], [])
 
-    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
+    def thrown(self, before: Sequence[int], after: Sequence[int], hidden: int) -> list[bytes] | None:
         return []
 
     def pull(self, most: int) -> list[bytes]:

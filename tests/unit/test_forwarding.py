@@ -63,9 +63,9 @@ class FakePort:
         self.calls.append(f"swallowed {list(received)}")
         return Swallowed(self.was_thrown, self.was_swallowed)
 
-    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
-        self.calls.append(f"thrown {before} {list(received)}")
-        return self.was_thrown if before < len(received) else None
+    def thrown(self, before: Sequence[int], after: Sequence[int], hidden: int) -> list[bytes] | None:
+        self.calls.append(f"thrown {list(before)} {list(after)} {hidden}")
+        return self.was_thrown if after else None
 
     def pull(self, most: int) -> list[bytes]:
         taken = [self.queue.popleft() for _ in range(min(most, len(self.queue)))]
@@ -429,7 +429,7 @@ async def test_an_abort_before_the_commit_takes_nothing_out(source: Source) -> N
     source.machine.says = Received(8, (60, 61))
     await source.forwarder.settled()
     assert (list(source.port.queue), source.port.got) == ([frame(1)], [])
-    assert source.port.calls[-2:] == ["thrown 1 [60, 61]", "forget"]
+    assert source.port.calls[-2:] == ["thrown [60] [61] 0", "forget"]
 
 
 async def test_what_the_machine_threw_away_comes_back_once_the_guest_runs_again(source: Source) -> None:
@@ -444,7 +444,17 @@ async def test_what_the_machine_threw_away_comes_back_once_the_guest_runs_again(
     source.machine.says = Received(1, (60, 61, 62))  # the count has gone round
     await source.forwarder.settled()
     assert numbers(source.port.got) == [1]
-    assert source.port.calls[-2:] == ["thrown 1 [60, 61, 62]", "forget"]
+    assert source.port.calls[-2:] == ["thrown [60] [61, 62] 0", "forget"]
+
+
+async def test_what_came_before_the_stop_is_remembered_over_a_burst(source: Source) -> None:
+    source.machine.answers.set()
+    await asyncio.sleep(0)
+    await put_back(source)
+    await asyncio.sleep(0.01)  # in which it is looked at
+    source.machine.says = Received(17, (71, 72))
+    await source.forwarder.settled()
+    assert source.port.calls[-2:] == ["thrown [60] [71, 72] 8", "forget"]
 
 
 async def test_a_guest_that_does_not_run_again_is_waited_for_a_second(

@@ -288,9 +288,7 @@ class Forwarder:
                 for nic, (port, got) in enumerate(zip(self._ports, before, strict=True)):
                     if got is None:
                         continue
-                    while (thrown := await _thrown(port, machine, nic, got.buffers)) is None:  # noqa: ASYNC110
-                        await asyncio.sleep(0)  # the guest tells nobody what it receives
-                    port.put(thrown)
+                    port.put(await _thrown(port, machine, nic, got.buffers))
         except (EmpError, TimeoutError) as error:
             log.warning("%s: a frame may be lost that came as the guest stopped: %s", self._name, error)
         finally:
@@ -312,10 +310,22 @@ class Forwarder:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _thrown(port: Port, machine: Machine, nic: int, buffers_before: int) -> list[bytes] | None:
-    received = await machine.received(nic, again=True)
-    since = (received.buffers - buffers_before) % _MODULUS
-    return port.thrown(len(received.sizes) - since, received.sizes)
+async def _thrown(port: Port, machine: Machine, nic: int, buffers_before: int) -> list[bytes]:
+    """Look until it is known what the machine threw away."""
+    before: Sequence[int] = ()
+    while True:
+        received = await machine.received(nic, again=True)
+        if not received.sizes:
+            return []
+        since = (received.buffers - buffers_before) % _MODULUS
+        known = min(since, len(received.sizes))
+        first = len(received.sizes) - known
+        if since == known:  # else so much has come since the last look that nothing of before is left
+            before = received.sizes[:first] or before
+        thrown = port.thrown(before, received.sizes[first:], since - known)
+        if thrown is not None:
+            return thrown
+        await asyncio.sleep(0)  # the guest tells nobody what it receives
 
 
 def _overflowed(port: Port) -> int:

@@ -92,9 +92,10 @@ class Port(Protocol):
         give to it. ``received``: how much the newest buffers hold that the guest has got, oldest first."""
         ...
 
-    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
+    def thrown(self, before: Sequence[int], after: Sequence[int], hidden: int) -> list[bytes] | None:
         """Once the guest runs here again, before ``forget``: the frames that the machine threw away as its guest
-        stopped; None: ask again, it has not come so far. ``before``: how many of ``received`` are from before then."""
+        stopped; None: ask again, it has not come so far. How much the newest buffers held: ``before`` the stop, and
+        ``after`` it, behind ``hidden`` others."""
         ...
 
     def pull(self, most: int) -> list[bytes]:

@@ -16,9 +16,9 @@ remembered, and
 - the ring in the guest's memory says how long the newest frames are that the guest has really got. Laid beside the
   memory of the tap it says which one was the last. Now and then a frame of our own, a **spacer**, goes to the guest
   with a length that no frame near it has: of a stream of equal frames the ring would say nothing.
-- if the guest runs here again it gets the mark too, which has such a length. The ring then says what came before the
-  stop, by how many buffers had been filled by then, and what came from there to the mark: what is missing in between
-  was thrown away.
+- if the guest runs here again it gets the mark too, which has such a length, as have the spacers behind it. The ring
+  then says how many buffers were filled from the stop to there, and an earlier look what came before: what is missing
+  in between was thrown away.
 
 A guest drops mark and spacers: they are of a protocol that is nobody's.
 """
@@ -54,6 +54,9 @@ _MARK_BYTES = 16
 _LOCAL_EXPERIMENTAL = b"\x88\xb5"
 """EtherType that IEEE 802 leaves to local experiments (IEEE 802-2014, 9.2.4)"""
 _US, _NOBODY = bytes.fromhex("02454d500001"), bytes.fromhex("02454d500000")
+_EVERYBODY = b"\xff" * 6
+_ONE_BUFFER_BYTES = packet.HEADER_BYTES + 14 + 1500
+"""a frame of so much fits any buffer of a guest (virtio 1.2, 5.1.6.3)"""
 _STRANGE = 64
 """frames between stop and mark that the card's filter may have kept from the guest"""
 
@@ -111,30 +114,51 @@ class Held:
         thrown, queued = kept[max(0, last - purged) : last], kept[last : last + 1]
         return Swallowed(self._for_the_guest(thrown), self._for_the_guest(queued)), ahead
 
-    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
-        """Once the guest runs here again: the frames that were thrown away; None: it has not got the mark yet.
+    def thrown(self, before: Sequence[int], after: Sequence[int], hidden: int) -> list[bytes] | None:
+        """Once the guest runs here again: the frames that were thrown away; None: it has not got far enough yet.
 
-        ``before``: how many of the buffers in ``received`` it had got before the stop. In doubt nothing counts as
-        thrown away: no frame is to be handed out twice.
+        ``before``: how much the newest buffers held that it had got when it stopped; ``after``: the newest of those
+        since, behind ``hidden`` others. In doubt nothing counts as thrown away: no frame is to be handed out twice.
         """
-        if self._mark is None or not received or not 0 <= before <= len(received):
-            return []
-        mark_bytes = _RING_HEADER_BYTES + len(self._mark) - packet.HEADER_BYTES
-        if mark_bytes not in received[before:]:
+        if not after:
             return None
-        after = received[before : before + received[before:].index(mark_bytes) + 1]
         self._look(_AHEAD + _LOOKS)
         kept = list(self._kept)
-        if self._mark not in kept:
+        if self._mark is None or not before or self._mark not in kept:
             return []
-        behind = kept.index(self._mark) + 1
-        least = max(0, behind - len(after) - _STRANGE)
-        firsts = [at for at in range(least, behind) if self._fill(kept[at:behind], after)]
+        found = self._anchor(kept, kept.index(self._mark), after)
+        if found is None:
+            return None
+        behind, known = found
+        firsts = self._firsts(kept[:behind], after[:known], hidden)
         for count in range(_PURGED + 1):
             for at in firsts:
-                if count <= at and self._is_last(kept[: at - count], received[:before]):
+                if count <= at and self._is_last(kept[: at - count], before):
                     return self._for_the_guest(kept[at - count : at])
         return []
+
+    def _anchor(self, kept: Sequence[bytes], at_mark: int, after: Sequence[int]) -> tuple[int, int] | None:
+        """Return behind which frame of ours, the mark or a spacer after it, and behind which buffer that one is."""
+        for at in range(at_mark, len(kept)):
+            size = _RING_HEADER_BYTES + len(kept[at]) - packet.HEADER_BYTES
+            if kept[at][packet.SENDER] == _US and after.count(size) == 1:
+                return at + 1, after.index(size) + 1
+        return None
+
+    def _firsts(self, kept: Sequence[bytes], after: Sequence[int], hidden: int) -> list[int]:
+        """Return which frame may be the first that the guest got after the stop, if the last of ``kept`` is the one
+        in the last buffer."""
+        if not hidden:
+            least = max(0, len(kept) - len(after) - _STRANGE)
+            return [at for at in range(least, len(kept)) if self._fill(kept[at:], after)]
+        # Of the hidden ones only the number is known: right if each is a frame, and no frame may have been stopped.
+        at = len(kept) - hidden - len(after)
+        is_plain = at >= 0 and all(self._fills_one_buffer(frame) for frame in kept[at:])
+        return [at] if is_plain and self._fill(kept[at + hidden :], after) else []
+
+    def _fills_one_buffer(self, frame: bytes) -> bool:
+        receiver = frame[packet.RECEIVER]
+        return len(frame) <= _ONE_BUFFER_BYTES and (receiver in self._own or receiver == _EVERYBODY)
 
     def close(self) -> None:
         """Forget everything. Idempotent."""
@@ -176,10 +200,9 @@ class Held:
 
     def _tick(self) -> None:
         self._look(_LOOKS)
-        if self._mark is None:
-            if self._since_spacer >= _SPACING:
-                self._send_spacer()
-            self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._tick)
+        if self._since_spacer >= _SPACING:
+            self._send_spacer()
+        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._tick)
 
     def _send_spacer(self) -> None:
         self._since_spacer = 0

@@ -144,8 +144,8 @@ class TapPort:
         self._held = None
         return swallowed
 
-    def thrown(self, before: int, received: Sequence[int]) -> list[bytes] | None:
-        return [] if self._held is None else self._held.thrown(before, received)
+    def thrown(self, before: Sequence[int], after: Sequence[int], hidden: int) -> list[bytes] | None:
+        return [] if self._held is None else self._held.thrown(before, after, hidden)
 
     def readdressed(self) -> None:
         """See ``Port``."""
