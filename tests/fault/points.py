@@ -96,7 +96,7 @@ _WAY_BACK: dict[str, str] = {
 _LINK: dict[str, str] = {
     "link.ask": "HM", "link.loaded": "DH", "link.go": "M", "link.answer": "MT",
     "link.failed": "BPDH", "link.aborted": "BPDH", "link.health": "B",
-    "link.addresses": "B", "link.tracked": "BP", "link.traffic": "M",
+    "link.addresses": "B", "link.tracked": "BP", "link.traffic": "M", "link.taken": "MT",
 }  # fmt: skip
 _RECORDS: dict[str, tuple[str, str]] = {
     "journal.own": ("BPDHM", "BPDHM"),

@@ -2,7 +2,8 @@
 
 One EVM goes round a pool of three nodes. Two of three migrations are cells of the fault matrix, drawn with a seed from
 those after which the guest must live on; the others are left alone. After each one all checkers look, and the daemons'
-memory and descriptors are counted at rest. Writes ``build/soak.json``.
+memory and descriptors are counted. Connections that are idle are closed only after half a minute, so they are counted
+when nothing has happened for longer than that, in the end. Writes ``build/soak.json``.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from tests.isolation import isolate
 from tests.leaks import MARK
 
 FAULTY = 2 / 3
+REST_S = 60.0
+"""longer than a client keeps an idle connection (``emp.wire.exchange``: 30 s)"""
 RSS_GROWTH = 1.05
 """the last quarter's median may be this much of the second quarter's"""
 
@@ -46,6 +49,7 @@ class Run:
     wrong: list[str]
     rss_bytes: Mapping[str, int]
     descriptors: Mapping[str, int]
+    connections: Mapping[str, int]
 
 
 @dataclass
@@ -53,6 +57,8 @@ class Soak:
     seed: int
     runs: list[Run] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
+    rest: Mapping[str, int] = field(default_factory=dict)
+    """daemon -> its connections, when the pool had been left alone for a while after the last migration"""
 
     def record(self) -> dict[str, Any]:
         """Return what ``build/soak.json`` holds."""
@@ -63,12 +69,20 @@ class Soak:
                 "last_quarter_bytes": (late := median(last, "rss_bytes", daemon)),
                 "held": late <= early * RSS_GROWTH,
             }
-            for daemon in sorted({role(name) for run in (*second, *last) for name in run.rss_bytes})
+            for daemon in roles((*second, *last))
         }
         descriptors = {
             daemon: {
                 "second_quarter": (early := median(second, "descriptors", daemon)),
                 "last_quarter": (late := median(last, "descriptors", daemon)),
+                "held": late <= early,
+            }
+            for daemon in rss
+        }
+        connections = {
+            daemon: {
+                "second_quarter_least": (early := least(second, daemon)),
+                "at_rest": (late := sum(number for name, number in self.rest.items() if role(name) == daemon)),
                 "held": late <= early,
             }
             for daemon in rss
@@ -86,10 +100,15 @@ class Soak:
             "wrong": wrong,
             "rss": rss,
             "descriptors": descriptors,
-            "held": not wrong and all(one["held"] for table in (rss, descriptors) for one in table.values()),
+            "connections": connections,
+            "held": not wrong
+            and all(one["held"] for table in (rss, descriptors, connections) for one in table.values()),
             "faults": dict(sorted(Counter(run.name for run in self.runs).items())),
             "minutes": round((time.monotonic() - self.began_s) / 60, 1),
-            "at_rest": [{"rss_bytes": run.rss_bytes, "descriptors": run.descriptors} for run in self.runs],
+            "after_each": [
+                {"rss_bytes": run.rss_bytes, "descriptors": run.descriptors, "connections": run.connections}
+                for run in self.runs
+            ],
         }
 
 
@@ -103,10 +122,19 @@ def role(daemon: str) -> str:
     return daemon.partition(" of ")[0]
 
 
+def roles(runs: Sequence[Run]) -> list[str]:
+    return sorted({role(name) for run in runs for name in run.rss_bytes})
+
+
 def median(runs: Sequence[Run], figure: str, daemon: str) -> float:
     """Return the median of a figure over those runs and every daemon of that role."""
     values = [value for run in runs for name, value in getattr(run, figure).items() if role(name) == daemon]
     return float(statistics.median(values or [0]))
+
+
+def least(runs: Sequence[Run], daemon: str) -> int:
+    """Return the fewest connections that all daemons of a role together had after one of those runs."""
+    return min(sum(n for name, n in run.connections.items() if role(name) == daemon) for run in runs)
 
 
 def undisturbed(stage: Stage) -> Script:
@@ -136,7 +164,17 @@ def run(stage: Stage, cell: Cell) -> Run:
     if seen not in cell.expected and not wrong:
         wrong = [f"ended {seen}, expected {cell.expected}"]
     stock = stage.stock()
-    return Run(cell.name, seen, wrong, stock.rss_bytes, stock.descriptors)
+    return Run(cell.name, seen, wrong, stock.rss_bytes, stock.descriptors, stock.connections)
+
+
+def at_rest(stage: Stage, least_ever: int) -> Mapping[str, int]:
+    """Return each daemon's connections once there are as few as there were before, or after ``REST_S``."""
+    deadline_s = time.monotonic() + REST_S
+    while True:
+        found = stage.stock().connections
+        if sum(found.values()) <= least_ever or time.monotonic() > deadline_s:
+            return found
+        time.sleep(1.0)
 
 
 def soak(runs: int, seed: int, console: Console, cloud: Profile | None = CLOUD) -> Soak:
@@ -157,6 +195,7 @@ def soak(runs: int, seed: int, console: Console, cloud: Profile | None = CLOUD) 
             )
             if one.wrong:
                 stages.discard()
+        done.rest = at_rest(stages.whole(), sum(least(quarter(done.runs, 1), daemon) for daemon in roles(done.runs)))
     finally:
         stages.close()
     return done

@@ -12,9 +12,9 @@ from tests.fault.soak import Run, Soak, drawable
 MIB = 1 << 20
 
 
-def soaked(*, wrong: str | None = None, growth_bytes: int = 0, leak: int = 0) -> Soak:
+def soaked(*, wrong: str | None = None, growth_bytes: int = 0, leak: int = 0, connected: int = 0) -> Soak:
     """Forty migrations; what is given goes wrong in the last quarter."""
-    soak = Soak(seed=7)
+    soak = Soak(seed=7, rest={"agent of n1": 5 + connected})
     for number in range(40):
         late = number >= 30
         soak.runs.append(
@@ -24,6 +24,7 @@ def soaked(*, wrong: str | None = None, growth_bytes: int = 0, leak: int = 0) ->
                 [wrong] if wrong and number == 35 else [],
                 {"agent of n1": 60 * MIB + number % 3 * MIB + (growth_bytes if late else 0)},
                 {"agent of n1": 20 + number % 4 + (leak if late else 0)},
+                {"agent of n1": 5 + number % 2},
             )
         )
     return soak
@@ -35,7 +36,7 @@ def test_a_sound_soak_holds() -> None:
     assert record["rss"]["agent"]["second_quarter_bytes"] == 61 * MIB
 
 
-@pytest.mark.parametrize("bad", [{"wrong": "two copies ran"}, {"growth_bytes": 5 * MIB}, {"leak": 1}])
+@pytest.mark.parametrize("bad", [{"wrong": "two copies ran"}, {"growth_bytes": 5 * MIB}, {"leak": 1}, {"connected": 1}])
 def test_what_is_planted_is_seen(bad: dict[str, Any]) -> None:
     assert not soaked(**bad).record()["held"]
 

@@ -293,4 +293,4 @@ async def test_there_is_no_verb_but_those_that_have_an_answer(pool: Pool) -> Non
     verbs = {
         path.split("/")[4] for path in (await pool.get("/openapi.json"))["paths"] if path.startswith("/v1/evms/{name}/")
     }
-    assert verbs == {"start", "recover", "stop", "console", "migrations", "volumes", "network"}
+    assert verbs == {"start", "recover", "stop", "console", "migrations", "volumes", "network", "clock"}

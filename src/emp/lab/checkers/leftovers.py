@@ -1,11 +1,12 @@
 """Residue: what a pool at rest holds on each of its machines, to be compared before and after.
 
 Processes by what they are, interfaces, addresses, mounts, firewall tables, files of running machines, and the
-descriptors of each daemon. The kernel is asked, not EMP.
+descriptors and connections of each daemon. The kernel is asked, not EMP.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -27,10 +28,13 @@ EVM_DESCRIPTORS = 5
 
 @dataclass(frozen=True)
 class Stock:
-    """What was there at one moment: the things, by place; and each daemon's number of descriptors and memory."""
+    """What was there at one moment: the things, by place; and each daemon's figures."""
 
     things: frozenset[str]
     descriptors: Mapping[str, int]
+    """but for connections: idle ones to peers are closed only after half a minute, and there are now more, now less"""
+    connections: Mapping[str, int]
+    """established TCP connections"""
     rss_bytes: Mapping[str, int]
 
     def left(self, before: Stock) -> list[str]:
@@ -38,27 +42,50 @@ class Stock:
         more = [f"{thing} is left" for thing in sorted(self.things - before.things)]
         less = [f"{thing} is missing" for thing in sorted(before.things - self.things)]
         leaks = [
-            f"{daemon} has {number} descriptors, {number - before.descriptors[daemon]} more than before"
-            for daemon, number in self.descriptors.items()
-            if number > before.descriptors.get(daemon, number) + _spare(daemon)
+            f"{daemon} has {number} descriptors, {number - before.open_files(daemon)} more than before"
+            for daemon in self.descriptors
+            if (number := self.open_files(daemon)) > (before.open_files(daemon) or number) + _spare(daemon)
         ]
         return more + less + leaks
+
+    def open_files(self, daemon: str) -> int:
+        """Return how many descriptors a daemon has in all; 0: it is not there."""
+        return self.descriptors.get(daemon, 0) + self.connections.get(daemon, 0)
 
 
 def take(files: LabFiles, *, ignore: frozenset[str] = frozenset()) -> Stock:
     """Take stock of a lab. ``ignore``: words; a thing that has one of them belongs to somebody who knows of it."""
     things: set[str] = set()
-    descriptors, rss_bytes = {}, {}
+    descriptors, connections, rss_bytes = {}, {}, {}
     for place in files.load().topology.places:
         here = daemons.daemons(files, place)
         things |= {f"{place.name}: {thing}" for thing in _things(files, place, here)}
         process = daemons.find(files, place.name, place.role) if place.role else None
         if process is not None:
             name = f"{place.role} of {place.name}"
-            descriptors[name] = len(os.listdir(f"/proc/{process.pid}/fd"))  # noqa: PTH208 - names alone
+            opened, connected = _descriptors(process.pid), _connected(process.pid)
+            connections[name] = sum(target in connected for target in opened)
+            descriptors[name] = len(opened) - connections[name]
             rss_bytes[name] = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     kept = {thing for thing in things if not any(word in thing for word in ignore)}
-    return Stock(frozenset(kept), descriptors, rss_bytes)
+    return Stock(frozenset(kept), descriptors, connections, rss_bytes)
+
+
+def _descriptors(pid: int) -> list[str]:
+    """Return what each descriptor of a process is, as proc(5) names it."""
+    found = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(str(entry.readlink()))
+    return found
+
+
+def _connected(pid: int) -> set[str]:
+    """Return the same names of every established TCP connection in the process's network (proc_net_tcp: state 01)."""
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()
+    ]
+    return {f"socket:[{fields[9]}]" for fields in lines if fields[3] == "01"}
 
 
 def _things(files: LabFiles, place: Place, here: list[scan.Running]) -> set[str]:
