@@ -318,8 +318,8 @@ class Memory:
 def test_a_flood_in_the_blackout_harms_nothing_but_itself(
     pool: Pool, evm: Subject, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rate is that of the frames that were sent in the blackout, and all of them came to the source's tap, by the
-    kernel's counters."""
+    """The rate is that of the sender, less the share that did not come to the source's tap by the kernel's counters:
+    the way there has queues too."""
     source, target = ends(evm)
     boot_id = evm.boot_id
     agents = {node: Memory(pool, node) for node in (source, target)}
@@ -330,14 +330,14 @@ def test_a_flood_in_the_blackout_harms_nothing_but_itself(
     moving = evm.begin(target, blackout_deadline_s=30, forward_most_s=2)
     wait_hit(pool, source, "source.continue-stream.before", since_s)
     pool.stop(target, f"qemu:{evm.name}")  # the blackout lasts until it goes on
-    first, dropped_before = passed(pool, source, evm)
+    earlier = passed(pool, source, evm)
     with packet_socket(pool.topology, CLIENT.name, UPLINK) as sender, Flood(sender, frame, FLOOD_HZ) as flood:
-        until(lambda: passed(pool, source, evm)[0] >= first + COUNTED, "the flood comes to the tap")
-        rate_hz, sent = flood.best_hz, flood.sent
-        came, dropped = passed(pool, source, evm)
+        until(lambda: passed(pool, source, evm)[0] >= earlier[0] + COUNTED, "the flood comes to the tap")
+        best_hz, sent = flood.best_hz, flood.sent
+        came, dropped = (now - before for now, before in zip(passed(pool, source, evm), earlier, strict=True))
         pool.cont(target, f"qemu:{evm.name}")
         ended = evm.end_of(moving)
-    came, dropped = came - first, dropped - dropped_before
+    rate_hz = best_hz * min(1.0, came / sent)
     grown = {node: memory.grown_bytes() for node, memory in agents.items()}
     report = ended.report
     with capsys.disabled():
@@ -348,7 +348,6 @@ def test_a_flood_in_the_blackout_harms_nothing_but_itself(
             f" pause {report.vcpu_pause_ms} ms",
             end="",
         )
-    assert came >= sent
     assert rate_hz >= RATE_HZ
     assert ended.outcome is Outcome.COMPLETED, ended.cause
     assert dropped >= COUNTED - 2 * QUEUE, "there was room for no more"
