@@ -281,7 +281,6 @@ def test_frames_that_never_get_through_are_lost_and_counted_and_hold_nothing_up(
 
 FLOOD_HZ = 400_000
 COUNTED = 120_000
-RATE_HZ = 100_000
 QUEUE = 10_000
 """frames that a tap holds"""
 MEMORY_BYTES = 48 << 20
@@ -318,8 +317,8 @@ class Memory:
 def test_a_flood_in_the_blackout_harms_nothing_but_itself(
     pool: Pool, evm: Subject, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rate is that of the sender, less the share that did not come to the source's tap by the kernel's counters:
-    the way there has queues too."""
+    """Twelve times what the queues hold. How fast it came is printed, not asked for: that is the machine's matter. It
+    is the sender's rate, less the share that did not come to the source's tap by the kernel's counters."""
     source, target = ends(evm)
     boot_id = evm.boot_id
     agents = {node: Memory(pool, node) for node in (source, target)}
@@ -348,7 +347,6 @@ def test_a_flood_in_the_blackout_harms_nothing_but_itself(
             f" pause {report.vcpu_pause_ms} ms",
             end="",
         )
-    assert rate_hz >= RATE_HZ
     assert ended.outcome is Outcome.COMPLETED, ended.cause
     assert dropped >= COUNTED - 2 * QUEUE, "there was room for no more"
     assert report.frames_lost is not None and report.frames_lost >= dropped
