@@ -36,7 +36,8 @@ MEMORY_BYTES = 512 << 20
 BOOT_S = 300.0
 """until the pods answer; a busy machine without virtualisation needs many times what an idle one does"""
 RESTART_S = 120.0
-PROBE_HZ = 100
+PROBE_HZ = 20
+"""low: a target that has yet to translate the guest's code (TCG) has the web server's fork to do within a second"""
 AROUND = 3
 """probes of each pod before and after the migration"""
 
