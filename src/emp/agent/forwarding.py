@@ -42,8 +42,9 @@ _COPIES_BYTES = 16 << 20
 _LOCAL_S = 1.0
 """after the network has moved, frames can only come from EVMs of this very node, and those need not fall silent"""
 _SETTLE_S = 0.01
-_LAST_S = 0.2
-"""for the word that the last frames have been taken, however long the network has taken to move"""
+_LAST_S, _LAST_MOST_S = 0.2, 5.0
+"""for the word that the last frames have been taken: at least, however long the network has taken to move, and at most,
+however much longer it might have taken"""
 _LOOK_S = 0.05
 _BACK_S = 1.0
 """until a guest that runs again has got the mark"""
@@ -234,8 +235,9 @@ class Forwarder:
             async with asyncio.timeout(_LOCAL_S):
                 await self._quiet(_SETTLE_S)
         self._count_drops()
+        left_s = until_s - asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(max(_LAST_S, until_s - asyncio.get_running_loop().time())):
+            async with asyncio.timeout(min(max(_LAST_S, left_s), _LAST_MOST_S)):
                 await self.all_taken()
         except TimeoutError:
             log.warning("%s: the target has not taken %d frames for it", self._name, self._tunnel.lost)
