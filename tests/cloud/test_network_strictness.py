@@ -316,6 +316,20 @@ def test_an_address_that_is_unassigned_while_it_moves_arrives(ec2: Any, simulato
     assert addresses(ec2, other) == ["10.77.0.102", TAKEN]
 
 
+def test_addresses_move_on_when_an_interface_has_been_deleted(ec2: Any, simulator: Simulator, clock: HandClock) -> None:
+    """What was on its way to that one stays where it was."""
+    simulator.turn(remap=BY_HAND)
+    gone = new_eni(ec2)
+    take(ec2, I1, TAKEN)
+    ec2.assign_private_ip_addresses(NetworkInterfaceId=gone, PrivateIpAddresses=[TAKEN], AllowReassignment=True)
+    ec2.delete_network_interface(NetworkInterfaceId=gone)
+    clock.advance(10.0)
+    assert holder(ec2, TAKEN) == I1
+    take(ec2, I2, TAKEN, AllowReassignment=True)
+    clock.advance(10.0)
+    assert holder(ec2, TAKEN) == I2
+
+
 def test_the_delay_is_drawn_from_a_seed() -> None:
     drawn = [[RemapDelay(least_s=0.5, tail_s=1.0, most_s=3.0, seed=s).draw_s(n) for n in range(200)] for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

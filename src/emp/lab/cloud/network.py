@@ -264,7 +264,8 @@ class Network:
         if eni.attachment is not None:
             raise CloudError("InvalidNetworkInterface.InUse", f"Network interface '{eni.id}' is currently in use.")
         del self._interfaces[eni.id]
-        self._remaps = {address: remap for address, remap in self._remaps.items() if remap.target != eni.id}
+        for address in [address for address, remap in self._remaps.items() if remap.target == eni.id]:
+            del self._remaps[address]
         return None
 
     def _attach(self, request: Request) -> Answer:
