@@ -12,6 +12,7 @@ def test_a_node_with_a_restored_journal_is_not_believed_until_it_is_readmitted(p
     with subject(pool, node="n3") as evm:
         with agent_away(pool, evm.client, "n3"):
             backup = journal.read_bytes()
+        until(lambda: evm.record.state is EvmState.RUNNING, "it is adopted")
         evm.migrate("n2")
         boot_id = evm.boot_id
         with agent_away(pool, evm.client, "n3"):
