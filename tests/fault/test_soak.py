@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 def soaked(*, wrong: str | None = None, growth_bytes: int = 0, leak: int = 0, connected: int = 0) -> Soak:
     """Forty migrations; what is given goes wrong in the last quarter."""
-    soak = Soak(seed=7, rest={"agent of n1": 5 + connected})
+    soak = Soak(seed=7, rests=[{"agent of n1": 5, "agent of n2": 3}, {"agent of n1": 4, "agent of n2": 4 + connected}])
     for number in range(40):
         late = number >= 30
         soak.runs.append(
