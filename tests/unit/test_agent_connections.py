@@ -68,6 +68,17 @@ async def test_each_look_tells_what_is_new_or_has_changed(ground: Ground) -> Non
     assert ground.teller.count == 2
 
 
+async def test_a_connection_that_has_ended_is_carried_no_longer(ground: Ground) -> None:
+    """Or a brownout of many short ones would end with a report of all of them, and their memory."""
+    ground.known = [connection(1), connection(2)]
+    await ground.teller.tell()
+    ground.known = [connection(2)]
+    await ground.teller.tell()
+    assert ground.teller.count == 1
+    await ground.teller.forget()
+    assert ground.removed == [connection(2)]
+
+
 async def test_what_the_target_is_about_to_forget_is_told_again(ground: Ground) -> None:
     ground.known = [connection(1, timeout_s=0)]
     await ground.teller.tell()

@@ -57,7 +57,8 @@ class Teller:
             for at in range(0, len(new), _AT_ONCE):
                 tracked = [base64.b64encode(one.wire).decode() for one in new[at : at + _AT_ONCE]]
                 await self._send({"type": "tracked", "connections": tracked})
-            self._told |= {one.original: (one, now_s + one.timeout_s / 3) for one in new}
+            still = {one.original: self._told[one.original] for one in found if one.original in self._told}
+            self._told = still | {one.original: (one, now_s + one.timeout_s / 3) for one in new}
 
     def _is_known(self, found: Connection, now_s: float) -> bool:
         told, again_s = self._told.get(found.original, (None, 0.0))
