@@ -6,7 +6,7 @@ the node: its counters, its helpers, and the sequence numbers of TCP, which the 
 window is not looked at from then on, as conntrackd does it too (``TCPWindowTracking Off``). A connection whose
 addresses this node translates is not handed on: that is between its peer and this node.
 
-By hand, because it is done in the blackout too: the library that we otherwise use takes some sixty times as long to
+By hand, because it is done in the blackout too: the library that we otherwise use takes many times as long to
 write them.
 """
 
