@@ -208,20 +208,25 @@ def ring(port: TapPort) -> Ring:
 WATCHED = ["52:54:00:00:00:01"]
 
 
+async def watched_traffic(port: TapPort, network: Network, ring: Ring, frames: int) -> None:
+    """Pre-copy begins, and the guest gets so many frames."""
+    port.watch(WATCHED)
+    ring.gets(1)
+    for number in range(frames):
+        network.send(number)
+        if number % 50 == 49:
+            await asyncio.sleep(0.012)  # two looks, and a spacer: what it is for takes its turn
+            ring.gets(100)
+    ring.gets(1000)
+
+
 @pytest.mark.parametrize("before", [0, 1, 30, 300])
 @pytest.mark.parametrize("thrown_away", [0, 1, 2])
 async def test_frames_that_the_machine_threw_away_are_known(
     port: TapPort, network: Network, ring: Ring, before: int, thrown_away: int
 ) -> None:
     """All frames are as long as each other, so that only the spacers tell them apart."""
-    port.watch(WATCHED)
-    ring.gets(1)
-    for number in range(before):
-        network.send(number)
-        if number % 50 == 49:
-            await asyncio.sleep(0.012)  # two looks, and a spacer: what it is for takes its turn
-            ring.gets(100)
-    ring.gets(1000)
+    await watched_traffic(port, network, ring, before)
     lost = list(range(1000, 1000 + thrown_away))
     network.send(*lost, 2000)
     assert machine_takes(port, thrown_away + SWALLOWED_BY_QEMU) == [*lost, 2000]
@@ -265,14 +270,7 @@ async def test_what_was_thrown_away_is_found_when_the_guest_runs_again(
     port: TapPort, network: Network, ring: Ring, before: int, count: int
 ) -> None:
     """All frames are as long as each other."""
-    port.watch(WATCHED)
-    ring.gets(1)
-    for number in range(before):
-        network.send(number)
-        if number % 50 == 49:
-            await asyncio.sleep(0.012)  # two looks, and a spacer: what it is for takes its turn
-            ring.gets(100)
-    ring.gets(1000)
+    await watched_traffic(port, network, ring, before)
     lost = list(range(1000, 1000 + count))
     network.send(*lost, 2000)
     assert machine_takes(port, count) == lost
