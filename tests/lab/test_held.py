@@ -15,6 +15,8 @@ from tests.segment import Segment
 
 TAP = "emptest0"
 GUEST = bytes.fromhex("525400000001")
+OURS = bytes.fromhex("02454d500001")
+"""sender of marks and spacers"""
 SWALLOWED_BY_QEMU = 1
 
 
@@ -66,14 +68,14 @@ def swallowed(port: TapPort, received: Sequence[int] = ()) -> list[bytes]:
     return found.thrown + found.queued
 
 
-async def left(port: TapPort) -> list[int]:
-    """What is pulled until nothing more comes."""
+async def left(port: TapPort, *, at_once: int = 2) -> list[int]:
+    """What is pulled until nothing more comes; what is ours is nobody's number."""
     found: list[bytes] = []
     with contextlib.suppress(TimeoutError):
         while True:
             await asyncio.wait_for(port.filled(), 0.05)
-            found += port.pull(2)
-    return numbers(found)
+            found += port.pull(at_once)
+    return numbers([one for one in found if one[packet.SENDER] != OURS])
 
 
 async def test_nothing_was_on_its_way(port: TapPort, network: Network) -> None:
@@ -122,6 +124,36 @@ async def test_a_long_brownout_keeps_the_newest(port: TapPort, network: Network)
     port.stopped()
     assert numbers(swallowed(port)) == [50_000]
     assert await left(port) == []
+
+
+@pytest.fixture
+def long_queue(port: TapPort) -> None:
+    run_sync("ip", "link", "set", TAP, "txqueuelen", "10000")
+
+
+@pytest.mark.parametrize("thrown_away", [0, 1])
+async def test_it_is_found_before_a_long_queue(
+    port: TapPort, network: Network, ring: Ring, long_queue: None, thrown_away: int
+) -> None:
+    """The guest lags behind: what waits for it is more than is looked at in the blackout."""
+    await watched_traffic(port, network, ring, 300)
+    lost = list(range(1000, 1000 + thrown_away))
+    rest = list(range(2001, 8000))
+    network.send(*lost, 2000, *rest)
+    assert machine_takes(port, thrown_away + SWALLOWED_BY_QEMU) == [*lost, 2000]
+    port.stopped()
+    network.send(8000)
+    assert numbers(swallowed(port, ring.received)) == [*lost, 2000]
+    assert await left(port, at_once=500) == [*rest, 8000]
+
+
+async def test_it_is_found_before_a_queue_that_has_overflowed(port: TapPort, network: Network, ring: Ring) -> None:
+    await watched_traffic(port, network, ring, 300)
+    network.send(2000, *range(2001, 4000))
+    assert machine_takes(port, SWALLOWED_BY_QEMU) == [2000]
+    port.stopped()
+    assert numbers(swallowed(port, ring.received)) == [2000]
+    assert await left(port, at_once=500) == list(range(2001, 3000))
 
 
 async def test_after_an_abort_the_guest_finds_everything(port: TapPort, network: Network) -> None:

@@ -12,7 +12,8 @@ With the source's process they would go under, and nothing tells which ones they
 remembered, and
 
 - as the guest stops, a frame of our own, the **mark**, follows right behind. It comes out of the tap after n frames:
-  the last that QEMU has read went in n + 1 before it. It does not come out: QEMU has read the mark itself.
+  the last that QEMU has read went in n + 1 before it. It does not come out: QEMU has read the mark itself. Where a
+  guest lags so far behind that the mark is not among the first frames that wait, these are looked up in the memory.
 - the ring in the guest's memory says how long the newest frames are that the guest has really got. Laid beside the
   memory of the tap it says which one was the last. Now and then a frame of our own, a **spacer**, goes to the guest
   with a length that no frame near it has: of a stream of equal frames the ring would say nothing.
@@ -35,13 +36,20 @@ from collections.abc import Callable, Sequence
 from emp.host import packet, tap
 from emp.network.base import Swallowed
 
-KEPT_BYTES = 4 << 20
+KEPT_BYTES = 16 << 20
+"""of memory; a tap's queue of frames below 1,500 bytes, at least a third of it"""
+_EACH_BYTES = 48
+"""what a frame takes beside its content"""
 LOOK_S = 0.005
 _LOOKS = 512
 """frames that are looked at in one turn: beyond 100,000 a second the newest may be missed, and the agent lives on"""
-_AHEAD = 4096
-"""frames among which the mark must be, if it is in the tap at all: it was sent within a millisecond of the stop"""
-_WAITING_BYTES = 8 << 20
+_LAST_LOOKS = 16_384
+"""at the end"""
+_AHEAD = 512
+"""frames at most that are taken out of the tap to find the mark: it is the midst of the blackout"""
+_KNOWN_BY = 32
+"""of these, where the others do not follow each other in the memory: the queue has overflowed"""
+_WAITING_BYTES = 16 << 20
 _SPACING = 64
 """frames from one spacer to the next; a guest's ring remembers 256"""
 _SPACER_BYTES = range(64, 1024)
@@ -95,22 +103,22 @@ class Held:
         if self._mark is None:
             return Swallowed([], []), []
         ahead: list[bytes] = []
-        is_swallowed = False
-        while not is_swallowed and len(ahead) < _AHEAD:
+        is_at_mark = is_swallowed = False
+        while not (is_at_mark or is_swallowed) and len(ahead) < _AHEAD:
             frames = tap.read_frames(self._tap_fd, 1)
-            if frames == [self._mark]:
-                break
-            ahead += frames
-            is_swallowed = not frames
-        self._look(_AHEAD + _LOOKS)
+            is_at_mark, is_swallowed = frames == [self._mark], not frames
+            ahead += [] if is_at_mark else frames
+        self._look(_LAST_LOOKS)
         kept = list(self._kept)
         if self._mark not in kept:
             return Swallowed([], []), ahead
         at_mark = kept.index(self._mark)
-        last = at_mark if is_swallowed else at_mark - len(ahead) - 1
-        purged = next((n for n in range(_PURGED + 1) if n <= last and self._is_last(kept[: last - n], received)), 0)
-        if last < 0:
+        # If neither was met, the frames that wait may have gone in before the mark or behind it.
+        first = at_mark + 1 if is_swallowed else _place(ahead, kept[:at_mark] if is_at_mark else kept)
+        if not first:  # it is not known, or nothing of what came before
             return Swallowed([], []), ahead
+        last = first - 1
+        purged = next((n for n in range(_PURGED + 1) if n <= last and self._is_last(kept[: last - n], received)), 0)
         thrown, queued = kept[max(0, last - purged) : last], kept[last : last + 1]
         return Swallowed(self._for_the_guest(thrown), self._for_the_guest(queued)), ahead
 
@@ -122,7 +130,7 @@ class Held:
         """
         if not after:
             return None
-        self._look(_AHEAD + _LOOKS)
+        self._look(_LAST_LOOKS)
         kept = list(self._kept)
         if self._mark is None or not before or self._mark not in kept:
             return []
@@ -225,10 +233,19 @@ class Held:
             except OSError:  # nothing more, or the tap is gone and with it what to ask for
                 return
             self._kept.append(frame)
-            self._kept_bytes += len(frame)
+            self._kept_bytes += _EACH_BYTES + len(frame)
             self._since_spacer += 1
             while self._kept_bytes > KEPT_BYTES:
-                self._kept_bytes -= len(self._kept.popleft())
+                self._kept_bytes -= _EACH_BYTES + len(self._kept.popleft())
+
+
+def _place(waiting: Sequence[bytes], kept: Sequence[bytes]) -> int | None:
+    """Return where in ``kept`` the frames begin that wait, the latest such place; its end for none; None: nowhere."""
+    for some in (waiting, waiting[:_KNOWN_BY]):
+        for at in range(len(kept) - len(some), -1, -1):
+            if kept[at : at + len(some)] == some:
+                return at
+    return None
 
 
 def _first_buffer(received: Sequence[int], left: int, wanted: int, *, exactly: bool) -> int | None:
