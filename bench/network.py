@@ -2,7 +2,7 @@
 
 A lab of its own for each driver, and in it an EVM for the streams and connections and one for each number of pods; one
 is migrated at a time, the cases in turn, so that all see the same machine. Writes ``build/bench/network.json``: the
-rows, the verdict, every run. The lab runs before whatever else is at work on the machine.
+rows, the verdict, every run. The lab has the larger share of the processors, whatever else is at work on the machine.
 
 Each migration stands between a control at rest under the same load and a time in which what comes late is counted. The
 gap is the client's longest silence. It is split into the vCPUs' pause, the time from RESUME until the guest's first UDP
@@ -33,7 +33,7 @@ from rich.console import Console
 from bench.network_figures import L2, PODS, VPC, Case, Run, cases, row, table, verdict
 from bench.network_subject import NODES, Subject
 from emp.client import Client
-from emp.host.schedule import before_others
+from emp.host.schedule import larger_share
 from emp.lab.cloud.knobs import RemapDelay
 from emp.lab.cloud_control import turn
 from emp.lab.down import down
@@ -41,6 +41,7 @@ from emp.lab.state import LabFiles, LabState
 from emp.lab.topology import Network
 from emp.lab.up import Options, up
 from emp.model.errors import EmpError, Refused
+from emp.model.node import Versions
 
 NAME = "bench-network"
 RUNS = 20
@@ -73,6 +74,19 @@ def bearable(subject: Subject, case: Case, console: Console) -> int:
         if rest.lost == 0:
             return rate_hz
     return case.rates_hz[-1]
+
+
+def measured(
+    driver: str, chosen: Sequence[Case], runs: int, console: Console
+) -> tuple[Versions, dict[Case, list[Run]]]:
+    """Return what the nodes of a driver's lab run, and what ``measure`` found there."""
+    try:
+        state = lab(driver, console)
+        with Client.from_context(state.name) as client:
+            versions = client.nodes.get(NODES[0]).report.versions
+        return versions, measure(state, chosen, runs, console)
+    finally:
+        down(LabFiles(NAME))
 
 
 def measure(state: LabState, chosen: Sequence[Case], runs: int, console: Console) -> dict[Case, list[Run]]:
@@ -142,28 +156,24 @@ def main() -> int:
     console = Console(highlight=False, width=WIDTH)
     options.output.unlink(missing_ok=True)
     ran_on = machine()
-    ran_on["before_others"] = before_others()
-    if not ran_on["before_others"]:
-        console.print("not allowed to run before other processes: their load is measured too")
     rows, demands, runs = [], [], []
-    for driver in options.drivers:
-        chosen = [case for case in cases(driver) if case.name in options.cases]
-        try:
-            state = lab(driver, console)
-            try:
-                with Client.from_context(state.name) as client:
-                    versions = client.nodes.get(NODES[0]).report.versions
-                found = measure(state, chosen, options.runs, console)
-            finally:
-                down(LabFiles(NAME))
-        except EmpError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_code
-        ran_on |= {"qemu": versions.qemu, "accel": versions.accelerator}
-        mine = [row(driver, case, of_it) for case, of_it in found.items()]
-        rows += mine
-        demands += [(f"{driver} {what}", ok, figures) for what, ok, figures in verdict(mine, chosen)]
-        runs += [{"driver": driver, "case": case.name, **asdict(run)} for case, of_it in found.items() for run in of_it]
+    try:
+        with larger_share() as ran_on["larger_share"]:
+            if not ran_on["larger_share"]:
+                console.print("not allowed to have the larger share of the processors: others' load is measured too")
+            for driver in options.drivers:
+                chosen = [case for case in cases(driver) if case.name in options.cases]
+                versions, found = measured(driver, chosen, options.runs, console)
+                ran_on |= {"qemu": versions.qemu, "accel": versions.accelerator}
+                mine = [row(driver, case, of_it) for case, of_it in found.items()]
+                rows += mine
+                demands += [(f"{driver} {what}", ok, figures) for what, ok, figures in verdict(mine, chosen)]
+                runs += [
+                    {"driver": driver, "case": case.name, **asdict(run)} for case, its in found.items() for run in its
+                ]
+    except EmpError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     ran_on["load_at_end"] = machine()["load"]
     console.print(f"\n{ran_on['cpus']} x {ran_on['cpu']}, QEMU {ran_on.get('qemu')} ({ran_on.get('accel')})")
     console.print(table(rows))

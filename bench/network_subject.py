@@ -188,7 +188,13 @@ class Subject:
         )
 
     def _with_pods(self, case: Case, rate_hz: int) -> Run:
-        """1 kHz to the EVM itself, and as much to its pods together."""
+        """1 kHz to the EVM itself, and as much to its pods together.
+
+        Each pod is asked by itself before that: a hundred ARP requests at once, each of them delivered to a hundred
+        pods by the guest's own bridge, would keep the guest from everything else for a second.
+        """
+        for address in self._pods.values():
+            Guest(self.state.topology, address).wait_first_packet()
         with (
             Probing(self._files, self._pods, rate_hz=rate_hz / case.number, udp_only=True) as pods,
             self._probed(rate_hz, beside=pods) as (move, end),

@@ -16,6 +16,7 @@ from emp.model.errors import HostError
 from emp.model.evm import EvmSpec, Nic, Pod
 from emp.network.base import NetworkDriver
 from emp.network.l2 import L2Driver
+from emp.network.tap_driver import QUEUE_FRAMES
 from tests.fakes.values import a_spec
 from tests.frames import arp
 from tests.segment import Segment, arp_fields, frame, guest_receives, guest_sends, put_on_wire
@@ -280,11 +281,11 @@ async def test_frames_are_counted_as_the_guest_sees_them(segment: Segment, drive
     seen = port.traffic()
     assert (seen.sent_frames, seen.received_frames, seen.spoofed_frames, seen.dropped_frames) == (3, 5, 1, 0)
     assert seen.received_bytes >= 5 * len(frame(CLIENT))
-    for _ in range(12_000):
+    for _ in range(QUEUE_FRAMES + 2000):
         segment.left.send(frame(CLIENT, MAC))
     segment.settle()
     lost = port.traffic().dropped_frames
-    assert 0 < lost == 12_000 - len(guest_receives(port.tap_fd))
+    assert 0 < lost == QUEUE_FRAMES + 2000 - len(guest_receives(port.tap_fd))
     await port.remove()
     with pytest.raises(HostError):
         port.traffic()

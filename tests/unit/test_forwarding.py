@@ -482,6 +482,25 @@ async def test_copies_have_a_bound_and_what_is_beyond_waits_in_the_tap(
     assert numbers(target.port.got) == list(range(500))
 
 
+async def test_frames_that_follow_closely_go_together(source: Source, target: Target) -> None:
+    source.forwarder.begin()
+    (link,) = target.links
+    messages = 0
+    take = link.on_data
+
+    def counted(data: bytes) -> None:
+        nonlocal messages
+        messages += 1
+        take(data)
+
+    link.on_data = counted
+    for number in range(100):
+        source.port.comes(frame(number))
+        await asyncio.sleep(0)
+    assert await target.has(100) == list(range(100))
+    assert messages < 50
+
+
 async def test_a_flood_leaves_the_event_loop_to_others(source: Source, target: Target) -> None:
     source.forwarder.begin()
     source.port.comes(*(frame(number) for number in range(20_000)))

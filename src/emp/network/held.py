@@ -51,7 +51,7 @@ _KNOWN_BY = 32
 """of these, where the others do not follow each other in the memory: the queue has overflowed"""
 _WAITING_BYTES = 16 << 20
 _SPACING = 64
-"""frames from one spacer to the next; a guest's ring remembers 256"""
+"""frames from one spacer to the next; a guest's ring remembers 1,024"""
 _SPACER_BYTES = range(64, 1024)
 _PURGED = 3
 """frames at most that are taken to have been thrown away"""

@@ -21,7 +21,7 @@ from emp.model.errors import HostError
 from emp.model.evm import EvmSpec
 from emp.network import guard
 from emp.network.base import Port
-from emp.network.tap_driver import TapDriver, alias, interface_name, macs_of
+from emp.network.tap_driver import QUEUE_FRAMES, TapDriver, alias, interface_name, macs_of
 from emp.network.tap_port import TapPort, readable
 from emp.network.uplink import Overlay, Vxlan, vlan_of
 
@@ -88,17 +88,9 @@ class L2Driver(TapDriver):
     ``uplink`` must exist and carry no address of its own (the bridge may); the bridge is made if it is missing.
     """
 
-    def __init__(
-        self,
-        *,
-        bridge: str,
-        uplink: str,
-        vlan: int | None = None,
-        vxlan: Vxlan | None = None,
-        txqueuelen: int = 10_000,
-    ) -> None:
+    def __init__(self, *, bridge: str, uplink: str, vlan: int | None = None, vxlan: Vxlan | None = None) -> None:
         """``vlan``, ``vxlan``: what of the uplink is joined, if not all of it."""
-        super().__init__(txqueuelen=txqueuelen)
+        super().__init__()
         self._bridge = bridge
         self._card = uplink
         self._uplink = uplink
@@ -179,7 +171,7 @@ class L2Driver(TapDriver):
                 # not the guest's own: the bridge would take its frames for the node's
                 address=f"fe{mac[2:]}",
                 mtu=bridge.mtu_bytes,
-                txqlen=self._txqueuelen,
+                txqlen=QUEUE_FRAMES,
                 master=bridge.index,
             )
             netlink.lock_port(link.index)

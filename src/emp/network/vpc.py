@@ -24,7 +24,7 @@ from emp.model.errors import HostError, Refused
 from emp.model.evm import EvmSpec
 from emp.network import guard
 from emp.network.base import Port
-from emp.network.tap_driver import TapDriver, alias, interface_name, macs_of
+from emp.network.tap_driver import QUEUE_FRAMES, TapDriver, alias, interface_name, macs_of
 from emp.network.tap_port import TapPort
 
 GATEWAY_MAC = "02:65:6d:70:00:01"
@@ -73,15 +73,12 @@ class VpcPort(TapPort):
 
 
 class VpcDriver(TapDriver):
-    """Ports that are routed to; see ``emp.network.base.NetworkDriver``. ``uplink`` has the node's own address.
-
-    ``txqueuelen``: frames that a tap holds for a machine that does not read.
-    """
+    """Ports that are routed to; see ``emp.network.base.NetworkDriver``. ``uplink`` has the node's own address."""
 
     is_overlay = False
 
-    def __init__(self, *, uplink: str, txqueuelen: int = 10_000) -> None:
-        super().__init__(txqueuelen=txqueuelen)
+    def __init__(self, *, uplink: str) -> None:
+        super().__init__()
         self._uplink = uplink
 
     async def start(self) -> None:
@@ -142,7 +139,7 @@ class VpcDriver(TapDriver):
                 ifalias=alias(spec.name, number),
                 address=GATEWAY_MAC,
                 mtu=uplink.mtu_bytes,
-                txqlen=self._txqueuelen,
+                txqlen=QUEUE_FRAMES,
                 state="up",
             )
             routes.add_neighbours(link.index, _behind(spec, number))

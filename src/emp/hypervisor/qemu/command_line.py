@@ -30,6 +30,8 @@ from emp.model.volume import NbdEndpoint
 FIRST_NIC_SLOT, MAX_NICS = 4, 4
 CONTROLLER_SLOT = 8
 MAX_QUEUES = 4
+RECEIVE_BUFFERS = 1024
+"""of a network card, the most that QEMU can: they remember what the guest has got (``emp.network.held``)"""
 MEBIBYTE = 1 << 20
 MINIMUM_MEMORY_BYTES = 64 * MEBIBYTE
 _MACHINE = re.compile(r"pc-i440fx-\d+\.\d+")
@@ -130,7 +132,8 @@ def command_line(plan: LaunchPlan, *, binary: Path, accelerator: str, fds: Descr
         off = dict.fromkeys(_TAP_FEATURES_OF_THE_HOST, False)
         slot = FIRST_NIC_SLOT + index
         # no option ROM: nothing boots from the network, and a ROM is memory to migrate
-        argv += _pci("virtio-net-pci", f"nic{index}", slot, netdev=f"net{index}", mac=nic.mac, romfile="", **off)
+        card = {"netdev": f"net{index}", "mac": nic.mac, "romfile": "", "rx_queue_size": RECEIVE_BUFFERS}
+        argv += _pci("virtio-net-pci", f"nic{index}", slot, **card, **off)
     if any(isinstance(device.source, NbdEndpoint) for device in plan.volumes):
         argv += ["-object", _json(tls_credentials(disks.CREDENTIALS, "client", fds.directory))]
     argv += _at(CONTROLLER_SLOT, disks.controller(min(spec.vcpus, MAX_QUEUES)))
