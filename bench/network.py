@@ -1,8 +1,9 @@
 """What a migration costs on the network: ``make bench-network``.
 
 A lab of its own for each driver, and in it an EVM for the streams and connections and one for each number of pods; one
-is migrated at a time, the cases in turn, so that all see the same machine. Writes ``build/bench/network.json``: the
-rows, the verdict, every run. The lab has the larger share of the processors, whatever else is at work on the machine.
+is migrated at a time, the cases in turn, so that all see the same machine. Those whose load fills the processors have a
+lab of their own, with nearly all of them; the others' runs before whatever else is at work on the machine. Writes
+``build/bench/network.json``: the rows, the verdict, every run.
 
 Each migration stands between a control at rest under the same load and a time in which what comes late is counted. The
 gap is the client's longest silence. It is split into the vCPUs' pause, the time from RESUME until the guest's first UDP
@@ -23,6 +24,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -33,7 +35,7 @@ from rich.console import Console
 from bench.network_figures import L2, PODS, VPC, Case, Run, cases, row, table, verdict
 from bench.network_subject import NODES, Subject
 from emp.client import Client
-from emp.host.schedule import larger_share
+from emp.host.schedule import before_others, larger_share
 from emp.lab.cloud.knobs import RemapDelay
 from emp.lab.cloud_control import turn
 from emp.lab.down import down
@@ -158,19 +160,24 @@ def main() -> int:
     ran_on = machine()
     rows, demands, runs = [], [], []
     try:
-        with larger_share() as ran_on["larger_share"]:
-            if not ran_on["larger_share"]:
-                console.print("not allowed to have the larger share of the processors: others' load is measured too")
-            for driver in options.drivers:
-                chosen = [case for case in cases(driver) if case.name in options.cases]
-                versions, found = measured(driver, chosen, options.runs, console)
-                ran_on |= {"qemu": versions.qemu, "accel": versions.accelerator}
-                mine = [row(driver, case, of_it) for case, of_it in found.items()]
-                rows += mine
-                demands += [(f"{driver} {what}", ok, figures) for what, ok, figures in verdict(mine, chosen)]
-                runs += [
-                    {"driver": driver, "case": case.name, **asdict(run)} for case, its in found.items() for run in its
-                ]
+        for fills in (True, False):  # in this order: there is no way back from a real-time class
+            with larger_share() if fills else nullcontext(before_others()) as first:
+                if not first:
+                    console.print("not allowed to run before other processes: their load is measured too")
+                for driver in options.drivers:
+                    chosen = [case for case in cases(driver) if case.name in options.cases and case.fills == fills]
+                    if not chosen:
+                        continue
+                    versions, found = measured(driver, chosen, options.runs, console)
+                    ran_on |= {"qemu": versions.qemu, "accel": versions.accelerator, "before_others": first}
+                    mine = [row(driver, case, of_it) for case, of_it in found.items()]
+                    rows += mine
+                    demands += [(f"{driver} {what}", ok, figures) for what, ok, figures in verdict(mine, chosen)]
+                    runs += [
+                        {"driver": driver, "case": case.name, **asdict(run)}
+                        for case, of_it in found.items()
+                        for run in of_it
+                    ]
     except EmpError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

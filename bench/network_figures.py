@@ -41,6 +41,11 @@ class Case:
     def fast(self) -> bool:
         return self.kind in (ECHO, ONE_WAY) and self.rates_hz[0] > PROBE_HZ
 
+    @property
+    def fills(self) -> bool:
+        """Whether its load alone leaves two processors no time to idle."""
+        return self.fast or self.kind == BULK
+
 
 def cases(driver: str) -> tuple[Case, ...]:
     """Return every case of a driver. ``l2`` has fixed rates, ``vpc`` those that the machine bears at rest."""
