@@ -50,6 +50,7 @@ PLAN = LaunchPlan(
     tap_fds=(20, 21),
     volumes=(device("vol-a", "10.0.0.9"), device("vol-b", "10.0.0.9")),
     incoming=False,
+    mtus_bytes=(1500, 9001),
 )
 FDS = Descriptors(
     directory=10,
@@ -92,9 +93,9 @@ GOLDEN = """\
 -device {"driver":"isa-serial","id":"serial1","chardev":"qga","index":1}
 -device {"driver":"pvpanic","id":"panic0"}
 -netdev {"type":"tap","id":"net0","fd":"20","vhost":false}
--device {"driver":"virtio-net-pci","id":"nic0","bus":"pci.0","addr":"0x4","disable-legacy":"on","netdev":"net0","mac":"52:54:00:00:00:01","romfile":"","rx_queue_size":1024,"guest_ufo":false,"host_ufo":false,"guest_uso4":false,"guest_uso6":false,"host_uso":false}
+-device {"driver":"virtio-net-pci","id":"nic0","bus":"pci.0","addr":"0x4","disable-legacy":"on","netdev":"net0","mac":"52:54:00:00:00:01","romfile":"","rx_queue_size":1024,"host_mtu":1500,"guest_ufo":false,"host_ufo":false,"guest_uso4":false,"guest_uso6":false,"host_uso":false}
 -netdev {"type":"tap","id":"net1","fd":"21","vhost":false}
--device {"driver":"virtio-net-pci","id":"nic1","bus":"pci.0","addr":"0x5","disable-legacy":"on","netdev":"net1","mac":"52:54:00:00:00:02","romfile":"","rx_queue_size":1024,"guest_ufo":false,"host_ufo":false,"guest_uso4":false,"guest_uso6":false,"host_uso":false}
+-device {"driver":"virtio-net-pci","id":"nic1","bus":"pci.0","addr":"0x5","disable-legacy":"on","netdev":"net1","mac":"52:54:00:00:00:02","romfile":"","rx_queue_size":1024,"host_mtu":9001,"guest_ufo":false,"host_ufo":false,"guest_uso4":false,"guest_uso6":false,"host_uso":false}
 -object {"qom-type":"tls-creds-x509","id":"volumes","endpoint":"client","dir":"/proc/self/fd/10/tls","verify-peer":true}
 -device {"driver":"virtio-scsi-pci","id":"scsi0","bus":"pci.0","addr":"0x8","disable-legacy":"on","num_queues":2}
 -blockdev {"node-name":"source0-0cb5eb134bb9","cache":{"direct":true,"no-flush":false},"driver":"nbd","server":{"type":"inet","host":"10.0.0.9","port":"10809"},"export":"vol-a@7","tls-creds":"volumes","tls-hostname":"volumes","reconnect-delay":8}
@@ -149,6 +150,7 @@ def test_no_two_devices_share_a_slot() -> None:
             }
         ),
         tap_fds=(1, 2, 3, 4),
+        mtus_bytes=(1500,) * 4,
         volumes=tuple(device(f"v{n}", "h") for n in range(24)),
     )
     words = argv(full, fds=replace(FDS, taps=(1, 2, 3, 4)))

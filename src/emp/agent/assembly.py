@@ -104,6 +104,7 @@ class Assembler:
                 tap_fds=tuple(port.tap_fd for port in ports),
                 volumes=volumes,
                 incoming=incoming,
+                mtus_bytes=tuple(port.mtu_bytes for port in ports),
             )
             machine = await self.hypervisor.launch(plan)
         except BaseException:

@@ -81,6 +81,8 @@ class LaunchPlan:
     """in the order of ``spec.volumes``; the guest's device addresses follow from ``spec.slots``"""
     incoming: bool
     """True: wait for a migration, paused (``-incoming defer -S``). False: boot."""
+    mtus_bytes: tuple[int, ...] = ()
+    """what fits each of ``spec.nics``, which the guest is told; none: it takes 1,500"""
 
 
 class RunState(StrEnum):

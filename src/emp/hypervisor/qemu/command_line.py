@@ -133,6 +133,7 @@ def command_line(plan: LaunchPlan, *, binary: Path, accelerator: str, fds: Descr
         slot = FIRST_NIC_SLOT + index
         # no option ROM: nothing boots from the network, and a ROM is memory to migrate
         card = {"netdev": f"net{index}", "mac": nic.mac, "romfile": "", "rx_queue_size": RECEIVE_BUFFERS}
+        card |= {"host_mtu": plan.mtus_bytes[index]} if plan.mtus_bytes else {}
         argv += _pci("virtio-net-pci", f"nic{index}", slot, **card, **off)
     if any(isinstance(device.source, NbdEndpoint) for device in plan.volumes):
         argv += ["-object", _json(tls_credentials(disks.CREDENTIALS, "client", fds.directory))]
