@@ -13,7 +13,7 @@ from contextlib import closing
 import pytest
 
 from emp.model.errors import HostError, Refused
-from emp.model.evm import EvmSpec, Nic, Pod
+from emp.model.evm import ROUTED_GATEWAY, EvmSpec, Ipv6, Nic, Pod
 from emp.network.vpc import GATEWAY_MAC, VpcDriver
 from tests.fakes.values import a_spec
 from tests.segment import Segment, arp_fields, guest_receives, guest_sends, mac_bytes, put_on_wire
@@ -282,10 +282,13 @@ async def test_removing_leaves_no_route_behind(segment: Segment, driver: VpcDriv
     assert await driver.leftovers() == frozenset()
 
 
-async def test_an_ipv6_address_is_refused(segment: Segment, driver: VpcDriver) -> None:
-    nic = Nic(mac=MAC, address="fd77::5", prefix_length=64)
-    with pytest.raises(Refused, match="fd77::5"):
+async def test_an_ipv6_address_is_refused_where_the_node_has_none(segment: Segment, driver: VpcDriver) -> None:
+    six = Ipv6(address="fd77::5", prefix_length=128, gateway=ROUTED_GATEWAY)
+    nic = Nic(mac=MAC, address=ADDRESS, prefix_length=16, ipv6=six)
+    with pytest.raises(Refused, match="fd77::5 cannot be routed: eth0 has no IPv6") as caught:
         await driver.plug(spec().model_copy(update={"nics": (nic,)}))
+    assert caught.value.hint is not None
+    assert "give eth0 the IPv6 address" in caught.value.hint
     assert await driver.leftovers() == frozenset()
 
 

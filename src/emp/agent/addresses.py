@@ -82,14 +82,13 @@ class Addresses:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``seen``: what is kept of taps that are adopted; None: they are new, with what is declared in force."""
+        self._spec = spec
         self._evm = spec.name
         self._ports = ports
         self._files = files
         self._clock = clock
         self._declared = {address: mac for mac, address in spec.addresses}
         self._macs = {mac for mac, _ in spec.addresses}
-        self._pods = spec.pods
-        self._nics = spec.nics
         self._subnets = [ip_interface(f"{nic.address}/{nic.prefix_length}").network for nic in spec.nics]
         self._known = {one.address: one for one in seen.learnt} if seen else {}
         self._heard_at = dict.fromkeys(self._known, clock())
@@ -209,9 +208,7 @@ class Addresses:
 
     def behind(self, nic: int) -> list[tuple[str, str]]:
         """Return every usable (MAC, IP) that is reached through a NIC: its own first, then pods', then learnt ones."""
-        own = (self._nics[nic].mac, self._nics[nic].address)
-        pods = [(pod.mac, pod.address) for pod in self._pods if pod.nic == nic]
-        return [own, *pods, *((one.mac, one.address) for one in self.learnt if one.nic == nic)]
+        return [*self._spec.behind(nic), *((one.mac, one.address) for one in self.learnt if one.nic == nic)]
 
     def macs(self, nic: int) -> list[str]:
         """Return what is behind a NIC, its own first."""

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ _PROTINFO, _NESTED = 12, 0x8000
 _NEIGHBOUR = struct.Struct("=B3xiHBB")
 """family, interface, state, flags, type"""
 _NUD_NOARP, _NTF_MASTER, _NTF_STICKY, _LLADDR = 0x40, 0x04, 0x40, 2
+_NODAD = 0x02
+"""linux/if_addr.h: IFA_F_NODAD"""
+_LOOK_S, _LISTENS_S = 0.005, 10.0
+"""how often, and how long, to look whether a new address answers"""
 _LEARNING, _UNICAST_FLOOD, _FLUSH, _MULTICAST_FLOOD, _BROADCAST_FLOOD, _LOCKED = 8, 9, 24, 27, 30, 39
 
 
@@ -121,8 +126,23 @@ class Netlink:
             found = [m.get("IFA_ADDRESS") async for m in await self._socket.addr("dump", index=index)]
         return [address for address in found if not address.startswith("fe80:")]
 
+    async def add_address(self, link: Link, address: str, prefix_length: int) -> None:
+        """Give a link that is up an IPv6 address, without a look for duplicates; it answers when this returns.
+
+        Idempotent. The kernel has it listen in a thread of its own, which a busy machine keeps waiting: what is asked
+        for meanwhile is not answered.
+        """
+        with _asked("address", "add", link.name, address):
+            await self._socket.addr("replace", index=link.index, address=address, prefixlen=prefix_length, flags=_NODAD)
+        deadline_s = asyncio.get_running_loop().time() + _LISTENS_S
+        while not _listens(link.name, address):
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise command_failed(["address", "add", link.name, address], errno.ETIMEDOUT, "it does not answer")
+            await asyncio.sleep(_LOOK_S)
+
     async def add_rule(self, priority: int, **what: str | int) -> None:
-        """Add a rule of the policy routing database (IPv4), as pyroute2 has them. Idempotent."""
+        """Add a rule of the policy routing database (IPv4 unless ``family`` says else), as pyroute2 has them.
+        Idempotent."""
         with _asked("rule", "add", priority, what):
             try:
                 await self._socket.rule("add", priority=priority, **what)
@@ -183,6 +203,13 @@ class Netlink:
     async def set_promiscuous(self, index: int) -> None:
         with _asked("link", "set", index, "promisc on"):
             await self._socket.link("set", index=index, flags=_IFF_PROMISC, change=_IFF_PROMISC)
+
+
+def _listens(interface: str, address: str) -> bool:
+    """Whether it is in the address's solicited-node group (RFC 4291, 2.7.1), by which neighbours ask for it."""
+    group = "ff0200000000000000000001ff" + IPv6Address(address).packed[-3:].hex()
+    lines = Path("/proc/thread-self/net/igmp6").read_text().splitlines()
+    return any(line.split()[1:3] == [interface, group] for line in lines)
 
 
 def open_port(index: int) -> None:

@@ -6,12 +6,13 @@ works on it inside ``send``. All in the network namespace of the calling thread.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from emp.host.netlink import attribute
@@ -26,55 +27,92 @@ _LLADDR = 2
 _PERMANENT = 0x80
 _AT_ONCE = 64
 """messages whose answers fit a socket's buffer"""
+_SYSCTL = Path("/proc/sys/net")
+LINK_LOCAL = "fe80::/64"
+"""RFC 4291, 2.5.6; every link has one"""
 
-Message = tuple[int, bytes]
-"""kind and body"""
-
-
-def add_routes(index: int, addresses: Iterable[str]) -> None:
-    """Send what is for these IPv4 addresses out of a link. Idempotent. Raise ``CommandFailed``."""
-    _ask([_route(_NEW_ROUTE, index, address) for address in addresses], _CREATE | _REPLACE)
+Message = tuple[int, int, bytes]
+"""kind, flags and body"""
 
 
-def remove_routes(index: int, addresses: Iterable[str]) -> None:
+def add_routes(index: int, destinations: Iterable[str]) -> None:
+    """Send what is for these IPv4 and IPv6 addresses out of a link, wherever it was sent before. Idempotent. Raise
+    ``CommandFailed``.
+
+    ``LINK_LOCAL`` may be among them; other links keep theirs.
+    """
+    messages = [
+        _route(_NEW_ROUTE, _CREATE if destination == LINK_LOCAL else _CREATE | _REPLACE, index, destination)
+        for destination in destinations
+    ]
+    _ask(messages, but=errno.EEXIST)
+
+
+def remove_routes(index: int, destinations: Iterable[str]) -> None:
     """Undo ``add_routes``. Idempotent. Raise ``CommandFailed``."""
-    _ask([_route(_DELETE_ROUTE, index, address) for address in addresses], 0, but=errno.ESRCH)
+    _ask([_route(_DELETE_ROUTE, 0, index, destination) for destination in destinations], but=errno.ESRCH)
 
 
 def add_neighbours(index: int, behind: Iterable[tuple[str, str]]) -> None:
-    """Say for good which MAC each (MAC, IPv4 address) behind a link has, so that nobody is asked there."""
-    _ask([_neighbour(index, mac, address) for mac, address in behind], _CREATE | _REPLACE)
+    """Say for good which MAC each (MAC, IP address) behind a link has, so that nobody is asked there."""
+    _ask([_neighbour(index, mac, address) for mac, address in behind])
 
 
 def set_ipv4(name: str, value: int) -> None:
     """Write ``/proc/sys/net/ipv4/NAME``, such as ``conf/eth0/rp_filter``. Raise ``CommandFailed``."""
+    _set(f"ipv4/{name}", value)
+
+
+def forward_ipv6() -> None:
+    """Forward IPv6. Idempotent; raise ``CommandFailed``.
+
+    A node that forwards takes no more router advertisements where ``accept_ra`` is 1, and loses at once the default
+    route that it has from one; it goes on with 2 (Linux, Documentation/networking/ip-sysctl.rst). So what took them
+    before gets 2 first. Where the node forwards already, its owner has decided.
+    """
+    conf = _SYSCTL / "ipv6/conf"
+    if int((conf / "all/forwarding").read_text()) != 0:
+        return
+    for accepts in conf.glob("*/accept_ra"):
+        with contextlib.suppress(FileNotFoundError):  # the interface has just gone
+            if int(accepts.read_text()) == 1:
+                _set(str(accepts.relative_to(_SYSCTL)), 2)
+    _set("ipv6/conf/all/forwarding", 1)
+
+
+def _set(name: str, value: int) -> None:
     try:
-        Path("/proc/sys/net/ipv4", name).write_text(str(value))
+        (_SYSCTL / name).write_text(str(value))
     except OSError as error:
-        raise command_failed(["sysctl", f"net/ipv4/{name}={value}"], error.errno or -1, str(error.strerror)) from error
+        raise command_failed(["sysctl", f"net/{name}={value}"], error.errno or -1, str(error.strerror)) from error
 
 
-def _route(kind: int, index: int, address: str) -> Message:
-    head = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, MAIN, _STATIC, _LINK, _UNICAST, 0)
-    where = attribute(_DESTINATION, IPv4Address(address).packed) + attribute(_OUT_INTERFACE, struct.pack("=I", index))
-    return kind, head + where
+def _route(kind: int, flags: int, index: int, destination: str) -> Message:
+    there = ip_network(destination)
+    family = socket.AF_INET if there.version == 4 else socket.AF_INET6
+    head = struct.pack("=BBBBBBBBI", family, there.prefixlen, 0, 0, MAIN, _STATIC, _LINK, _UNICAST, 0)
+    where = attribute(_DESTINATION, there.network_address.packed) + attribute(_OUT_INTERFACE, struct.pack("=I", index))
+    return kind, flags, head + where
 
 
 def _neighbour(index: int, mac: str, address: str) -> Message:
-    head = struct.pack("=BxxxiHBB", socket.AF_INET, index, _PERMANENT, 0, 0)
+    ip = ip_address(address)
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    head = struct.pack("=BxxxiHBB", family, index, _PERMANENT, 0, 0)
     who = attribute(_LLADDR, bytes.fromhex(mac.replace(":", "")))
-    return _NEW_NEIGHBOUR, head + attribute(_DESTINATION, IPv4Address(address).packed) + who
+    return _NEW_NEIGHBOUR, _CREATE | _REPLACE, head + attribute(_DESTINATION, ip.packed) + who
 
 
-def _ask(messages: Sequence[Message], flags: int, *, but: int = 0) -> None:
+def _ask(messages: Sequence[Message], *, but: int = 0) -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as asking:
         for at in range(0, len(messages), _AT_ONCE):
             some = messages[at : at + _AT_ONCE]
-            asking.send(b"".join(_message(number, kind, body, flags) for number, (kind, body) in enumerate(some)))
+            asking.send(b"".join(_message(number, message) for number, message in enumerate(some)))
             answers = [struct.unpack_from("=i", asking.recv(4096), 16)[0] for _ in some]  # each 0 or minus errno
             if failed := [-code for code in answers if code and -code != but]:
                 raise command_failed(["netlink", "routes", str(len(some))], failed[0], os.strerror(failed[0]))
 
 
-def _message(number: int, kind: int, body: bytes, flags: int) -> bytes:
+def _message(number: int, message: Message) -> bytes:
+    kind, flags, body = message
     return struct.pack("=IHHII", 16 + len(body), kind, _REQUEST | _ACK | flags, number, 0) + body

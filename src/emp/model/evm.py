@@ -25,12 +25,27 @@ class RestartPolicy(StrEnum):
     ALWAYS = "always"
 
 
+ROUTED_GATEWAY = "fe80::1"
+"""of every EVM whose node routes IPv6 to it, on every node"""
+
+
+class Ipv6(Model):
+    """An IPv6 address of a card or a pod, beside its IPv4 address."""
+
+    address: Ip
+    prefix_length: int = Field(ge=0, le=128)
+    """128: the guest has no neighbours, and sends everything by ``gateway``"""
+    gateway: Ip | None = None
+    """of the default route; None: the guest's own affair, by router advertisements say"""
+
+
 class Nic(Model):
     """One network card of an EVM, with the primary address behind it."""
 
     mac: Mac
     address: Ip
     prefix_length: int = Field(ge=0, le=128)
+    ipv6: Ipv6 | None = None
 
 
 class Pod(Model):
@@ -41,6 +56,7 @@ class Pod(Model):
     mac: Mac
     address: Ip
     prefix_length: int = Field(ge=0, le=128)
+    ipv6: Ipv6 | None = None
 
 
 class EvmSpec(Model):
@@ -96,7 +112,18 @@ class EvmSpec(Model):
     @property
     def addresses(self) -> tuple[tuple[str, str], ...]:
         """Every (MAC, IP) that moves with the EVM: its own first, then its pods'."""
-        return tuple((n.mac, n.address) for n in self.nics) + tuple((p.mac, p.address) for p in self.pods)
+        there: tuple[Nic | Pod, ...] = (*self.nics, *self.pods)
+        return tuple(pair for each in there for pair in _addresses_of(each))
+
+    def behind(self, nic: int) -> tuple[tuple[str, str], ...]:
+        """Those of ``addresses`` that are reached through a card: its own first, then its pods'."""
+        there: tuple[Nic | Pod, ...] = (self.nics[nic], *(pod for pod in self.pods if pod.nic == nic))
+        return tuple(pair for each in there for pair in _addresses_of(each))
+
+
+def _addresses_of(each: Nic | Pod) -> list[tuple[str, str]]:
+    six = [each.ipv6.address] if each.ipv6 is not None else []
+    return [(each.mac, address) for address in (each.address, *six)]
 
 
 class EvmState(StrEnum):

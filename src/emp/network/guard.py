@@ -8,6 +8,10 @@ router advertisements and redirects are dropped (RFC 6105), as are VLAN tags, by
 is dropped without a word: it is QEMU's own announcement of a guest that it has taken over, and comes before what was
 held for that guest (``emp.agent.forwarding``).
 
+A tap that the node routes to is a link of its own: the guest's link-local addresses are its own affair there (they are
+never forwarded, RFC 4291, 2.5.6). What has no way back is dropped: a frame whose source no route leads to by this tap.
+For IPv4 the kernel has a filter of its own for that (``rp_filter``), for IPv6 it is a rule here.
+
 A frame sees the rules of before a change or those of after it, but the kernel looks a set up as it is then. So where a
 look may find neither (an anonymous set of old rules, an element that is replaced), finding nothing must mean dropping.
 
@@ -31,10 +35,15 @@ def table_of(interface: str) -> str:
     return f"{_PREFIX}{interface}"
 
 
-def rules(interface: str, macs: Iterable[str], addresses: Iterable[str]) -> str:
+_NO_WAY_BACK = "fib saddr . iif oif missing drop"
+"""nft(8): no route leads to the source by the interface that it came in by"""
+
+
+def rules(interface: str, macs: Iterable[str], addresses: Iterable[str], *, routed: bool = False) -> str:
     """Return the ``nft`` script that puts these rules in the place of those that were, the counter kept.
 
-    ``macs`` and ``addresses`` in canonical text form: nothing that a guest wrote gets here unparsed.
+    ``macs`` and ``addresses`` in canonical text form: nothing that a guest wrote gets here unparsed. ``routed``: the
+    node routes IPv6 to this tap.
     """
     four, six = _by_version(addresses)
     table = table_of(interface)
@@ -62,9 +71,10 @@ table netdev {table} {{
     chain advertised {{
     }}
     chain says_six {{
-        ip6 saddr != @six goto refuse
+        {"ip6 saddr != fe80::/10" if routed else ""} ip6 saddr != @six goto refuse
         icmpv6 type nd-router-advert goto refuse
         icmpv6 type nd-redirect goto refuse
+        {_NO_WAY_BACK if routed else ""}
         icmpv6 type nd-neighbor-advert jump advertised
         icmpv6 type nd-neighbor-advert goto refuse
     }}
@@ -79,10 +89,10 @@ table netdev {table} {{
         meta protocol ip ip saddr != @four goto refuse
     }}
 }}
-{_advertised(table, six)}"""
+{_advertised(table, six, routed=routed)}"""
 
 
-def changes(interface: str, before: Iterable[str], after: Iterable[str]) -> str:
+def changes(interface: str, before: Iterable[str], after: Iterable[str], *, routed: bool = False) -> str:
     """Return the script that changes the addresses alone. What stays is not touched: while an element is replaced by
     itself, a frame may find neither."""
     table = table_of(interface)
@@ -91,7 +101,8 @@ def changes(interface: str, before: Iterable[str], after: Iterable[str]) -> str:
         for verb, elements in (("add", [e for e in new if e not in old]), ("delete", [e for e in old if e not in new])):
             if elements:
                 lines.append(f"{verb} element netdev {table} {name} {{ {', '.join(elements)} }}")
-    return "\n".join([*lines, f"flush chain netdev {table} advertised", _advertised(table, _by_version(after)[1])])
+    advertised = _advertised(table, _by_version(after)[1], routed=routed)
+    return "\n".join([*lines, f"flush chain netdev {table} advertised", advertised])
 
 
 def _by_version(addresses: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -99,20 +110,38 @@ def _by_version(addresses: Iterable[str]) -> tuple[list[str], list[str]]:
     return [str(ip) for ip in parsed if ip.version == 4], [str(ip) for ip in parsed if ip.version == 6]
 
 
-def _advertised(table: str, six: Iterable[str]) -> str:
+def _advertised(table: str, six: Iterable[str], *, routed: bool) -> str:
     """One rule per address, as ``nft`` 1.0 has no set of the target of an advertisement: 128 bits, 8 bytes into ICMPv6
     (RFC 4861, 4.4)."""
-    return "".join(
-        f"add rule netdev {table} advertised @th,64,128 {int(ip_address(address)):#034x} accept\n" for address in six
-    )
+    targets = [f"@th,64,128 {int(ip_address(address)):#034x}" for address in six]
+    link_local = [f"@th,64,10 {0xFE80 >> 6:#x}"] if routed else []
+    return "".join(f"add rule netdev {table} advertised {one} accept\n" for one in (*targets, *link_local))
+
+
+async def check_routed() -> None:
+    """Raise ``HostError`` where the kernel cannot look for the way back of an IPv6 source at a tap."""
+    table = f"{_PREFIX}probe"
+    try:
+        await nft.apply(
+            f"add table netdev {table}\nadd chain netdev {table} probe\n"
+            f"add rule netdev {table} probe meta protocol ip6 {_NO_WAY_BACK}\ndelete table netdev {table}\n"
+        )
+    except CommandFailed as error:
+        raise HostError(
+            f"IPv6 cannot be routed to a guest, as nothing would bind it to its addresses: {error.details['stderr']}",
+            field="addresses",
+            hint="the kernel needs CONFIG_NFT_FIB_NETDEV (module nft_fib_netdev); or declare IPv4 addresses alone",
+        ) from error
 
 
 class Guard:
     """The rules of one tap. They outlive the agent, and are taken away by ``remove``."""
 
-    def __init__(self, interface: str, macs: Iterable[str]) -> None:
+    def __init__(self, interface: str, macs: Iterable[str], *, routed: bool = False) -> None:
+        """``routed``: see ``rules``."""
         self._interface = interface
         self._macs = frozenset(macs)
+        self._routed = routed
         self._allowed: frozenset[str] | None = None
         """as this process has set it"""
 
@@ -121,12 +150,12 @@ class Guard:
         wanted = frozenset(addresses)
         before, self._allowed = self._allowed, None  # until it is known to be done
         if before is None:
-            await nft.apply(rules(self._interface, self._macs, wanted))
+            await nft.apply(rules(self._interface, self._macs, wanted, routed=self._routed))
         else:
             try:
-                await nft.apply(changes(self._interface, before, wanted))
+                await nft.apply(changes(self._interface, before, wanted, routed=self._routed))
             except CommandFailed:  # somebody has flushed them
-                await nft.apply(rules(self._interface, self._macs, wanted))
+                await nft.apply(rules(self._interface, self._macs, wanted, routed=self._routed))
         self._allowed = wanted
 
     @property

@@ -16,11 +16,12 @@ from emp.network.learn import Heard, Listener
 
 
 class GuardedTap:
-    def __init__(self, interface: str, index: int, macs: Iterable[str]) -> None:
-        """``macs``: every one that the EVM and its pods have. The rules that the tap may have are left as they are."""
+    def __init__(self, interface: str, index: int, macs: Iterable[str], *, routed: bool = False) -> None:
+        """``macs``: every one that the EVM and its pods have; ``routed``: the node routes IPv6 to the tap. The rules
+        that the tap may have are left as they are."""
         self._interface = interface
         self._index = index
-        self._guard = Guard(interface, macs)
+        self._guard = Guard(interface, macs, routed=routed)
         self._listener: Listener | None = None
 
     async def allow(self, addresses: Iterable[str]) -> None:

@@ -34,10 +34,11 @@ class TapPort:
 
     is_told = False
 
-    def __init__(self, interface: str, index: int, tap_fd: int, *, macs: Collection[str]) -> None:
-        """``macs``: every one that the EVM and its pods have, whichever card they are behind."""
+    def __init__(self, interface: str, index: int, tap_fd: int, *, macs: Collection[str], routed: bool = False) -> None:
+        """``macs``: every one that the EVM and its pods have, whichever card they are behind. ``routed``: the node
+        routes IPv6 to the tap."""
         self._interface = interface
-        self._guarded = GuardedTap(interface, index, macs)
+        self._guarded = GuardedTap(interface, index, macs, routed=routed)
         self._index = index
         self._tap_fd = tap_fd
         self._repeating: asyncio.Task[None] | None = None

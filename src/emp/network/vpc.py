@@ -1,12 +1,14 @@
 """The ``vpc`` driver: a cloud routes each address to the node that has it, and the node to the EVM's tap.
 
 There is no bridge. A route to each of a port's addresses is what opens it, in both directions: without one the node has
-nowhere to send to, and takes nothing that the machine sends, as the tap's strict reverse-path filter (RFC 3704, 2.2)
-drops what has no way back. So too what a guest sends under an address that is not its own.
+nowhere to send to, and takes nothing that the machine sends, as the tap's strict reverse-path filter (RFC 3704, 2.2;
+for IPv6, where the kernel has none, a rule of ``emp.network.guard``) drops what has no way back. So too what a guest
+sends under an address that is not its own.
 
-To the guest its subnet is one link. The tap answers every ARP request for an address that is elsewhere (proxy ARP), by
-a MAC that is the same on every node: what the guest has learnt stays true wherever it goes. Nobody is ever asked for
-the guest's own MACs, as they are in the node's table for good. Frames other than of IPv4 go nowhere.
+To the guest its IPv4 subnet is one link. The tap answers every ARP request for an address that is elsewhere (proxy
+ARP), by a MAC that is the same on every node: what the guest has learnt stays true wherever it goes. An IPv6 address it
+has without a neighbour (/128), and the tap is its default router, ``fe80::1`` by the same MAC. Nobody is ever asked
+for the guest's own MACs, as they are in the node's table for good. IPv6 is off at the tap of an EVM that has none.
 
 Which node the cloud sends to, the controller tells it (``emp.addresses``).
 """
@@ -17,11 +19,12 @@ import asyncio
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from ipaddress import ip_address
+from socket import AF_INET6
 
 from emp.host import netlink, routes, tap
 from emp.host.link_stats import mtu_bytes
 from emp.model.errors import HostError, Refused
-from emp.model.evm import EvmSpec
+from emp.model.evm import ROUTED_GATEWAY, EvmSpec
 from emp.network import guard
 from emp.network.base import Port
 from emp.network.tap_driver import QUEUE_FRAMES, TapDriver, alias, interface_name, macs_of
@@ -31,6 +34,8 @@ GATEWAY_MAC = "02:65:6d:70:00:01"
 """of every tap on every node: locally administered, then "emp" """
 _RULES = 7701
 """priorities from here on; any before the main table's 32766 will do"""
+_ROUTER = {"disable_ipv6": 0, "addr_gen_mode": 1, "accept_ra": 0, "autoconf": 0, "accept_dad": 0, "forwarding": 1}
+"""of a tap: no address of its own making, and nothing that it learns from its guest"""
 
 
 class VpcPort(TapPort):
@@ -41,15 +46,16 @@ class VpcPort(TapPort):
     def __init__(
         self, interface: str, index: int, tap_fd: int, addresses: Sequence[str], *, macs: Collection[str]
     ) -> None:
-        super().__init__(interface, index, tap_fd, macs=macs)
-        self._addresses = tuple(addresses)
+        six = any(_is_ipv6(address) for address in addresses)
+        super().__init__(interface, index, tap_fd, macs=macs, routed=six)
+        self._routes = (*addresses, *([routes.LINK_LOCAL] if six else []))
         self._elsewhere = asyncio.Event()
 
     async def open(self) -> None:
-        routes.add_routes(self._index, self._addresses)
+        routes.add_routes(self._index, self._routes)
 
     async def block(self) -> None:
-        routes.remove_routes(self._index, self._addresses)
+        routes.remove_routes(self._index, self._routes)
 
     async def announce(self, addresses: Sequence[tuple[str, str]]) -> None:
         """Nobody is to be told: the cloud routes by its own table."""
@@ -69,7 +75,7 @@ class VpcPort(TapPort):
         await self._elsewhere.wait()
 
     def release(self) -> None:
-        routes.remove_routes(self._index, self._addresses)
+        routes.remove_routes(self._index, self._routes)
 
 
 class VpcDriver(TapDriver):
@@ -109,14 +115,26 @@ class VpcDriver(TapDriver):
         """Nothing to do: the cloud knows."""
 
     async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:
-        """See ``NetworkDriver``. Raise ``Refused`` for an IPv6 address: this driver does not route them."""
-        if foreign := [address for _, address in spec.addresses if ip_address(address).version != 4]:
-            hint = "declare IPv4 addresses"
-            raise Refused(f"the vpc driver does not route {foreign[0]}", field="addresses", hint=hint)
+        """See ``NetworkDriver``. Raise ``Refused`` for an IPv6 address on a node whose uplink has none, ``HostError``
+        where the kernel lacks what binds a guest to it."""
+        if six := [address for _, address in spec.addresses if _is_ipv6(address)]:
+            await self._start_ipv6(six[0])
         return await super().plug(spec)
 
+    async def _start_ipv6(self, address: str) -> None:
+        """Do for IPv6 what ``start`` does for IPv4, once an EVM needs it: a node without IPv6 is none the worse."""
+        uplink = await self._links.link(self._uplink)
+        if uplink is None or not any(_is_ipv6(own) for own in await self._links.addresses(uplink.index)):
+            hint = f"give {self._uplink} the IPv6 address of the node's network interface, or declare only IPv4"
+            raise Refused(f"{address} cannot be routed: {self._uplink} has no IPv6", field="addresses", hint=hint)
+        await guard.check_routed()
+        routes.forward_ipv6()
+        rule: dict[str, str | int] = {"family": AF_INET6, "iifname": self._uplink}
+        await self._links.add_rule(_RULES, table=routes.MAIN, suppress_prefixlen=127, **rule)
+        await self._links.add_rule(_RULES + 1, action="blackhole", **rule)
+
     def _port(self, spec: EvmSpec, number: int, index: int, descriptor: int) -> VpcPort:
-        addresses = [address for _, address in _behind(spec, number)]
+        addresses = [address for _, address in spec.behind(number)]
         return VpcPort(interface_name(spec.name, number), index, descriptor, addresses, macs=macs_of(spec))
 
     async def _plug(self, spec: EvmSpec, number: int) -> VpcPort:
@@ -126,7 +144,8 @@ class VpcDriver(TapDriver):
             raise HostError(f"the uplink {self._uplink} is gone", field="uplink")
         descriptor = tap.open_tap(interface)
         try:
-            netlink.set_ipv6(interface, disable_ipv6=1)
+            six = any(_is_ipv6(address) for _, address in spec.behind(number))
+            netlink.set_ipv6(interface, **(_ROUTER if six else {"disable_ipv6": 1}))
             settings = {"rp_filter": 1, "proxy_arp": 1, "send_redirects": 0, "forwarding": 1}
             for name, value in settings.items():
                 routes.set_ipv4(f"conf/{interface}/{name}", value)
@@ -142,13 +161,14 @@ class VpcDriver(TapDriver):
                 txqlen=QUEUE_FRAMES,
                 state="up",
             )
-            routes.add_neighbours(link.index, _behind(spec, number))
+            if six:
+                await self._links.add_address(link, ROUTED_GATEWAY, 128)
+            routes.add_neighbours(link.index, spec.behind(number))
         except BaseException:
             os.close(descriptor)
             raise
         return port
 
 
-def _behind(spec: EvmSpec, number: int) -> list[tuple[str, str]]:
-    nic = spec.nics[number]
-    return [(nic.mac, nic.address)] + [(pod.mac, pod.address) for pod in spec.pods if pod.nic == number]
+def _is_ipv6(address: str) -> bool:
+    return ip_address(address).version == 6
