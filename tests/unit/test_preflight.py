@@ -8,7 +8,7 @@ import pytest
 
 from emp.migration.preflight import CHECKS, Facts, VolumeFacts, failed, preflight
 from emp.model.addresses import AddressFacts, InterfaceFacts
-from emp.model.evm import EvmState
+from emp.model.evm import EvmState, Ipv6
 from emp.model.migration import VolumeOrder
 from emp.model.node import EvmReport, NodeReport
 from emp.model.volume import Attachment, Volume, VolumeType
@@ -133,6 +133,15 @@ def test_frames_fit_on_both_ends(here: int | None, there: int, own: int, message
 
 def test_an_address_outside_of_the_subnet_is_named() -> None:
     assert failures(facts(subnet="10.78.0.0/16"))["subnet"].startswith("10.77.1.1")
+
+
+def test_an_ipv6_address_is_of_the_subnets_ipv6_block() -> None:
+    spec = a_spec("web")
+    six = Ipv6(address="fd77::1:5", prefix_length=128)
+    spec = spec.model_copy(update={"nics": (spec.nics[0].model_copy(update={"ipv6": six}),)})
+    assert failures(facts(spec=spec))["subnet"] == "fd77::1:5 not in 10.77.0.0/16"
+    assert failures(facts(spec=spec, subnet_ipv6="fd78::/64"))["subnet"].startswith("fd77::1:5 not in 10.77")
+    assert failures(facts(spec=spec, subnet_ipv6="fd77::/64")) == {}
 
 
 def test_nodes_whose_own_addresses_are_elsewhere_say_nothing_of_the_segment() -> None:

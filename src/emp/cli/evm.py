@@ -12,7 +12,7 @@ from emp.cli.values import parse_duration_s
 from emp.model.errors import BadInput
 
 if TYPE_CHECKING:
-    from emp.model.evm import Evm
+    from emp.model.evm import Evm, Nic, Pod
     from emp.model.network import Traffic
 
 app = typer.Typer(help="EVMs: elastic VMs.", no_args_is_help=True, add_completion=False)
@@ -33,9 +33,13 @@ def create(
     image: Annotated[str, typer.Option(help="What it boots.")] = "micro",
     node: Annotated[str | None, typer.Option(help="Where; left out, placement picks.")] = None,
     pod: Annotated[
-        list[str] | None, typer.Option(metavar="NAME[=ADDRESS]", help="A pod in it, with its own MAC and address.")
+        list[str] | None,
+        typer.Option(metavar="NAME[=IPV4][,IPV6]", help="A pod in it, with its own MAC and addresses."),
     ] = None,
     nic: Annotated[list[str] | None, typer.Option(metavar="auto", help="One more NIC, its address chosen.")] = None,
+    ipv6: Annotated[
+        list[str] | None, typer.Option(metavar="auto|ADDRESS", help="An IPv6 address of the first NIC, then the next.")
+    ] = None,
     root: Annotated[
         str | None,
         typer.Option(metavar="TYPE:SIZE|ID", help="The disk that it boots from: made from the image, or one that is."),
@@ -51,7 +55,7 @@ def create(
     cpu: Annotated[str | None, typer.Option(metavar="MODEL", help="CPU model; left out, one that all have.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make an EVM and boot it. --pod, --nic, --volume and --efs may be given several times."""
+    """Make an EVM and boot it. --pod, --nic, --ipv6, --volume and --efs may be given several times."""
     from emp.model.names import parse_size
 
     session: Session = ctx.obj
@@ -68,7 +72,7 @@ def create(
         "pods": pod or [],
         "volumes": volume or [],
     }
-    more = {"node": node, "root": root, "efs": efs, "restart": restart, "cpu_model": cpu}
+    more = {"node": node, "root": root, "efs": efs, "restart": restart, "cpu_model": cpu, "ipv6": ipv6}
     request |= {key: value for key, value in more.items() if value}
     with session.client() as client:
         evm = client.evms.create(request)
@@ -126,8 +130,8 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
             ("vcpus", str(spec.vcpus)),
             ("image", f"{spec.image} ({spec.image_digest.removeprefix('sha256:')[:12]})"),
             ("machine", f"{spec.machine}, {spec.cpu_model}"),
-            ("nics", "\n".join(f"{nic.address}/{nic.prefix_length}  {nic.mac}" for nic in spec.nics)),
-            ("pods", "\n".join(f"{pod.address}/{pod.prefix_length}  {pod.mac}  {pod.name}" for pod in spec.pods)),
+            ("nics", "\n".join(f"{_addressed(nic)}  {nic.mac}" for nic in spec.nics)),
+            ("pods", "\n".join(f"{_addressed(pod)}  {pod.mac}  {pod.name}" for pod in spec.pods)),
             ("learnt", "\n".join(f"{one.address}  {one.mac}" for one in network.learnt)),
             ("refused", "\n".join(f"{one.address}  {one.mac}  not this EVM's to use" for one in network.refused)),
             ("traffic", _traffic(network.traffic) if network.traffic else None),
@@ -138,6 +142,11 @@ def show(ctx: typer.Context, name: Name, as_json: Json = False) -> None:
             ("made", clock(evm.created_at)),
         ]
     )
+
+
+def _addressed(each: Nic | Pod) -> str:
+    six = f"  {each.ipv6.address}/{each.ipv6.prefix_length}" if each.ipv6 is not None else ""
+    return f"{each.address}/{each.prefix_length}{six}"
 
 
 @app.command()

@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 
 from emp.controller import compat
-from emp.controller.addresses import PodWish, hand_out, parse_pods
+from emp.controller.addresses import PodWish, hand_out, parse_ipv6, parse_pods
 from emp.controller.book import Book, VolumeWish
 from emp.controller.capacity import Capacity
 from emp.controller.config import Network
@@ -73,7 +73,8 @@ class Blueprints:
         placed = self._place(request)
         versions = placed.node.report.versions
         peers = compat.same_accelerator(self._nodes.ready(), versions)
-        cards, pods = hand_out(self._network, set(self._book.claims.held), nics=request.nics, pods=asked.pods)
+        held, ipv6 = set(self._book.claims.held), parse_ipv6(request.ipv6, nics=request.nics)
+        cards, pods = hand_out(self._network, held, nics=request.nics, pods=asked.pods, ipv6=ipv6)
         spec = EvmSpec(
             name=request.name,
             uuid=uuid.uuid4(),

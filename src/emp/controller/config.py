@@ -60,6 +60,32 @@ class VpcSettings(Model):
     """as of the AWS tools; None: where boto3 finds them, such as the instance's role"""
 
 
+class Ipv6Subnet(Model):
+    """The subnet's IPv6 block, and the part of it that the pool hands out."""
+
+    subnet: str
+    evms: str
+    """a block of ``subnet``, of at most 96 bits: a chosen address ends with the IPv4 address beside it"""
+
+    @property
+    def block(self) -> ipaddress.IPv6Network:
+        return ipaddress.IPv6Network(self.subnet)
+
+    @property
+    def handed_out(self) -> ipaddress.IPv6Network:
+        return ipaddress.IPv6Network(self.evms)
+
+    def hands_out(self, ip: ipaddress.IPv6Address) -> bool:
+        """Whether the address is one for EVMs."""
+        return ip in self.handed_out and ip != self.handed_out.network_address
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.handed_out.subnet_of(self.block) or self.handed_out.prefixlen > 96:
+            raise ValueError(f"evms must be a block of {self.block}, with a prefix of at most 96 bits")
+        return self
+
+
 class Network(Model):
     """The subnet that EVMs live in, and the part of it that the pool hands out."""
 
@@ -68,6 +94,8 @@ class Network(Model):
     evm_last: Ip
     vpc: VpcSettings | None = None
     """None: the nodes share a segment, on which they announce what runs there"""
+    ipv6: Ipv6Subnet | None = None
+    """None: EVMs are given no IPv6 addresses"""
     learn_ipv6: tuple[str, ...] = ()
     """IPv6 networks of the segment, in which guests may take addresses by themselves (SLAAC, DHCPv6)"""
 

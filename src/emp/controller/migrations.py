@@ -186,6 +186,7 @@ class Migrations:
                     target_free_bytes=candidate.free_bytes,
                     volumes=survey.of(candidate.node.name),
                     subnet=self._network.subnet,
+                    subnet_ipv6=self._network.ipv6.subnet if self._network.ipv6 else None,
                     volume_order=request.policy.volume_order,
                     efs=efs,
                     addresses=addresses,

@@ -45,7 +45,9 @@ class Facts:
     """of what the target offers to EVMs and no record claims"""
     volumes: tuple[VolumeFacts, ...]
     subnet: str
-    """that the EVMs' addresses belong to"""
+    """that the EVMs' IPv4 addresses belong to"""
+    subnet_ipv6: str | None = None
+    """as ``subnet``; None: there is none"""
     volume_order: VolumeOrder = VolumeOrder.RESUME_FIRST
     efs: EfsFacts = NO_EFS
     """of the EVM's EFS mounts; empty for an EVM that has none"""
@@ -210,13 +212,15 @@ def subnet(facts: Facts) -> Check:
     Seen from the nodes' own addresses: where exactly one of them is of the subnet, they do not share it.
     """
     block = ipaddress.ip_network(facts.subnet)
-    foreign = [address for _, address in facts.spec.addresses if ipaddress.ip_address(address) not in block]
+    blocks = [block, *([ipaddress.ip_network(facts.subnet_ipv6)] if facts.subnet_ipv6 else [])]
+    shown = " or ".join(map(str, blocks))
+    foreign = [address for _, address in facts.spec.addresses if not any(_is_in(address, each) for each in blocks)]
     if foreign:
-        return Check(name="subnet", ok=False, message=f"{', '.join(foreign)} not in {block}")
+        return Check(name="subnet", ok=False, message=f"{', '.join(foreign)} not in {shown}")
     apart = [r.name for r in (facts.source, facts.target) if not _is_in(r.address, block)]
     if len(apart) == 1:
         return Check(name="subnet", ok=False, message=f"{apart[0]} is not in {block}")
-    return Check(name="subnet", ok=True, message=f"{len(facts.spec.addresses)} addresses in {block}")
+    return Check(name="subnet", ok=True, message=f"{len(facts.spec.addresses)} addresses in {shown}")
 
 
 def mtu(facts: Facts) -> Check:
