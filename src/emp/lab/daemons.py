@@ -34,11 +34,13 @@ from emp.lab.topology import (
     CTL,
     EVM_FIRST,
     EVM_LAST,
+    EVMS_IPV6,
     FABRIC,
     LINK_PORT,
     NBD_PORTS,
     POWER_PORT,
     SUBNET,
+    SUBNET_IPV6,
     UPLINK,
     VOL,
     VOLUMES_PORT,
@@ -131,6 +133,7 @@ def _config(files: LabFiles, state: LabState, place: Place) -> dict[str, Any]:
             "port": CONTROLLER_PORT,
             "token_file": f"{HOME}/token",
             "network": {"subnet": SUBNET, "evm_first": EVM_FIRST, "evm_last": EVM_LAST}
+            | {"ipv6": {"subnet": SUBNET_IPV6, "evms": EVMS_IPV6}}
             | region.network_part(state, HOME),
             "volumes": region.controller_part(state, HOME) if state.cloud else _VOLUME_SERVER,
             "efs": region.efs_part(state, HOME),

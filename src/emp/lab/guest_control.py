@@ -22,14 +22,17 @@ ECHO_PORT = 7777
 ANSWER_S = 30.0
 
 
-def socket_in(topology: Topology, kind: socket.SocketKind, where: str = CLIENT.name) -> socket.socket:
-    """Return a new IPv4 socket of a place of the lab."""
+def socket_in(
+    topology: Topology, kind: socket.SocketKind, where: str = CLIENT.name, *, to: str = "0.0.0.0"
+) -> socket.socket:
+    """Return a new socket of a place of the lab, of the version of the address ``to``."""
+    family = socket.AF_INET6 if ":" in to else socket.AF_INET
     made: list[socket.socket | OSError] = []
 
     def visit() -> None:
         try:
             join_namespace(str(NAMESPACES / topology.namespace(where)), CLONE_NEWNET)
-            made.append(socket.socket(socket.AF_INET, kind))
+            made.append(socket.socket(family, kind))
         except OSError as error:
             made.append(error)
 
@@ -50,7 +53,7 @@ class Guest:
 
     def ask(self, command: str, *, timeout_s: float = ANSWER_S) -> Any:
         """Return the answer to a command; ``Unreachable`` without one in time, ``HostError`` when the guest refuses."""
-        with socket_in(self._topology, socket.SOCK_STREAM) as connection:
+        with socket_in(self._topology, socket.SOCK_STREAM, to=self.address) as connection:
             connection.settimeout(timeout_s)
             try:
                 connection.connect((self.address, CONTROL_PORT))
@@ -80,7 +83,7 @@ class Guest:
     def wait_first_packet(self, *, timeout_s: float = 60.0) -> float:
         """Send a datagram to the echo port every 20 ms until one is answered; return the seconds that it took."""
         began = time.monotonic()
-        with socket_in(self._topology, socket.SOCK_DGRAM) as probe:
+        with socket_in(self._topology, socket.SOCK_DGRAM, to=self.address) as probe:
             probe.settimeout(0.02)
             while time.monotonic() < began + timeout_s:
                 try:

@@ -127,7 +127,7 @@ def _visit_new_namespaces(names: Iterable[str], problems: list[OSError]) -> None
 
 
 def _set(namespace: str, settings: Mapping[str, str]) -> None:
-    """Write settings below /proc/sys/net/ipv4, which shows those of the network namespace of who opens it."""
+    """Write settings below /proc/sys/net, which shows those of the network namespace of who opens it."""
     problems: list[OSError] = []
     setter = threading.Thread(target=_visit_to_set, args=(namespace, settings, problems))
     setter.start()
@@ -140,7 +140,7 @@ def _visit_to_set(namespace: str, settings: Mapping[str, str], problems: list[OS
     try:
         join_namespace(str(NAMESPACES / namespace), CLONE_NEWNET)
         for name, value in settings.items():
-            Path("/proc/sys/net/ipv4", name).write_text(value)
+            Path("/proc/sys/net", name).write_text(value)
     except OSError as error:
         problems.append(error)
 

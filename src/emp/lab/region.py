@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emp.lab.state import LabFiles, LabState
-from emp.lab.topology import CTL, SUBNET, UPLINK, VOL, VOLUMES_PORT, Network, Place
+from emp.lab.topology import CTL, SUBNET, SUBNET_IPV6, UPLINK, VOL, VOLUMES_PORT, Network, Place
 from emp.model.errors import BadInput
 from emp.wire.files import write_private
 
@@ -24,8 +24,6 @@ HOME_ZONE = "a"
 ZONES = "abcdef"
 STRANGERS = {f"stranger{n}": f"i-{0x57000 + n:017x}" for n in range(1, 16)}
 """instances in zone a that are no nodes of the pool: with one that is, as many as a Multi-Attach volume takes"""
-SUBNET_IPV6 = "fd77::/64"
-"""that the cloud gives addresses of; nothing is sent to them"""
 NFS_PROGRAM = "nfs-ganesha"
 """in the cloud's place"""
 CREDENTIALS = "aws-credentials"
@@ -108,7 +106,8 @@ def cloud_part(files: LabFiles, state: LabState, home: Path) -> dict[str, Any]:
 def _vpc_part(state: LabState, place: Place) -> dict[str, Any]:
     """What a node is to a cloud that routes: it has three interfaces, as one has slots for 49 addresses of EVMs."""
     more = [f"10.77.{block}.{place.number}" for block in (254, 255)]
-    return {"segment": state.topology.segment(place), "more_addresses": more, "source_dest_check": False}
+    here = {"segment": state.topology.segment(place), "ipv6": place.ipv6}
+    return here | {"more_addresses": more, "source_dest_check": False}
 
 
 def _network_part(state: LabState) -> dict[str, Any]:

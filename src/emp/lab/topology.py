@@ -7,7 +7,9 @@ inside are the same in every lab; only the names of the network namespaces carry
 In a lab with the network ``vpc`` there is a router instead, in that same namespace, as in a VPC: each node is alone on
 a segment of its own, the other places are on ``fabric`` together, and what goes from one segment to another goes by a
 route to its address. The router answers every ARP request for an address that is elsewhere (proxy ARP), so that to
-everybody the subnet looks like one link; but no frame of a node reaches another place, not even a broadcast.
+everybody the IPv4 subnet looks like one link; but no frame of a node reaches another place, not even a broadcast. IPv6
+addresses have no neighbours at all there, and the router as gateway. What is sent to one that nobody has is dropped
+without a word, as in a VPC.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ SUBNET = "10.77.0.0/16"
 EVM_FIRST = "10.77.1.0"
 EVM_LAST = "10.77.250.255"
 PREFIX_LENGTH = 16
+SUBNET_IPV6 = "fd77::/64"
+EVMS_IPV6 = "fd77::1:0:0:0/80"
 
 CONTROLLER_PORT = 7440
 AGENT_PORT = 7443
@@ -39,6 +43,7 @@ SEGMENT = "seg-"
 ROUTER = "10.77.0.1"
 """https://docs.aws.amazon.com/vpc/latest/userguide/subnet-sizing.html: the first host's address is the VPC router's"""
 ROUTER_MAC = "02:77:00:00:ff:01"
+ROUTER_LINK_LOCAL = "fe80::77:ff:fe00:ff01"
 _PLAIN = "type bridge stp_state 0 forward_delay 0 mcast_snooping 0"
 
 MAX_NODES = 200
@@ -75,6 +80,10 @@ class Place:
     @property
     def address(self) -> str:
         return f"10.77.0.{self.number}"
+
+    @property
+    def ipv6(self) -> str:
+        return f"fd77::{self.number:x}"
 
     @property
     def mac(self) -> str:
@@ -129,13 +138,15 @@ class Topology:
         return tuple(self.namespace(where) for where in (FABRIC, *(place.name for place in self.places)))
 
     def fabric_settings(self) -> dict[str, str]:
-        """Return the settings of its router, below /proc/sys/net/ipv4 in the fabric's namespace."""
+        """Return the settings of its router, below /proc/sys/net in the fabric's namespace."""
         if self.network is Network.L2:
             return {}
         segments = [FABRIC, *(self.segment(place) for place in self.node_places)]
-        at_once = {f"neigh/{segment}/proxy_delay": "0" for segment in segments}  # else it waits up to 0.8 s to answer
-        no_redirects = {f"conf/{which}/send_redirects": "0" for which in ("all", *segments)}
-        return {"ip_forward": "1", "conf/all/proxy_arp": "1"} | at_once | no_redirects
+        # Else it waits up to 0.8 s to answer.
+        at_once = {f"ipv4/neigh/{segment}/proxy_delay": "0" for segment in segments}
+        no_redirects = {f"ipv4/conf/{which}/send_redirects": "0" for which in ("all", *segments)}
+        forwards = {"ipv4/ip_forward": "1", "ipv4/conf/all/proxy_arp": "1", "ipv6/conf/all/forwarding": "1"}
+        return forwards | at_once | no_redirects
 
     def fabric_commands(self) -> Iterator[str]:
         """Yield ``ip -batch`` lines that make cables and switch, or router, run inside the fabric's namespace."""
@@ -150,12 +161,17 @@ class Topology:
     def _router_commands(self) -> Iterator[str]:
         """Yield those of the router. A node's segment outlives its cable, and so do the routes to it."""
         yield "link set lo up"
-        yield f"link set {FABRIC} address {ROUTER_MAC} up"
+        for segment in (FABRIC, *(self.segment(place) for place in self.node_places)):
+            if segment != FABRIC:
+                yield f"link add {segment} {_PLAIN}"
+            yield f"link set {segment} address {ROUTER_MAC} addrgenmode none up"
+            yield f"addr add {ROUTER_LINK_LOCAL}/64 dev {segment} nodad"
         yield f"addr add {ROUTER}/{PREFIX_LENGTH} dev {FABRIC}"
-        for place in self.node_places:
-            yield f"link add {self.segment(place)} address {ROUTER_MAC} {_PLAIN}"
-            yield f"link set {self.segment(place)} up"
-            yield f"route add {place.address}/32 dev {self.segment(place)}"
+        yield f"route add blackhole {SUBNET_IPV6}"
+        for place in self.places:
+            if place.is_node:
+                yield f"route add {place.address}/32 dev {self.segment(place)}"
+            yield f"route add {place.ipv6}/128 dev {self.segment(place)}"
 
     def segment(self, place: Place) -> str:
         """Return the bridge in the fabric's namespace that a place's cable ends at."""
@@ -169,9 +185,9 @@ class Topology:
         yield f"link set {place.name} master {self.segment(place)}"
 
     def place_commands(self, place: Place) -> Iterator[str]:
-        """Yield ``ip -batch`` lines that give a place its address.
+        """Yield ``ip -batch`` lines that give a place its addresses.
 
-        Where EVMs are on the nodes' segment, a node has it on its bridge, where they join.
+        Where EVMs are on the nodes' segment, a node has it on its bridge, where they join, and none of IPv6.
         """
         yield "link set lo up"
         yield f"link set {UPLINK} up"
@@ -181,6 +197,11 @@ class Topology:
             yield f"link set {UPLINK} master {BRIDGE}"
             yield f"link set {BRIDGE} up"
         yield f"addr add {place.address}/{PREFIX_LENGTH} dev {BRIDGE if bridged else UPLINK}"
+        if self.network is Network.VPC:
+            yield f"addr add {place.ipv6}/128 dev {UPLINK} nodad"
+            yield f"route add {SUBNET_IPV6} via {ROUTER_LINK_LOCAL} dev {UPLINK}"
+        elif not bridged:
+            yield f"addr add {place.ipv6}/{SUBNET_IPV6.partition('/')[2]} dev {UPLINK} nodad"
 
 
 def plug_command(place: Place, state: str) -> str:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
+from ipaddress import ip_address
 from types import TracebackType
 from typing import Self
 
@@ -24,7 +24,8 @@ from emp.lab.places import NAMESPACES
 from emp.lab.topology import FABRIC, Topology
 
 _ETH_P_ALL = 0x0003
-_IPV4 = 0x0800
+_SOURCES = {4: (0x0800, 26), 16: (0x86DD, 22)}
+"""bytes of an address -> EtherType, and where the source is (RFC 791, RFC 8200)"""
 _SO_TIMESTAMPNS = 35
 _SOL_PACKET, _PACKET_STATISTICS = 263, 6
 _LOAD_WORD, _LOAD_HALF, _JUMP_EQUAL, _RETURN = 0x20, 0x28, 0x15, 0x06
@@ -47,7 +48,7 @@ class Seen:
 class FrameWitness:
     """``with FrameWitness(topology, macs) as witness: ...``; then ``violations(witness.seen, tenures)``.
 
-    ``addresses``: the EVM's IPv4 ones; where nodes route, its frames are on the wire with the node's MAC.
+    ``addresses``: the EVM's; where nodes route, its frames are on the wire with the node's MAC.
     """
 
     def __init__(self, topology: Topology, macs: Iterable[str], addresses: Iterable[str] = ()) -> None:
@@ -55,7 +56,7 @@ class FrameWitness:
         self.dropped = 0
         """frames that came faster than we took them; known at the end"""
         self._macs = tuple(macs)
-        self._addresses = [IPv4Address(address).packed for address in addresses]
+        self._addresses = [ip_address(address).packed for address in addresses]
         self._selector = selectors.DefaultSelector()
         visitor = threading.Thread(target=self._open, args=(topology,), name="open packet sockets")
         visitor.start()
@@ -127,14 +128,14 @@ def monotonic_s(ancillary: list[tuple[int, int, bytes]]) -> float:
 
 
 def _from_addresses(addresses: Iterable[bytes]) -> packet.Program:
-    """Begin a filter that lets packets from these IPv4 addresses through."""
-    lines: list[tuple[int, int, int, int]] = []
+    """Begin a filter that lets packets from these addresses through."""
+    lines: list[packet.Instruction] = []
     for address in addresses:
-        lines += [
-            (_LOAD_HALF, 0, 0, 12),
-            (_JUMP_EQUAL, 0, 3, _IPV4),
-            (_LOAD_WORD, 0, 0, 26),
-            (_JUMP_EQUAL, 0, 1, int.from_bytes(address, "big")),
-            (_RETURN, 0, 0, _SNAP_BYTES),
-        ]
+        kind, at = _SOURCES[len(address)]
+        compared = [(_LOAD_HALF, 12, kind)]
+        compared += [(_LOAD_WORD, at + n, int.from_bytes(address[n : n + 4], "big")) for n in range(0, len(address), 4)]
+        for number, (load, where, wanted) in enumerate(compared):
+            left = 2 * (len(compared) - number - 1)
+            lines += [(load, 0, 0, where), (_JUMP_EQUAL, 0, left + 1, wanted)]
+        lines.append((_RETURN, 0, 0, _SNAP_BYTES))
     return lines

@@ -28,6 +28,8 @@ class Node(Model):
     """the fabric's interface to it, where the cloud routes"""
     address: str | None = None
     """of its primary network interface; None, or where the cloud has no network: it has none"""
+    ipv6: str | None = None
+    """as ``address``"""
 
     _address_is_one = field_validator("address")(lambda text: text and str(ipaddress.IPv4Address(text)))
 

@@ -93,7 +93,7 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
 def _fabric(config: CloudConfig) -> Fabric | None:
     if config.fabric_fd is None:
         return None
-    ports = {n.instance: Port(n.segment, n.address) for n in config.nodes.values() if n.segment and n.address}
+    ports = {n.instance: Port(n.segment, n.address, n.ipv6) for n in config.nodes.values() if n.segment and n.address}
     return Fabric(config.fabric_fd, ports)
 
 

@@ -85,6 +85,7 @@ def instances(config: CloudConfig) -> Iterator[Instance]:
                 groups=group,
                 address=node.address,
                 more_addresses=node.more_addresses,
+                ipv6=node.ipv6,
                 source_dest_check=node.source_dest_check,
             )
 

@@ -369,6 +369,7 @@ class Network:
                 digits = hashlib.sha256(f"{instance.id} {index}".removesuffix(" 0").encode()).hexdigest()
                 eni = self._new(f"eni-0{digits[:16]}", self._vpc.subnets[instance.subnet], address)
                 eni.groups, eni.source_dest_check = instance.groups, instance.source_dest_check
+                eni.ipv6 += [instance.ipv6] if instance.ipv6 and index == 0 else []
                 name = f"eni-attach-0{digits[16:32]}"
                 held = EniAttachment(name, instance.id, index, self._time(), EniState.ATTACHED, None, index == 0)
                 eni.attachment = held
