@@ -319,6 +319,25 @@ async def test_ipv6_goes_by_nobody_and_for_how_long_is_told(
     assert primary(ec2, I2)["Ipv6Addresses"] == []
 
 
+async def test_an_ipv6_address_that_finds_no_room_stays_where_it_is(
+    mover: Ec2AddressMover, simulator: Simulator, ec2: Any
+) -> None:
+    await mover.assign([*EVM, *IPV6], node="n1")
+    simulator.turn(limits=None)
+    full = primary(ec2, I2)["NetworkInterfaceId"]
+    ec2.assign_ipv6_addresses(NetworkInterfaceId=full, Ipv6AddressCount=49)
+    with pytest.raises(Refused, match=f"{full} has 1 of 50 slots free"):
+        await mover.assign(IPV6, node="n2")
+    assert {each["Ipv6Address"] for each in primary(ec2, I1)["Ipv6Addresses"]} == set(IPV6)
+    more = new_eni(ec2)
+    attach_eni(ec2, more, I2)
+    moved = await mover.assign(IPV6, node="n2")
+    assert moved.ipv6_gap_s is not None
+    assert primary(ec2, I1)["Ipv6Addresses"] == []
+    there = ec2.describe_network_interfaces(NetworkInterfaceIds=[more])["NetworkInterfaces"][0]["Ipv6Addresses"]
+    assert {each["Ipv6Address"] for each in there} == set(IPV6), "the interface that has room for all of them"
+
+
 async def test_without_ipv6_no_gap_is_told(mover: Ec2AddressMover) -> None:
     assert (await mover.assign(EVM, node="n1")).ipv6_gap_s is None
 

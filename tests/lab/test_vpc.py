@@ -20,7 +20,7 @@ from emp.lab.checkers.frames import FrameWitness, violations
 from emp.lab.checkers.owners import Tenure, tenures
 from emp.lab.cloud.knobs import Fault, Harm, RemapDelay
 from emp.lab.down import down
-from emp.lab.guest_control import ECHO_PORT, socket_in
+from emp.lab.guest_control import ECHO_PORT, Guest, socket_in
 from emp.lab.power import Power
 from emp.lab.probing import Probing
 from emp.lab.ready import wait_ready
@@ -38,8 +38,8 @@ from tests.leaks import outliving
 NAME = "vpc-tests"
 REMAP_S = 2.0
 SLOTS = 50
-IP_TRANSPARENT = 19
-"""linux/in.h: an address that is not the machine's"""
+_TRANSPARENT = ((socket.IPPROTO_IP, 19), (socket.IPPROTO_IPV6, 75))
+"""linux/in.h, linux/in6.h: an address that is not the machine's, of IPv4 and of IPv6"""
 POD = "10.77.9.20"
 PREFIX = "10.77.9.16/28"
 
@@ -77,12 +77,15 @@ def eni(pool: Pool, node: str) -> Any:
 
 
 def held(pool: Pool, node: str) -> set[str]:
-    return {each["PrivateIpAddress"] for each in eni(pool, node)["PrivateIpAddresses"]}
+    found = eni(pool, node)
+    ipv6 = {each["Ipv6Address"] for each in found["Ipv6Addresses"]}
+    return {each["PrivateIpAddress"] for each in found["PrivateIpAddresses"]} | ipv6
 
 
 def routed(pool: Pool, address: str) -> str | None:
     """Return where the fabric sends what is for an address; None: nowhere in particular."""
-    routes = json.loads(run_sync("ip", "-n", pool.topology.namespace(FABRIC), "-json", "route", "show", address))
+    version, fabric = "-6" if ":" in address else "-4", pool.topology.namespace(FABRIC)
+    routes = json.loads(run_sync("ip", version, "-n", fabric, "-json", "route", "show", address))
     return str(routes[0]["dev"]) if routes else None
 
 
@@ -95,11 +98,11 @@ def is_only_at(evm: Subject, node: str) -> None:
     assert set(addresses_of(evm)) < held(evm.pool, node)
     for other in others:
         assert not set(addresses_of(evm)) & held(evm.pool, other)
-        routes = run_sync("ip", "-n", evm.pool.topology.namespace(other), "route")
-        assert not [address for address in addresses_of(evm) if address in routes.split()]
-    evm.guest().wait_first_packet()
-    for number in range(len(evm.spec.pods)):
-        evm.pod(number).wait_first_packet()
+        namespace = evm.pool.topology.namespace(other)
+        routes = [run_sync("ip", version, "-n", namespace, "route").split() for version in ("-4", "-6")]
+        assert not [address for address in addresses_of(evm) if address in (*routes[0], *routes[1])]
+    for address in addresses_of(evm):
+        Guest(evm.pool.topology, address).wait_first_packet()
 
 
 @contextmanager
@@ -228,7 +231,7 @@ def test_an_agent_that_is_killed_while_it_forwards_ends_it_by_the_controllers_wo
 
 
 def test_an_evm_that_goes_back_is_still_reached_at_its_source(pool: Pool) -> None:
-    with an_evm(pool) as evm:
+    with an_evm(pool, ipv6=["auto"]) as evm:
         moving = evm.begin_slow("n2")
         assert evm.client.migrations.abort(moving.id).outcome is Outcome.ABORTED
         until(lambda: evm.client.migrations.get(moving.id).stage is Stage.CLOSED, "it is over")
@@ -236,7 +239,7 @@ def test_an_evm_that_goes_back_is_still_reached_at_its_source(pool: Pool) -> Non
 
 
 def test_a_cold_start_elsewhere_takes_the_addresses_along(pool: Pool) -> None:
-    with an_evm(pool) as evm:
+    with an_evm(pool, ipv6=["auto"]) as evm:
         evm.client.evms.stop(evm.name, grace_s=0)
         assert set(addresses_of(evm)) < held(pool, "n1"), "nobody else may get them meanwhile"
         evm.client.evms.start(evm.name, node="n2")
@@ -266,25 +269,27 @@ def test_wires_between_hosts_are_cut_and_mended_as_on_a_switch(pool: Pool) -> No
 
 def test_with_the_source_check_on_the_fabric_drops_what_the_target_would_send_too_early(pool: Pool) -> None:
     """Why pre-flight refuses it: until the addresses are reassigned the target sends under what the source has."""
-    name = eni(pool, "n2")["NetworkInterfaceId"]
-    try:
-        assert arrives(pool, "n2", "10.77.9.9")
-        call(pool, "modify_network_interface_attribute", NetworkInterfaceId=name, SourceDestCheck={"Value": True})
-        until(lambda: not arrives(pool, "n2", "10.77.9.9"), "it is dropped")
-        assert arrives(pool, "n2", pool.topology.place("n2").address)
-    finally:
-        call(pool, "modify_network_interface_attribute", NetworkInterfaceId=name, SourceDestCheck={"Value": False})
-    until(lambda: arrives(pool, "n2", "10.77.9.9"), "it passes again")
+    name, n2 = eni(pool, "n2")["NetworkInterfaceId"], pool.topology.place("n2")
+    for foreign, own in (("10.77.9.9", n2.address), ("fd77::1:0:0:9", n2.ipv6)):
+        try:
+            assert arrives(pool, "n2", foreign)
+            call(pool, "modify_network_interface_attribute", NetworkInterfaceId=name, SourceDestCheck={"Value": True})
+            until(lambda foreign=foreign: not arrives(pool, "n2", foreign), "it is dropped")  # type: ignore[misc]
+            assert arrives(pool, "n2", own)
+        finally:
+            call(pool, "modify_network_interface_attribute", NetworkInterfaceId=name, SourceDestCheck={"Value": False})
+        until(lambda foreign=foreign: arrives(pool, "n2", foreign), "it passes again")  # type: ignore[misc]
 
 
 def arrives(pool: Pool, node: str, source: str) -> bool:
     """Return whether the client gets a datagram that a node sends under an address, within half a second."""
-    receiver = socket_in(pool.topology, socket.SOCK_DGRAM)
-    sender = socket_in(pool.topology, socket.SOCK_DGRAM, node)
+    receiver = socket_in(pool.topology, socket.SOCK_DGRAM, to=source)
+    sender = socket_in(pool.topology, socket.SOCK_DGRAM, node, to=source)
     with receiver, sender:
-        receiver.bind((CLIENT.address, 0))
+        receiver.bind((CLIENT.ipv6 if ":" in source else CLIENT.address, 0))
         receiver.settimeout(0.5)
-        sender.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
+        is_ipv6 = sender.family == socket.AF_INET6
+        sender.setsockopt(*(_TRANSPARENT[is_ipv6]), 1)
         sender.bind((source, 0))
         sender.sendto(b"hello", receiver.getsockname())
         try:
@@ -525,3 +530,52 @@ def test_no_packet_is_lost_though_the_cloud_takes_two_seconds(pool: Pool, capsys
                 assert (udp["lost"], udp["duplicated"], tcp["lost"]) == (0, 0, 0)
                 assert report["targets"][target]["tcp"]["resets"] == 0
             assert (migration.report.frames_forwarded or 0) > REMAP_S * 1000, "it was the source that all came by"
+
+
+def test_ipv6_addresses_stay_and_what_is_lost_of_them_is_told(pool: Pool, capsys: pytest.CaptureFixture[str]) -> None:
+    """An IPv6 address is nobody's for a while, as the cloud cannot reassign one: packets are lost, connections live."""
+    with an_evm(pool, ipv6=["auto"], pods=["a=auto"]) as evm:
+        boot, six = evm.boot_id, [address for address in addresses_of(evm) if ":" in address]
+        assert len(six) == 2
+        is_only_at(evm, "n1")
+        turn(pool, remap=RemapDelay(least_s=REMAP_S))
+        with socket_in(pool.topology, socket.SOCK_STREAM, to=six[0]) as kept:
+            kept.connect((six[0], ECHO_PORT))
+            for node in ("n2", "n1"):
+                began_s = time.monotonic()
+                targets = dict(zip(("evm", "pod", "evm4", "pod4"), (*six, *four_of(evm)), strict=True))
+                macs = [mac for mac, _ in evm.spec.addresses]
+                with (
+                    FrameWitness(pool.topology, macs, addresses_of(evm)) as witness,
+                    Probing(pool.files, targets, rate_hz=500) as probing,
+                ):
+                    migration = evm.migrate(node)
+                    report = probing.stop()
+                hits = {place.name: faults.hits(pool.files.faults(place.name)) for place in pool.topology.node_places}
+                other = "n1" if node == "n2" else "n2"
+                assert violations(witness.seen, tenures(other, hits, since_s=began_s)) == []
+                assert {seen.kind for seen in witness.seen} >= {0x0800, 0x86DD}
+                moved = migration.report.addresses
+                assert moved is not None
+                assert moved.ipv6_gap_s is not None
+                for name in targets:
+                    udp, tcp = (report["targets"][name][kind]["total"] for kind in ("udp", "tcp"))
+                    assert report["targets"][name]["tcp"]["resets"] == 0
+                    assert (udp["duplicated"], tcp["lost"]) == (0, 0), name
+                    if name.endswith("4"):
+                        assert udp["lost"] == 0
+                        continue
+                    figures = f"sent {udp['sent']}, lost {udp['lost']}, gap {udp['gap_ms']:.0f} ms"
+                    with capsys.disabled():
+                        print(f"\n  {name} over IPv6: {figures}; nobody's for {moved.ipv6_gap_s} s", end="")
+                    assert udp["lost"] / 500 <= moved.ipv6_gap_s + 0.5, "no more than that time is lost"
+                assert echoes(kept, node)
+                is_only_at(evm, node)
+                with agent_away(pool, evm.client, node):
+                    for address in addresses_of(evm):
+                        Guest(pool.topology, address).wait_first_packet()
+        assert evm.boot_id == boot
+
+
+def four_of(evm: Subject) -> list[str]:
+    return [address for address in addresses_of(evm) if ":" not in address]

@@ -261,6 +261,16 @@ def test_what_keeps_addresses_from_the_target_is_said(given: Facts, message: str
     assert message in failures(given)["addresses"]
 
 
+def test_ipv6_has_slots_of_its_own() -> None:
+    spec = a_spec("web")
+    six = Ipv6(address="fd77::1:5", prefix_length=128)
+    spec = spec.model_copy(update={"nics": (spec.nics[0].model_copy(update={"ipv6": six}),)})
+    for free, said in ((0, {"addresses": "1 slots of IPv6 are needed on n2: eni-2 has 0 of 50 free"}), (1, {})):
+        there = routed(eni("eni-2", "n2", ipv6_slots=50, ipv6_free=free))
+        found = failures(dataclasses.replace(there, spec=spec, subnet_ipv6="fd77::/64"))
+        assert {name: text.partition(";")[0] for name, text in found.items()} == said
+
+
 def test_slots_of_two_interfaces_count_together_and_what_is_there_already_needs_none() -> None:
     spec = facts().spec
     one, other = eni("eni-2", "n2", free=0), eni("eni-3", "n2", free=1)

@@ -96,8 +96,8 @@ class Ec2AddressMover:
             )
 
         self._api = Ec2Api(client or make, self._times, refusals=_REFUSALS)
-        self._slots: dict[str, int] = {}
-        """instance -> IPv4 addresses that an interface of it takes"""
+        self._slots: dict[str, tuple[int, int]] = {}
+        """instance -> IPv4 and IPv6 addresses that an interface of it takes"""
         self._coming: dict[str, str] = {}
         """address -> the interface that it was last ordered to, until it is there"""
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -209,20 +209,20 @@ class Ec2AddressMover:
             there = [each.model_copy(update={"free": each.free - len(some)}) if each is eni else each for each in there]
 
     async def _order_ipv6(self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts]) -> None:
+        parts = _parts_ipv6(order.node, due, there)  # first: what finds no room must not be taken from where it is
         for eni in await self._at(list(self._instances)):
             if eni.node != order.node and (held := [address for address in due if address in eni.addresses]):
                 order.calls += 1
                 order.gap_since_s = order.gap_since_s or self._times.clock()
                 await self._api.ask("unassign_ipv6_addresses", NetworkInterfaceId=eni.id, Ipv6Addresses=held)
-        if not there:
-            raise _no_room(order.node, there)
-        order.calls += 1
-        try:
-            await self._api.ask("assign_ipv6_addresses", NetworkInterfaceId=there[0].id, Ipv6Addresses=list(due))
-        except Conflict as error:
-            log.info("%s; looking again", error)  # the one that had it is not done yet
-        else:
-            self._ordered(order, due, there[0].id)
+        for eni, some in parts:
+            order.calls += 1
+            try:
+                await self._api.ask("assign_ipv6_addresses", NetworkInterfaceId=eni.id, Ipv6Addresses=some)
+            except Conflict as error:
+                log.info("%s; looking again", error)  # the one that had it is not done yet
+            else:
+                self._ordered(order, some, eni.id)
 
     def _ordered(self, order: _Order, addresses: Iterable[str], eni: str) -> None:
         now_s = self._times.clock()
@@ -300,13 +300,16 @@ class Ec2AddressMover:
         coming = sum(
             e == record["NetworkInterfaceId"] and a not in ipv4 for a, e in self._coming.items() if ":" not in a
         )
-        slots = self._slots[instance]
+        slots, ipv6_slots = self._slots[instance]
+        ipv6_prefixes = record.get("Ipv6Prefixes", ())
         return InterfaceFacts(
             id=record["NetworkInterfaceId"],
             node=self._nodes[instance],
             addresses=(*ipv4, *ipv6),
             slots=slots,
             free=max(0, slots - len(ipv4) - len(prefixes) - coming),
+            ipv6_slots=ipv6_slots,
+            ipv6_free=max(0, ipv6_slots - len(ipv6) - len(ipv6_prefixes)),
             prefixes=tuple(prefixes),
             source_dest_check=record["SourceDestCheck"],
         )
@@ -319,7 +322,9 @@ class Ec2AddressMover:
         found = [each for reservation in answer["Reservations"] for each in reservation["Instances"]]
         kinds = {each["InstanceId"]: each["InstanceType"] for each in found}
         answer = await self._api.ask("describe_instance_types", InstanceTypes=sorted(set(kinds.values())))
-        slots = {e["InstanceType"]: int(e["NetworkInfo"]["Ipv4AddressesPerInterface"]) for e in answer["InstanceTypes"]}
+        infos = {each["InstanceType"]: each["NetworkInfo"] for each in answer["InstanceTypes"]}
+        names = ("Ipv4AddressesPerInterface", "Ipv6AddressesPerInterface")
+        slots = {kind: (int(info[names[0]]), int(info[names[1]])) for kind, info in infos.items()}
         self._slots |= {instance: slots[kind] for instance, kind in kinds.items()}
 
     def _instance(self, node: str) -> str:
@@ -345,6 +350,20 @@ def _share(node: str, addresses: Sequence[str], there: Sequence[InterfaceFacts])
     whole = next((eni for eni in there if eni.free >= len(addresses)), None)
     chosen = whole or max(there, key=lambda eni: eni.free)
     return chosen, list(addresses[: chosen.free])
+
+
+def _parts_ipv6(
+    node: str, addresses: Sequence[str], there: Sequence[InterfaceFacts]
+) -> list[tuple[InterfaceFacts, list[str]]]:
+    """Return which addresses to give to which interface, as ``_share``. Raises ``Refused`` where none has room."""
+    as_ipv4 = {eni.id: eni.model_copy(update={"slots": eni.ipv6_slots, "free": eni.ipv6_free}) for eni in there}
+    parts, left = [], list(addresses)
+    while left:
+        eni, some = _share(node, left, list(as_ipv4.values()))
+        parts.append((eni, some))
+        as_ipv4[eni.id] = eni.model_copy(update={"free": eni.free - len(some)})
+        left = left[len(some) :]
+    return parts
 
 
 def _no_room(node: str, there: Sequence[InterfaceFacts]) -> Refused:

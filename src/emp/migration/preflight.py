@@ -272,13 +272,18 @@ def _checked(interfaces: Sequence[InterfaceFacts]) -> list[str]:
 
 def _short_of_slots(wanted: Set[str], there: Sequence[InterfaceFacts], target: str) -> list[str]:
     held = {address for eni in there for address in eni.addresses}
-    needed = len([address for address in wanted - held if ":" not in address])
     if not there:
         return [f"{target} has no network interface for addresses of EVMs"]
-    if sum(eni.free for eni in there) >= needed:
-        return []
-    shown = ", ".join(f"{eni.id} has {eni.free} of {eni.slots} free" for eni in there)
-    return [f"{needed} slots are needed on {target}: {shown}; attach another network interface to it"]
+    six = len([address for address in wanted - held if ":" in address])
+    four = len(wanted - held) - six
+    found = []
+    if sum(eni.free for eni in there) < four:
+        shown = ", ".join(f"{eni.id} has {eni.free} of {eni.slots} free" for eni in there)
+        found.append(f"{four} slots are needed on {target}: {shown}; attach another network interface to it")
+    if sum(eni.ipv6_free for eni in there) < six:
+        shown = ", ".join(f"{eni.id} has {eni.ipv6_free} of {eni.ipv6_slots} free" for eni in there)
+        found.append(f"{six} slots of IPv6 are needed on {target}: {shown}; attach another network interface to it")
+    return found
 
 
 CHECKS = (

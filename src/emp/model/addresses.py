@@ -19,6 +19,9 @@ class InterfaceFacts(Model):
     """IPv4 addresses and prefixes that it can have"""
     free: int
     """of those, for more"""
+    ipv6_slots: int = 0
+    ipv6_free: int = 0
+    """as ``slots`` and ``free``, of IPv6"""
     prefixes: tuple[str, ...] = ()
     """IPv4 blocks that are delegated to it"""
     source_dest_check: bool = False
