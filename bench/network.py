@@ -32,7 +32,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.network_figures import L2, PODS, VPC, Case, Run, cases, row, table, verdict
+from bench.network_figures import L2, VPC, Case, Run, cases, row, table, verdict
 from bench.network_subject import NODES, Subject
 from emp.client import Client
 from emp.host.schedule import before_others, larger_share
@@ -94,20 +94,22 @@ def measured(
 def measure(state: LabState, chosen: Sequence[Case], runs: int, console: Console) -> dict[Case, list[Run]]:
     """Return the runs of each case; one whose EVM cannot be made is left out, which its demands then say."""
     with Client.from_context(state.name) as client:
-        subjects: dict[int, Subject] = {}
-        for pods in sorted({_pods(case) for case in chosen}):
+        subjects: dict[Kind, Subject] = {}
+        for pods, ipv6 in sorted({_kind(case) for case in chosen}):
+            what = f"an EVM with {pods} pods{' and an IPv6 address' if ipv6 else ''}"
+            name = f"with-{pods}" if pods else ("ipv6" if ipv6 else "plain")
             try:
-                subjects[pods] = Subject(state, client, f"with-{pods}" if pods else "plain", pods)
+                made = subjects[pods, ipv6] = Subject(state, client, name, pods, ipv6)
             except Refused as error:
-                console.print(f"an EVM with {pods} pods cannot be had, its cases are left out: {error}")
+                console.print(f"{what} cannot be had, its cases are left out: {error}")
             else:
-                console.print(f"an EVM with {pods} pods: all answer after {subjects[pods].boot_s:.1f} s")
-        due = [case for case in chosen if _pods(case) in subjects]
+                console.print(f"{what}: all answer after {made.boot_s:.1f} s")
+        due = [case for case in chosen if _kind(case) in subjects]
         found: dict[Case, list[Run]] = {case: [] for case in due}
-        rates_hz = {case: bearable(subjects[_pods(case)], case, console) for case in due}
+        rates_hz = {case: bearable(subjects[_kind(case)], case, console) for case in due}
         began_s, order = time.monotonic(), in_turn(due, runs)
         for number, case in enumerate(order, 1):
-            run = subjects[_pods(case)].run(case, rates_hz[case])
+            run = subjects[_kind(case)].run(case, rates_hz[case])
             found[case].append(run)
             left_s = (time.monotonic() - began_s) / number * (len(order) - number)
             stream = run.stream
@@ -119,8 +121,12 @@ def measure(state: LabState, chosen: Sequence[Case], runs: int, console: Console
     return found
 
 
-def _pods(case: Case) -> int:
-    return case.number if case.kind == PODS else 0
+Kind = tuple[int, bool]
+"""of an EVM: how many pods it has, and whether an IPv6 address"""
+
+
+def _kind(case: Case) -> Kind:
+    return case.pods, case.ipv6
 
 
 def machine() -> dict[str, Any]:
@@ -135,7 +141,7 @@ def terminated(number: int, frame: FrameType | None) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    names = [case.name for case in cases(L2)]
+    names = list(dict.fromkeys(case.name for driver in DRIVERS for case in cases(driver)))
     parser = argparse.ArgumentParser(description="Measure what migrations cost on the network.")
     parser.add_argument("--output", type=Path, default=Path("build/bench/network.json"))
     parser.add_argument("--runs", type=int, default=RUNS, help=f"migrations of each case ({RUNS})")

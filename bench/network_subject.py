@@ -55,6 +55,7 @@ class Moved:
             capture_dropped=self.dropped,
             frames_held=report.frames_held,
             frames_forwarded=report.frames_forwarded,
+            ipv6_gap_s=report.addresses.ipv6_gap_s if report.addresses else None,
             emulator_ms=self.emulator_ms,
             **figures,
         )
@@ -94,6 +95,8 @@ class Subject:
     client: Client
     name: str
     pods: int = 0
+    ipv6: bool = False
+    """it has an IPv6 address, to which the client sends"""
     boot_s: float = field(default=0.0, init=False)
     """from the order until the EVM and each pod answers"""
 
@@ -101,9 +104,11 @@ class Subject:
         began_s = time.monotonic()
         self._files = LabFiles(self.state.name)
         wishes = tuple(f"p{number}" for number in range(1, self.pods + 1))
-        create = EvmCreate(name=self.name, memory_bytes=MEMORY_BYTES, node=NODES[0], pods=wishes)
+        ipv6 = ("auto",) if self.ipv6 else ()
+        create = EvmCreate(name=self.name, memory_bytes=MEMORY_BYTES, node=NODES[0], pods=wishes, ipv6=ipv6)
         spec = self.client.evms.create(create).spec
-        self._address = spec.nics[0].address
+        own = spec.nics[0]
+        self._address = own.ipv6.address if own.ipv6 else own.address
         self._pods = {pod.name: pod.address for pod in spec.pods}
         self._macs, self._addresses = zip(*spec.addresses, strict=True)
         self._guest = Guest(self.state.topology, self._address)
@@ -224,7 +229,7 @@ class Subject:
                 mark(_REST)
                 time.sleep(REST_S)  # how long the control lasts
                 mark(_MOVE)
-                moved = self._move(split=rate_hz <= PROBE_HZ)
+                moved = self._move(split=rate_hz <= PROBE_HZ and not self.ipv6)
                 mark(_AFTER)
                 return moved
 
