@@ -129,3 +129,21 @@ def test_a_switch_that_snoops_learns_where_the_guest_hears_its_groups_now(pool: 
             until(lambda: "n2" in ports(), "the switch hears it from its new port", timeout_s=10)
     finally:
         run_sync("ip", "-n", fabric, "link", "set", FABRIC, "type", "bridge", "mcast_snooping", "0")
+
+
+def test_declared_ipv6_addresses_lose_nothing_over_migrations(pool: Pool) -> None:
+    with subject(pool, node="n1", ipv6=["auto"], pods=["a=auto"]) as evm:
+        six = [address for _, address in evm.spec.addresses if ":" in address]
+        targets = dict(zip(("evm", "pod"), six, strict=True))
+        for address in six:
+            Guest(pool.topology, address).wait_first_packet()
+        for node in ("n2", "n1"):
+            with Probing(pool.files, targets, rate_hz=PROBE_HZ) as probing:
+                evm.migrate(node)
+                report = probing.stop()
+            for name in targets:
+                udp, tcp = (report["targets"][name][kind]["total"] for kind in ("udp", "tcp"))
+                assert (udp["lost"], udp["duplicated"], tcp["lost"]) == (0, 0, 0), name
+                assert report["targets"][name]["tcp"]["resets"] == 0
+        assert network(evm).refused == ()
+        assert traffic(evm).spoofed_frames == 0
