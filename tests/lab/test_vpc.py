@@ -571,9 +571,10 @@ def test_ipv6_addresses_stay_and_what_is_lost_of_them_is_told(pool: Pool, capsys
                     assert udp["lost"] / 500 <= moved.ipv6_gap_s + 0.5, "no more than that time is lost"
                 assert echoes(kept, node)
                 is_only_at(evm, node)
-                with agent_away(pool, evm.client, node):
-                    for address in addresses_of(evm):
-                        Guest(pool.topology, address).wait_first_packet()
+            with agent_away(pool, evm.client, "n1"):
+                assert echoes(kept, "without an agent")
+            assert echoes(kept, "with another")
+            is_only_at(evm, "n1")
         assert evm.boot_id == boot
 
 
