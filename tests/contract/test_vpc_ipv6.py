@@ -303,9 +303,13 @@ async def test_a_restarted_agent_gets_the_port_back_as_it_was(
         await port.open()
     machine = os.dup(port.tap_fd)
     await port.close()
+    rules = segment.command("left", "ip", "-6", "rule")
+    segment.command("left", "ip", "-6", "rule", "flush")
+    segment.command("left", "ip", "-6", "rule", "add", "priority", "32766", "table", "main")
     again = VpcDriver(uplink="eth0")
     await again.start()
     (adopted,) = await again.adopt(spec(), [os.dup(machine)])
+    assert segment.command("left", "ip", "-6", "rule") == rules
     await adopted.allow([address for _, address in spec().addresses])
     guest_sends(machine, solicits(ADDRESS, ROUTED_GATEWAY))
     assert bool(received(machine, within_s=2.0 if was_open else 0.2)) is was_open

@@ -117,17 +117,31 @@ class VpcDriver(TapDriver):
     async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:
         """See ``NetworkDriver``. Raise ``Refused`` for an IPv6 address on a node whose uplink has none, ``HostError``
         where the kernel lacks what binds a guest to it."""
-        if six := [address for _, address in spec.addresses if _is_ipv6(address)]:
-            await self._start_ipv6(six[0])
+        if six := _ipv6_of(spec):
+            await self._check_ipv6(six[0])
+            await self._start_ipv6()
         return await super().plug(spec)
 
-    async def _start_ipv6(self, address: str) -> None:
-        """Do for IPv6 what ``start`` does for IPv4, once an EVM needs it: a node without IPv6 is none the worse."""
+    async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[Port, ...]:
+        ports = await super().adopt(spec, tap_fds)
+        try:
+            if _ipv6_of(spec):
+                await self._start_ipv6()
+        except BaseException:
+            for port in ports:
+                await port.close()
+            raise
+        return ports
+
+    async def _check_ipv6(self, address: str) -> None:
         uplink = await self._links.link(self._uplink)
         if uplink is None or not any(_is_ipv6(own) for own in await self._links.addresses(uplink.index)):
             hint = f"give {self._uplink} the IPv6 address of the node's network interface, or declare only IPv4"
             raise Refused(f"{address} cannot be routed: {self._uplink} has no IPv6", field="addresses", hint=hint)
         await guard.check_routed()
+
+    async def _start_ipv6(self) -> None:
+        """Do for IPv6 what ``start`` does for IPv4, once an EVM needs it: a node without IPv6 is none the worse."""
         routes.forward_ipv6()
         rule: dict[str, str | int] = {"family": AF_INET6, "iifname": self._uplink}
         await self._links.add_rule(_RULES, table=routes.MAIN, suppress_prefixlen=127, **rule)
@@ -168,6 +182,10 @@ class VpcDriver(TapDriver):
             os.close(descriptor)
             raise
         return port
+
+
+def _ipv6_of(spec: EvmSpec) -> list[str]:
+    return [address for _, address in spec.addresses if _is_ipv6(address)]
 
 
 def _is_ipv6(address: str) -> bool:
