@@ -240,11 +240,15 @@ def _print(evm: Evm, text: str, as_json: bool) -> None:
         print(text)
 
 
+def _ips(each: Nic | Pod) -> str:
+    return "  ".join([each.address, *([each.ipv6.address] if each.ipv6 is not None else [])])
+
+
 def _print_addresses(evm: Evm) -> None:
     print_facts(
         [
-            ("  address", "\n".join(nic.address for nic in evm.spec.nics)),
-            ("  pods", "\n".join(f"{pod.address}  {pod.name}" for pod in evm.spec.pods)),
+            ("  address", "\n".join(_ips(nic) for nic in evm.spec.nics)),
+            ("  pods", "\n".join(f"{_ips(pod)}  {pod.name}" for pod in evm.spec.pods)),
             ("  volumes", "\n".join(evm.spec.volumes)),
         ]
     )
