@@ -169,7 +169,8 @@ def points() -> Iterator[str]:
     for message in link_messages():
         yield f"link.{message}.send"
         yield f"link.{message}.receive"
-    yield from _routes("agent", agent_app(cast(Any, None), cast(Any, None), Gate(), cast(Any, None)))
+    nothing = cast(Any, None)  # the apps are only looked at
+    yield from _routes("agent", agent_app(nothing, nothing, nothing, nothing, Gate(), nothing))
     yield from _routes("volumes", volumes_app(cast(Any, _NoVolumes())), below="/v1")
 
 

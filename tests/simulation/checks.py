@@ -81,11 +81,10 @@ def _volume(world: World, evm: Evm, volume: str) -> Iterator[str]:
 
 def _open_roles(world: World) -> Iterator[str]:
     for node, agent in world.agents.items():
-        if agent.migrations is None or agent.residents is None:
+        if agent.roles is None or agent.residents is None:
             continue
-        for role in agent.migrations._roles.values():
-            if not role.phase.final:
-                yield f"{role.name} of {role.state.migration} on {node} is {role.phase}"
+        for role in agent.roles.unfinished():
+            yield f"{role.name} of {role.state.migration} on {node} is {role.phase}"
         expected = sum(q.spec.memory_bytes for q in world.fabric.qemus if q.node == node)
         if agent.residents.memory_used_bytes != expected:
             yield f"{node} counts {agent.residents.memory_used_bytes} bytes of memory as used, {expected} are"

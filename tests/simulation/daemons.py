@@ -16,11 +16,14 @@ from emp.agent.config import AgentConfig
 from emp.agent.devices import Devices
 from emp.agent.gate import Gate
 from emp.agent.heartbeat import Heartbeat
+from emp.agent.incoming import IncomingLinks
 from emp.agent.journal import Standing
+from emp.agent.lending import Lending
 from emp.agent.links import exchange_hello
 from emp.agent.migrations import Migrations
 from emp.agent.relays import Relays
 from emp.agent.residents import Residents
+from emp.agent.roles import Roles
 from emp.agent.shelf import Shelf
 from emp.controller import daemon as controller_daemon
 from emp.controller.agents import AgentClient, Agents
@@ -106,7 +109,7 @@ class AgentDaemon(Daemon):
         self.relays = SimRelays(world, node)
         self.disk = world.new_disk(node)
         self.residents: Residents | None = None
-        self.migrations: Migrations | None = None
+        self.roles: Roles | None = None
 
     def config(self) -> AgentConfig:
         state = cast(Path, DiskPath(self.disk, self.host))
@@ -145,17 +148,19 @@ class AgentDaemon(Daemon):
                 link.abort()
                 raise
 
-        migrations = Migrations(journal, residents, dial, claims, gate, relays, stream_host=config.address)
-        parts = agent_daemon.Parts(facts, images, journal, residents, migrations, claims, gate, relays)
+        roles = Roles(journal, gate)
+        migrations = Migrations(journal, residents, roles, dial, claims, gate, relays, stream_host=config.address)
+        lending = Lending(journal, residents, roles, claims, gate, relays)
+        parts = agent_daemon.Parts(facts, images, journal, residents, roles, migrations, lending, claims, gate, relays)
         reporter = agent_daemon.Reporter(config, parts)
-        app = make_app(residents, migrations, gate, reporter.report)
+        app = make_app(residents, roles, migrations, lending, gate, reporter.report)
         adoption = Adoption(journal, residents, migrations, claims)
         if untrusted is None and (strangers := await adoption.run()):
             reporter.trouble = f"machines without a record in the journal: {', '.join(strangers)}"
         gate.starting = None
-        self.residents, self.migrations = residents, migrations
+        self.residents, self.roles = residents, roles
         self.serve(process, app)
-        net.link_servers[self.host] = process, migrations.take_link
+        net.link_servers[self.host] = process, IncomingLinks(journal, roles, gate).take
         client: Any = SimWire(net, me, self.host, "ctl")
         hear = agent_daemon._hear
         beat = Heartbeat(client, self.host, reporter.report, residents.changed, lambda reply: hear(parts, reply))

@@ -12,9 +12,10 @@ import pytest
 from emp.agent.adoption import Adoption
 from emp.agent.gate import Gate
 from emp.agent.journal import Journal
-from emp.agent.migrations import Migrations
+from emp.agent.lending import Lending
 from emp.agent.relays import Relays, Side
 from emp.agent.residents import Residents
+from emp.agent.roles import Roles
 from emp.migration.records import Record, RecordKind
 from emp.model.errors import Conflict, NotFound, StaleEpoch, Unavailable, Unreachable
 from emp.model.evm import EvmState
@@ -122,14 +123,13 @@ def gate() -> Gate:
 
 
 @pytest.fixture
-def agent(relays: Relays, journal: Journal, gate: Gate, landed: list[str]) -> Migrations:
+def agent(relays: Relays, journal: Journal, gate: Gate, landed: list[str]) -> Lending:
     async def land(evm: str, _: VolumeGrant) -> None:
         landed.append(evm)
 
     residents = SimpleNamespace(get=lambda evm: None, land=land)
     claims = SimpleNamespace(begin=lambda *_, **__: None)
-    parts = (journal, residents, None, claims, gate, relays)
-    return Migrations(*cast(Any, parts), stream_host="10.0.0.2")
+    return Lending(*cast(Any, (journal, residents, Roles(journal, gate), claims, gate, relays)))
 
 
 def lending(migration: str, *, given: bool = False) -> LendOrder:
@@ -178,7 +178,7 @@ async def test_a_guest_that_waits_for_its_volumes_goes_on_relayed_where_they_can
 # -- late orders
 
 
-async def test_what_is_taken_back_while_it_is_made_is_not_left(agent: Migrations, driver: Driver) -> None:
+async def test_what_is_taken_back_while_it_is_made_is_not_left(agent: Lending, driver: Driver) -> None:
     driver.go.clear()
     lend = asyncio.create_task(agent.lend(lending("m1")))
     await driver.making.wait()
@@ -203,7 +203,7 @@ async def test_what_is_taken_back_while_it_is_made_is_not_left(agent: Migrations
     ],
 )
 async def test_nothing_is_lent_again_beside_the_guest_or_for_an_older_migration(
-    agent: Migrations, journal: Journal, driver: Driver, last: Record | None
+    agent: Lending, journal: Journal, driver: Driver, last: Record | None
 ) -> None:
     if last is not None:
         await journal.append(last)
@@ -214,7 +214,7 @@ async def test_nothing_is_lent_again_beside_the_guest_or_for_an_older_migration(
 
 @pytest.mark.parametrize("kind", [K.GIVEN, K.DONE])
 async def test_what_was_given_away_is_lent_again_and_let_write(
-    agent: Migrations, journal: Journal, driver: Driver, kind: RecordKind
+    agent: Lending, journal: Journal, driver: Driver, kind: RecordKind
 ) -> None:
     await journal.append(Record(kind, "web", 5, migration="m1"))
     await agent.lend(lending("m1", given=True))
@@ -222,7 +222,7 @@ async def test_what_was_given_away_is_lent_again_and_let_write(
 
 
 async def test_the_relay_of_a_newer_migration_heeds_no_older_order(
-    agent: Migrations, journal: Journal, relays: Relays, driver: Driver, landed: list[str]
+    agent: Lending, journal: Journal, relays: Relays, driver: Driver, landed: list[str]
 ) -> None:
     await journal.append(Record(K.ACTIVATED, "web", 9, migration="m3"))
     await relays.borrow("web", BORROWED)
@@ -237,7 +237,7 @@ async def test_the_relay_of_a_newer_migration_heeds_no_older_order(
 
 
 async def test_a_node_that_does_not_believe_its_journal_says_nothing_of_an_evm(
-    agent: Migrations, relays: Relays, driver: Driver, gate: Gate, landed: list[str]
+    agent: Lending, relays: Relays, driver: Driver, gate: Gate, landed: list[str]
 ) -> None:
     """Else its volume would be taken for landed, and its relay be left for good."""
     await relays.borrow("web", BORROWED)
@@ -250,7 +250,7 @@ async def test_a_node_that_does_not_believe_its_journal_says_nothing_of_an_evm(
 
 
 async def test_an_evm_that_was_started_anew_heeds_no_order_of_a_migration(
-    agent: Migrations, journal: Journal, landed: list[str]
+    agent: Lending, journal: Journal, landed: list[str]
 ) -> None:
     await journal.append(Record(K.OWN, "web", 12))
     with pytest.raises(NotFound):

@@ -17,8 +17,10 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from emp.agent.gate import Gate
+from emp.agent.lending import Lending
 from emp.agent.migrations import Migrations
 from emp.agent.residents import Residents
+from emp.agent.roles import Roles
 from emp.model.errors import Unavailable
 from emp.model.node import EvmReport, NodeReport
 from emp.model.orders import (
@@ -50,7 +52,14 @@ from emp.wire.points import route_class
 from emp.wire.sse import frame, kept_alive
 
 
-def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
+def make_app(
+    residents: Residents,
+    roles: Roles,
+    migrations: Migrations,
+    lending: Lending,
+    gate: Gate,
+    report: Callable[[], NodeReport],
+) -> FastAPI:
     app = FastAPI(title="EMP agent", docs_url=None, redoc_url=None)
     app.router.route_class = route_class("agent")
     install_error_handlers(app)
@@ -122,19 +131,19 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
 
     @app.post("/v1/migrations/{migration}/lend", dependencies=orders)
     async def lend(migration: str, order: LendOrder) -> Lent:
-        return await migrations.lend(order)
+        return await lending.lend(order)
 
     @app.post("/v1/migrations/{migration}/take-back", dependencies=adopted, status_code=204)
     async def take_back(migration: str, order: TakeBackOrder) -> None:
-        await migrations.take_back(migration, order)
+        await lending.take_back(migration, order)
 
     @app.post("/v1/migrations/{migration}/hold", dependencies=adopted)
     async def hold(migration: str, order: HoldOrder) -> Relayed:
-        return await migrations.hold(migration, order)
+        return await lending.hold(migration, order)
 
     @app.post("/v1/migrations/{migration}/go-on", dependencies=adopted)
     async def go_on(migration: str, order: GoOnOrder) -> Relayed:
-        return await migrations.go_on(migration, order)
+        return await lending.go_on(migration, order)
 
     @app.post("/v1/migrations/{migration}/address-moved", dependencies=adopted)
     async def address_moved(migration: str, order: AddressMovedOrder) -> RoleStatus:
@@ -142,23 +151,23 @@ def make_app(residents: Residents, migrations: Migrations, gate: Gate, report: C
 
     @app.get("/v1/migrations/{migration}", dependencies=adopted)
     async def status(migration: str) -> RoleStatus:
-        return migrations.status(migration)
+        return roles.status(migration)
 
     @app.get("/v1/migrations/{migration}/watch", dependencies=adopted)
     async def watch(migration: str) -> StreamingResponse:
-        migrations.status(migration)  # unknown here: a 404 instead of a stream
-        return StreamingResponse(watched(migrations.watch(migration)), media_type="text/event-stream")
+        roles.status(migration)  # unknown here: a 404 instead of a stream
+        return StreamingResponse(watched(roles.watch(migration)), media_type="text/event-stream")
 
     return app
 
 
-def make_local_app(migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
+def make_local_app(roles: Roles, migrations: Migrations, gate: Gate, report: Callable[[], NodeReport]) -> FastAPI:
     app = FastAPI(title="EMP agent, local", docs_url=None, redoc_url=None)
     install_error_handlers(app)
 
     @app.get("/v1/status")
     async def status() -> LocalStatus:
-        return LocalStatus(node=report(), roles=migrations.statuses())
+        return LocalStatus(node=report(), roles=roles.statuses())
 
     @app.post("/v1/migrations/{migration}/abort", dependencies=[Depends(gate.check_adopted)])
     async def abort(migration: str, order: AbortOrder) -> RoleStatus:

@@ -21,11 +21,14 @@ from emp.agent.config import AgentConfig
 from emp.agent.gate import Gate
 from emp.agent.heartbeat import Heartbeat
 from emp.agent.images import Images
+from emp.agent.incoming import IncomingLinks
 from emp.agent.journal import Journal, JournalUntrusted, Standing
+from emp.agent.lending import Lending
 from emp.agent.links import exchange_hello
 from emp.agent.migrations import Dial, DialFrames, Migrations
 from emp.agent.relays import Relays
 from emp.agent.residents import Residents
+from emp.agent.roles import Roles
 from emp.agent.shelf import Shelf
 from emp.hypervisor.base import HypervisorFacts
 from emp.model.node import NodeReport, Versions
@@ -57,11 +60,13 @@ async def run(config: AgentConfig) -> None:
     residents = Residents(journal, Shelf(config.state_dir / "evms"), assembler, memory_bytes=config.memory_bytes)
     claims, gate = Claims(wiring.claims(config)), Gate()
     gate.distrust = untrusted
+    roles = Roles(journal, gate)
     dial = _dial(config, journal)
     probe = wiring.probe(config, devices)
     migrations = Migrations(
         journal,
         residents,
+        roles,
         dial,
         claims,
         gate,
@@ -70,11 +75,15 @@ async def run(config: AgentConfig) -> None:
         dial_frames=_dial_frames(config, journal),
         probe=probe,
     )
+    lending = Lending(journal, residents, roles, claims, gate, relays)
+    links = IncomingLinks(journal, roles, gate)
+    parts = Parts(facts, images, journal, residents, roles, migrations, lending, claims, gate, relays)
     try:
-        await _serve(config, Parts(facts, images, journal, residents, migrations, claims, gate, relays), stop)
+        await _serve(config, parts, links, stop)
     finally:
         log.info("agent of %s stops; its EVMs go on", config.node)
-        await migrations.close()
+        await roles.close()
+        await links.close()
         await claims.close()
         await residents.close()
         await relays.close()
@@ -89,7 +98,9 @@ class Parts:
     images: Images
     journal: Journal
     residents: Residents
+    roles: Roles
     migrations: Migrations
+    lending: Lending
     claims: Claims
     gate: Gate
     relays: Relays
@@ -132,12 +143,12 @@ def _dial(config: AgentConfig, journal: Journal, *, carries: str | None = None) 
     return dial
 
 
-async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None:
+async def _serve(config: AgentConfig, parts: Parts, incoming: IncomingLinks, stop: asyncio.Event) -> None:
     server_tls = tls.mutual_server(config.credentials)
     gate = parts.gate
     reporter = Reporter(config, parts)
-    app = make_app(parts.residents, parts.migrations, gate, reporter.report)
-    local_app = make_local_app(parts.migrations, gate, reporter.report)
+    app = make_app(parts.residents, parts.roles, parts.migrations, parts.lending, gate, reporter.report)
+    local_app = make_local_app(parts.roles, parts.migrations, gate, reporter.report)
     api = Listener(sockets.listen(config.address, config.port, field="port"), server_tls)
     links = sockets.listen(config.address, config.link_port, field="link_port")
     async with contextlib.AsyncExitStack() as stack:
@@ -154,8 +165,7 @@ async def _serve(config: AgentConfig, parts: Parts, stop: asyncio.Event) -> None
             reporter.trouble = f"machines without a record in the journal, not touched: {', '.join(strangers)}"
         gate.starting = None
         await stack.enter_async_context(Server(app, [api], pool=config.pool))
-        on_link = parts.migrations.take_link
-        await stack.enter_async_context(LinkServer(links, tls=server_tls, pool=config.pool, on_link=on_link))
+        await stack.enter_async_context(LinkServer(links, tls=server_tls, pool=config.pool, on_link=incoming.take))
         beat = Heartbeat(
             controller, config.node, reporter.report, parts.residents.changed, lambda reply: _hear(parts, reply)
         )
@@ -216,7 +226,7 @@ class Reporter:
             journal=distrust or self.trouble,
             journal_id="" if distrust else standing.id,
             journal_seq=0 if distrust else standing.seq,
-            open_roles=self._parts.migrations.open_roles(),
+            open_roles=self._parts.roles.open(),
             mtu_bytes=residents.mtu_bytes,
             is_overlay=residents.assembler.network.is_overlay,
             lending=self._parts.relays.lending,
