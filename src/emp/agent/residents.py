@@ -45,6 +45,8 @@ class Resident:
     assembly: Assembly | None
     state: EvmState
     reason: str | None = None
+    waits_for_storage: bool = False
+    """it is paused, as QEMU stops a guest instead of failing its I/O"""
     role: SourceRole | None = None
     """while it is being migrated away"""
     follower: asyncio.Task[None] | None = None
@@ -61,6 +63,9 @@ class Resident:
     @property
     def is_migrating(self) -> bool:
         return self.role is not None and not self.role.phase.final
+
+    def become(self, state: EvmState, reason: str | None = None, *, waits_for_storage: bool = False) -> None:
+        self.state, self.reason, self.waits_for_storage = state, reason, waits_for_storage
 
 
 class Residents:
@@ -174,7 +179,7 @@ class Residents:
                 await resident.assembly.open_ports()
                 await resident.assembly.announce()
             except EmpError as error:
-                resident.state, resident.reason = EvmState.CRASHED, f"it could not be started: {error}"
+                resident.become(EvmState.CRASHED, f"it could not be started: {error}")
                 if resident.assembly:
                     await resident.assembly.dismantle()
                     resident.assembly = None
@@ -283,10 +288,12 @@ class Residents:
                 pass
             case RunState.SHUTDOWN:
                 self.shut_down(resident)
+            case RunState.IO_ERROR:
+                self._wait_for_storage(resident)
             case RunState.GUEST_PANICKED:
-                resident.state, resident.reason = EvmState.PANICKED, PANICKED
+                resident.become(EvmState.PANICKED, PANICKED)
             case _:
-                resident.state, resident.reason = EvmState.PAUSED, f"the machine is {state}"
+                resident.become(EvmState.PAUSED, f"the machine is {state}")
                 self._let_run(resident)
 
     def note(self, entry: Entry, state: EvmState, reason: str | None) -> Resident:
@@ -301,7 +308,7 @@ class Residents:
             del self._residents[name]
 
     def _settle(self, resident: Resident) -> None:
-        resident.state, resident.reason = EvmState.RUNNING, None
+        resident.become(EvmState.RUNNING)
         if resident.assembly is not None:
             follow = self._follow(resident, resident.assembly.machine.events())
             resident.follower = asyncio.create_task(follow, name=f"resident {resident.name}")
@@ -333,20 +340,19 @@ class Residents:
             case MachineEventKind.GUEST_SHUTDOWN:
                 self.shut_down(resident)
             case MachineEventKind.GUEST_PANICKED:
-                resident.state, resident.reason = EvmState.PANICKED, PANICKED
+                resident.become(EvmState.PANICKED, PANICKED)
             case MachineEventKind.IO_ERROR:
-                resident.state, resident.reason = EvmState.PAUSED, f"{STORAGE}: {event.detail}"
-                self._let_run(resident)
+                self._wait_for_storage(resident, event.detail)
             case MachineEventKind.STOPPED if resident.state is EvmState.RUNNING:
-                resident.state = EvmState.PAUSED
+                resident.become(EvmState.PAUSED, resident.reason)
                 self.leave_clock(resident)
                 if resident.is_migrating:
                     return  # the blackout: the migration tells
                 self._let_run(resident)
-            case MachineEventKind.RESUMED if resident.state is EvmState.PAUSED and _is_storage(resident):
+            case MachineEventKind.RESUMED if resident.state is EvmState.PAUSED and resident.waits_for_storage:
                 return  # to try its I/O again: whether it goes on shows in a moment (``_cont``)
             case MachineEventKind.RESUMED:
-                resident.state, resident.reason = EvmState.RUNNING, None
+                resident.become(EvmState.RUNNING)
                 self._set_clock(resident)
             case MachineEventKind.GUEST_RESET:
                 self.leave_clock(resident)
@@ -356,6 +362,10 @@ class Residents:
             case _:
                 return
         self.changed.notify()
+
+    def _wait_for_storage(self, resident: Resident, detail: str | None = None) -> None:
+        resident.become(EvmState.PAUSED, ": ".join(filter(None, (STORAGE, detail))), waits_for_storage=True)
+        self._let_run(resident)
 
     def shut_down(self, resident: Resident) -> None:
         """The guest has shut itself down; its machine goes as soon as no migration holds it."""
@@ -431,7 +441,7 @@ class Residents:
             case RunState.FINISH_MIGRATE:  # it failed in pre-switchover: QEMU must be let go of
                 await assembly.machine.cancel_stream()
             case RunState.RUNNING:  # its event has been missed
-                resident.state, resident.reason = EvmState.RUNNING, None
+                resident.become(EvmState.RUNNING)
                 self._set_clock(resident)
                 self.changed.notify()
 
@@ -455,7 +465,7 @@ class Residents:
         if resident.assembly is not None:
             assembly, resident.assembly = resident.assembly, None
             await assembly.dismantle()
-        resident.state, resident.reason = EvmState.CRASHED, "its QEMU process ended"
+        resident.become(EvmState.CRASHED, "its QEMU process ended")
 
     async def catch_up(self, name: str) -> None:
         """A migration has ended here; had its guest or its machine ended meanwhile, nobody would have noted it."""
@@ -473,7 +483,7 @@ class Residents:
         if resident.assembly is not None:
             assembly, resident.assembly = resident.assembly, None
             await assembly.dismantle()
-        resident.state, resident.reason = EvmState.CRASHED, reason
+        resident.become(EvmState.CRASHED, reason)
         self.changed.notify()
 
     async def _ask_to_shut_down(self, resident: Resident, grace_s: float) -> None:
@@ -500,7 +510,7 @@ class Residents:
         last = self.journal.last(resident.name)
         if last is not None and last.kind in OWNING:
             await self.journal.append(Record(RecordKind.STOPPED, resident.name, last.epoch))
-        resident.state, resident.reason = state, reason
+        resident.become(state, reason)
         if resident.assembly is not None:
             await resident.assembly.relays.flush(resident.name)
             await resident.assembly.dismantle()
@@ -522,10 +532,6 @@ class Residents:
             await self._stop_following(resident)
             if resident.assembly is not None:
                 await resident.assembly.close()
-
-
-def _is_storage(resident: Resident) -> bool:
-    return resident.reason is not None and resident.reason.startswith(STORAGE)
 
 
 async def _until_shut_down(events: AsyncIterator[MachineEvent]) -> None:
