@@ -15,7 +15,7 @@ from emp.migration.records import RecordKind
 from emp.migration.states import TargetPhase
 from emp.model.migration import Outcome
 from emp.model.orders import AbortOrder, AnswerOrder, Role, RolePhase
-from tests.search.agents import Way
+from tests.search.hands import Way
 from tests.search.project import Core
 from tests.search.world import Cold, Plan, World, busy, put, spent
 

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from emp.migration import admission
 from emp.migration.records import Ledger, Record, RecordKind
 from tests.search import invariants, machines
-from tests.search.agents import Agents, Way
+from tests.search.agents import Agents
 from tests.search.controller import Controllers
+from tests.search.hands import Way
+from tests.search.orders import Orders
 from tests.search.project import Call, Core, Project
 from tests.search.world import NODES, Controller, Faults, Node, Qemu, World, put, spent
 
@@ -63,6 +65,8 @@ class Search:
         self.configuration = configuration
         self.core = Core(project)
         self.agents = Agents(self.core, fine=configuration.fine)
+        self.hands = self.agents.hands
+        self.orders = Orders(self.agents)
         self.controllers = Controllers(
             self.core,
             migrations=configuration.migrations,
@@ -73,7 +77,7 @@ class Search:
         honest = project.check_start == admission.check_start and project.check_prepare == admission.check_prepare
         backward = faults.journal or faults.rollback or faults.reboot or not honest
         steady = () if backward else (1, 2) if faults.image else (0, 1, 2)
-        self.agents.steady = frozenset(steady)
+        self.orders.steady = frozenset(steady)
         self._nothing = self.core.ledgers.number(Ledger())
 
     def beginning(self) -> World:
@@ -86,7 +90,7 @@ class Search:
     def moves(self, w: World) -> Iterator[Move]:
         for who, (fault, label, after) in self._moves(w):
             for more_fault, more, settled in self.agents.settled(after, label):
-                live = self.agents.live_messages(settled)
+                live = self.orders.live_messages(settled)
                 if live is not settled.messages:
                     settled = settled._replace(messages=live)
                 yield Move(who, fault or more_fault, more, settled)
@@ -95,12 +99,12 @@ class Search:
         for way in self.controllers.moves(w):
             yield "controller", way
         for number in sorted(w.messages):
-            for way in self.agents.take(w, number):
+            for way in self.orders.take(w, number):
                 yield "agent", way
         for i in range(3):
             for way in self.agents.moves(w, i):
                 yield "agent", way
-            for way in machines.moves(w, i, self.agents.tell, self.core.guards):
+            for way in machines.moves(w, i, self.hands.tell, self.core.guards):
                 yield "qemu", way
             for label, after in self._journal_faults(w, i):
                 yield "fault", (True, label, after)
@@ -112,7 +116,7 @@ class Search:
 
     def _unlinked(self, w: World) -> World:
         m, plan = w.c.open, w.c.plans[w.c.open - 1]
-        return self.agents.unlinked(self.agents.unlinked(w, plan.source, m), plan.target, m)
+        return self.hands.unlinked(self.hands.unlinked(w, plan.source, m), plan.target, m)
 
     def _journal_faults(self, w: World, i: int) -> Iterator[tuple[tuple[Any, ...], World]]:
         node = w.nodes[i]
