@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.kernel import in_network
 from emp.lab.places import NAMESPACES
 from emp.lab.topology import Topology
 
@@ -41,17 +41,13 @@ class _Message(ctypes.Structure):
 
 def packet_socket(topology: Topology, where: str, interface: str) -> socket.socket:
     """Return a socket that sends Ethernet frames by an interface of a place of the lab, and receives none."""
-    made: list[socket.socket] = []
 
-    def visit() -> None:
-        join_namespace(str(NAMESPACES / topology.namespace(where)), CLONE_NEWNET)
-        made.append(socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0))
-        made[0].bind((interface, 0))
+    def bound() -> socket.socket:
+        made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        made.bind((interface, 0))
+        return made
 
-    visitor = threading.Thread(target=visit, name=f"visit {where}")
-    visitor.start()
-    visitor.join()
-    return made[0]
+    return in_network(str(NAMESPACES / topology.namespace(where)), bound)
 
 
 class Flood:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from bench.network_capture import TapCapture
 from emp.host.run import run_sync
 from emp.lab.checkers.frames import FrameWitness
-from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.kernel import in_network
 from emp.lab.places import NAMESPACES
 from emp.lab.topology import FABRIC, Topology
 
@@ -52,15 +51,13 @@ def packet(source: str, destination: str, protocol: int) -> bytes:
 
 
 def send(namespace: str, interface: str, *frames: bytes) -> None:
-    def visit() -> None:
-        join_namespace(str(NAMESPACES / namespace), CLONE_NEWNET)
+    def sent() -> None:
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as port:
             port.bind((interface, 0))
             for each in frames:
                 port.send(each)
 
-    with ThreadPoolExecutor(1) as visitor:
-        visitor.submit(visit).result()
+    in_network(str(NAMESPACES / namespace), sent)
 
 
 def test_the_witness_sees_what_comes_from_a_mac_and_not_what_goes_to_its_node(wire: None) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from typing import Any
 
-from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.kernel import in_network
 from emp.lab.places import NAMESPACES
 from emp.lab.topology import CLIENT, Topology
 from emp.model.errors import HostError, Unreachable
@@ -27,21 +26,10 @@ def socket_in(
 ) -> socket.socket:
     """Return a new socket of a place of the lab, of the version of the address ``to``."""
     family = socket.AF_INET6 if ":" in to else socket.AF_INET
-    made: list[socket.socket | OSError] = []
-
-    def visit() -> None:
-        try:
-            join_namespace(str(NAMESPACES / topology.namespace(where)), CLONE_NEWNET)
-            made.append(socket.socket(family, kind))
-        except OSError as error:
-            made.append(error)
-
-    visitor = threading.Thread(target=visit, name=f"visit {where}")
-    visitor.start()
-    visitor.join()
-    if isinstance(made[0], OSError):
-        raise HostError(f"cannot enter the network of {where}: {made[0]}")
-    return made[0]
+    try:
+        return in_network(str(NAMESPACES / topology.namespace(where)), lambda: socket.socket(family, kind))
+    except OSError as error:
+        raise HostError(f"cannot enter the network of {where}: {error}") from error
 
 
 class Guest:

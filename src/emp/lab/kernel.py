@@ -9,7 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -58,6 +63,20 @@ def join_namespace(path: str, kind: int) -> None:
         _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), path)
     finally:
         os.close(descriptor)
+
+
+def in_network(path: str, work: Callable[[], T]) -> T:
+    """Do ``work`` in the network namespace that ``path`` stands for, and return or raise what it does.
+
+    Network namespaces belong to threads: one of its own leaves ours and ends there.
+    """
+
+    def visit() -> T:
+        join_namespace(path, CLONE_NEWNET)
+        return work()
+
+    with ThreadPoolExecutor(1, thread_name_prefix=f"in {path}") as visitor:
+        return visitor.submit(visit).result()
 
 
 def mount(source: str, target: str, kind: str | None = None, flags: int = 0, options: str = "") -> None:

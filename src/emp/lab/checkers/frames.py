@@ -9,17 +9,15 @@ from __future__ import annotations
 import selectors
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from types import TracebackType
-from typing import Self
 
 from emp.host import packet
 from emp.lab.checkers.owners import Tenure
-from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.checkers.witness import Witness
+from emp.lab.kernel import in_network
 from emp.lab.places import NAMESPACES
 from emp.lab.topology import FABRIC, Topology
 
@@ -45,34 +43,23 @@ class Seen:
     """EtherType"""
 
 
-class FrameWitness:
+class FrameWitness(Witness):
     """``with FrameWitness(topology, macs) as witness: ...``; then ``violations(witness.seen, tenures)``.
 
     ``addresses``: the EVM's; where nodes route, its frames are on the wire with the node's MAC.
     """
 
     def __init__(self, topology: Topology, macs: Iterable[str], addresses: Iterable[str] = ()) -> None:
+        super().__init__("frames")
         self.seen: list[Seen] = []
         self.dropped = 0
         """frames that came faster than we took them; known at the end"""
         self._macs = tuple(macs)
         self._addresses = [ip_address(address).packed for address in addresses]
         self._selector = selectors.DefaultSelector()
-        visitor = threading.Thread(target=self._open, args=(topology,), name="open packet sockets")
-        visitor.start()
-        visitor.join()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="frames")
+        in_network(str(NAMESPACES / topology.namespace(FABRIC)), lambda: self._open(topology))
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+    def close(self) -> None:
         for key in list(self._selector.get_map().values()):
             assert isinstance(key.fileobj, socket.socket)
             statistics = key.fileobj.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8)  # packet(7): packets, drops
@@ -81,8 +68,6 @@ class FrameWitness:
         self._selector.close()
 
     def _open(self, topology: Topology) -> None:
-        """In a thread of its own, which leaves our network for the switch's and ends there."""
-        join_namespace(str(NAMESPACES / topology.namespace(FABRIC)), CLONE_NEWNET)
         for place in topology.node_places:
             port = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
             port.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -92,7 +77,7 @@ class FrameWitness:
             port.bind((place.name, _ETH_P_ALL))
             self._selector.register(port, selectors.EVENT_READ, place.name)
 
-    def _run(self) -> None:
+    def watch(self) -> None:
         while not self._stop.is_set():
             for key, _ in self._selector.select(timeout=0.05):
                 assert isinstance(key.fileobj, socket.socket)

@@ -9,16 +9,14 @@ made in the first place), so a stretch counts as executing only when the thread 
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from emp.lab import daemons, places, scan
+from emp.lab.checkers.witness import Witness
 from emp.lab.state import LabFiles
 
 TICK_S = 0.02
@@ -63,10 +61,11 @@ class _Qemu:
         return sum(int(thread.read_text().split()[0]) for thread in self.threads)
 
 
-class VcpuWitness:
+class VcpuWitness(Witness):
     """``with VcpuWitness(files, "web") as witness: ...``; then ``witness.violations()``."""
 
     def __init__(self, files: LabFiles, evm: str) -> None:
+        super().__init__(f"vcpus of {evm}")
         self._evm = evm
         self._topology = files.load().topology
         self._node_of: dict[int | None, str] = {}
@@ -75,18 +74,6 @@ class VcpuWitness:
         self._seen: dict[int, float] = {}
         self.ended: list[tuple[float, str]] = []
         """(moment, node) at which a QEMU of the EVM was found gone"""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"vcpus of {evm}")
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
 
     def executions(self) -> list[Execution]:
         """Return what has executed so far, in order of the beginning."""
@@ -103,7 +90,7 @@ class VcpuWitness:
             if one.last_s > other.first_s + TICK_S
         ]
 
-    def _run(self) -> None:
+    def watch(self) -> None:
         next_s = time.monotonic()
         while not self._stop.is_set():
             self._find(next_s)
