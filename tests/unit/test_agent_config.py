@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from emp.agent.config import AgentConfig, load
+from emp.agent.config import AgentConfig
 from emp.model.errors import BadInput
+from emp.wire.config import read_config
 
 BASE = {
     "pool": "prod",
@@ -27,7 +28,7 @@ PEERS = {"n1": "192.0.2.1", "n2": "192.0.2.2"}
 def of(directory: Path, **network: Any) -> AgentConfig:
     path = directory / "agent.json"
     path.write_text(json.dumps(BASE | {"network": network}))
-    return load(path)
+    return read_config(AgentConfig, path)
 
 
 def test_a_segment_a_vlan_and_an_overlay(tmp_path: Path) -> None:

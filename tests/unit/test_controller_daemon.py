@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from emp.controller.addresses import Claim, PodWish, hand_out, nic_mac, pod_mac
-from emp.controller.config import Network, load_config
-from emp.model.errors import BadInput, Conflict, NotFound
+from emp.controller.config import Config, Network
+from emp.model.errors import BadInput, Conflict
+from emp.wire.config import read_config
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity, Role
 from emp.wire.pki import CertificateAuthority
@@ -72,16 +73,16 @@ def test_a_wrong_configuration_names_the_field(
     path = tmp_path / "controller.json"
     path.write_text(json.dumps(config(tmp_path, **changes)))
     with pytest.raises(BadInput, match=message) as caught:
-        load_config(path)
+        read_config(Config, path)
     assert caught.value.field == field
 
 
 def test_a_configuration_that_is_not_there_or_not_json(tmp_path: Path) -> None:
-    with pytest.raises(NotFound):
-        load_config(tmp_path / "nosuch.json")
+    with pytest.raises(BadInput, match="cannot read"):
+        read_config(Config, tmp_path / "nosuch.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(BadInput, match="not JSON"):
-        load_config(tmp_path / "bad.json")
+    with pytest.raises(BadInput, match="Invalid JSON"):
+        read_config(Config, tmp_path / "bad.json")
 
 
 # ------------------------------------------------------------------ the process
@@ -161,7 +162,7 @@ async def test_a_second_controller_on_the_same_store_is_refused(directory: Path)
         await first.until(b"people on port")
         second = await Daemon.start(directory, config(directory))
         assert await second.ended() == 5
-        assert b"emp.controller: " in second.log
+        assert b"emp controller: " in second.log
         assert b"Traceback" not in second.log
     finally:
         await first.kill()

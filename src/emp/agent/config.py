@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from emp.model.base import Model
-from emp.model.errors import BadInput
 from emp.model.names import Ip, Name, SizeBytes
 
 
@@ -75,14 +74,3 @@ class AgentConfig(Model):
     """how an attached volume is found that names no endpoint"""
     qemu: Path | None = None
     """another QEMU than the one on PATH"""
-
-
-def load(path: Path) -> AgentConfig:
-    """Read the file; raise ``BadInput`` naming the field that is wrong."""
-    try:
-        return AgentConfig.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}", field="--config") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(str(first["msg"]), field=".".join(map(str, first["loc"])), hint=f"in {path}") from error

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import logging
 import secrets
-import signal
 from dataclasses import dataclass
 
 from emp import __version__
@@ -37,6 +36,7 @@ from emp.wire import sockets, tls
 from emp.wire.http import WireClient
 from emp.wire.identity import Identity, Role
 from emp.wire.link import Link, LinkServer, connect_link
+from emp.wire.process import told_to_end
 from emp.wire.serve import Listener, Server
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,7 @@ log = logging.getLogger(__name__)
 
 async def run(config: AgentConfig) -> None:
     """Serve until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stop = told_to_end()
     hypervisor, network = wiring.hypervisor(config), wiring.network(config)
     facts = await hypervisor.facts()
     await network.start()

@@ -19,14 +19,12 @@ token when it is not there.
 from __future__ import annotations
 
 import ipaddress
-import json
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from emp.model.base import Model
-from emp.model.errors import BadInput, NotFound
 from emp.model.names import Ip, Name
 
 
@@ -212,17 +210,3 @@ class Config(Model):
         if self.node_down_s <= self.heartbeat_s:
             raise ValueError("node_down_s must be longer than heartbeat_s")
         return self
-
-
-def load_config(path: Path) -> Config:
-    """Read the file. Raises ``NotFound``, or ``BadInput`` naming the field."""
-    try:
-        return Config.model_validate(json.loads(path.read_text()))
-    except OSError as error:
-        raise NotFound(f"cannot read the configuration {path}: {error.strerror}", field="config") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "config"
-        raise BadInput(first["msg"].removeprefix("Value error, "), field=field, hint=f"correct {path}") from None
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON: {error}", field="config") from None

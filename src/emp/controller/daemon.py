@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -19,6 +18,7 @@ from emp.controller.wiring import Controller, open_store, wire
 from emp.fencing.base import FenceDriver
 from emp.model.errors import EmpError
 from emp.volumes.base import VolumeDriver
+from emp.wire.process import told_to_end
 from emp.wire.serve import Listener, Server
 from emp.wire.sockets import adopt, listen
 from emp.wire.tls import mutual_server, public_server
@@ -40,10 +40,7 @@ class Running:
 
 async def run(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises ``EmpError`` when it cannot start."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = told_to_end()
     async with running(config) as controller:
         log.info(
             "controller of pool %s: people on port %d, agents on %s:%d",

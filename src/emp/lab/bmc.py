@@ -11,11 +11,9 @@ of the place ``bmc`` and lives in the machine's other namespaces, from where it 
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import logging
-import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI
@@ -25,11 +23,13 @@ from emp.lab import power
 from emp.lab.power import Power
 from emp.lab.state import LabFiles
 from emp.model.base import Model
-from emp.model.errors import EmpError
 from emp.model.names import Ip, Name
+from emp.wire import process
+from emp.wire.config import read_config
 from emp.wire.faults import install_error_handlers
 from emp.wire.guard import require_role
 from emp.wire.identity import Role
+from emp.wire.process import told_to_end
 from emp.wire.serve import Listener, Server
 from emp.wire.sockets import listen
 from emp.wire.tls import mutual_server
@@ -69,11 +69,10 @@ def make_app(files: LabFiles) -> FastAPI:
     return app
 
 
-async def serve(config: Config) -> None:
+async def serve(path: Path) -> None:
     """Serve until SIGTERM or SIGINT."""
-    over = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, over.set)
+    config = read_config(Config, path)
+    over = told_to_end()
     app = make_app(LabFiles(config.pool))
     with listen(config.address, config.port, field="port") as socket:
         async with Server(app, [Listener(socket, mutual_server(config.credentials))], pool=config.pool):
@@ -81,16 +80,8 @@ async def serve(config: Config) -> None:
             await over.wait()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m emp.lab.bmc", description="A lab's power switch.")
-    parser.add_argument("--config", required=True, type=Path, help="JSON file, written by emp lab up")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        asyncio.run(serve(Config.model_validate_json(parser.parse_args(argv).config.read_bytes())))
-    except EmpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    return process.main("python -m emp.lab.bmc", "A lab's power switch.", serve, arguments)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,11 @@ class Credentials:
             write_private(directory / name, data, owner=owner)
 
     @classmethod
-    def load(cls, directory: Path) -> Credentials:
-        """Read what ``write`` wrote, or what an external CA issued in the same form; ``NotFound`` or ``BadInput``."""
+    def load(cls, directory: Path, *, of_pool: str | None = None) -> Credentials:
+        """Read what ``write`` wrote, or what an external CA issued in the same form; ``NotFound`` or ``BadInput``.
+
+        ``of_pool``: what is of another pool is refused.
+        """
         pem, ca_pem = read_private(directory / IDENTITY), read_private(directory / CA_CERT)
         where = directory / IDENTITY
         try:
@@ -82,6 +85,8 @@ class Credentials:
             identity = Identity.from_certificate(subject, uris, pool=pool)
         except Unauthenticated as error:
             raise BadInput(f"{where}: {error.message}", hint=error.hint) from None
+        if of_pool not in (None, pool):
+            raise BadInput(f"the credentials are of the pool {pool}, not {of_pool}", field="credentials")
         return cls(identity, pool, ca_pem, b"".join(map(_cert_pem, chain)), _key_pem(key))
 
 

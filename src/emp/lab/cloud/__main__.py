@@ -6,41 +6,32 @@
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import logging
-import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from emp.lab.cloud.config import CloudConfig
 from emp.lab.cloud.daemon import serving
-from emp.model.errors import EmpError
+from emp.wire import process
+from emp.wire.config import read_config
+from emp.wire.process import told_to_end
 
 log = logging.getLogger("emp.lab.cloud")
 
 
-async def serve(config: CloudConfig) -> None:
+async def serve(path: Path) -> None:
     """Serve until SIGTERM or SIGINT."""
-    over = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, over.set)
+    config = read_config(CloudConfig, path)
+    over = told_to_end()
     async with serving(config):
         log.info("serves %d instances at %s port %d", len(config.nodes), config.address, config.port)
         await over.wait()
     log.info("ended")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m emp.lab.cloud", description="A simulated cloud of block volumes.")
-    parser.add_argument("--config", required=True, type=Path, help="JSON file, written by emp lab up")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        asyncio.run(serve(CloudConfig.load(parser.parse_args(argv).config)))
-    except EmpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    return process.main("python -m emp.lab.cloud", "A simulated cloud of block volumes.", serve, arguments)
 
 
 if __name__ == "__main__":

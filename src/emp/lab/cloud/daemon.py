@@ -18,8 +18,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
-from prometheus_client import CollectorRegistry, generate_latest
+from fastapi import APIRouter, Depends
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -31,8 +30,9 @@ from emp.lab.cloud.fabric import Fabric, Port
 from emp.lab.cloud.face import Face, make_app
 from emp.lab.cloud.knobs import Shown
 from emp.lab.cloud.memory import MemoryFile
-from emp.model.errors import BadInput, NotFound
+from emp.model.errors import NotFound
 from emp.volumes.devices import PATH, Device
+from emp.volumes.server.app import health
 from emp.volumes.server.service import VolumeService
 from emp.wire.guard import require_role
 from emp.wire.identity import Identity, Role
@@ -47,9 +47,7 @@ MEMORY = "cloud.json"
 @asynccontextmanager
 async def serving(config: CloudConfig) -> AsyncIterator[Face]:
     """Serve for the length of the block: what was attached is served again, what was under way goes on."""
-    credentials = Credentials.load(config.credentials)
-    if credentials.pool != config.pool:
-        raise BadInput(f"the credentials are of the pool {credentials.pool}, not {config.pool}", field="credentials")
+    credentials = Credentials.load(config.credentials, of_pool=config.pool)
     vpc = efs_service.network(config)
     cloud = Cloud(
         efs_service.instances(config),
@@ -80,7 +78,8 @@ async def serving(config: CloudConfig) -> AsyncIterator[Face]:
                 efs.face.turn(cloud.knobs)
             for volume in filter(None, map(cloud.shown, cloud.volumes)):
                 log.recall(volume)
-        app = make_app(face, [_devices(cloud, plane, instances), _health(face, service)], [efs.face] if efs else [])
+        routers = [_devices(cloud, plane, instances), health(_Figures(face, service))]
+        app = make_app(face, routers, [efs.face] if efs else [])
         with listen(config.address, config.port, field="port") as socket:
             async with Server(app, [Listener(socket, public_server(config.credentials))], pool=config.pool):
                 yield face
@@ -110,22 +109,6 @@ def _devices(cloud: Cloud, plane: ExportPlane, instances: dict[str, str]) -> API
         for showing in cloud.devices_of(instances[node]):
             with contextlib.suppress(NotFound):  # its export has just been closed
                 yield plane.device(showing, node, cloud.knobs.shown.get(showing.volume, Shown()))
-
-    return router
-
-
-def _health(face: Face, service: VolumeService) -> APIRouter:
-    router = APIRouter(dependencies=[Depends(require_role(*Role))])
-    registry = CollectorRegistry()
-    registry.register(_Figures(face, service))
-
-    @router.get("/healthz")
-    async def healthz() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     return router
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import fcntl
-import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from emp.model.errors import Conflict, EmpError
+from emp.model.errors import Conflict
 from emp.volumes.relay.config import RelayConfig, TlsListen, load
 from emp.volumes.relay.control import Control
 from emp.volumes.relay.door import Door
 from emp.volumes.relay.relay import Relay
+from emp.wire import process
+from emp.wire.process import told_to_end
 from emp.wire.sockets import listen, listen_unix
 from emp.wire.tls import mutual_server
 
@@ -27,18 +26,13 @@ _FOR_ANYBODY = 0o666
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m emp.volumes.relay", description="Relay one volume.")
-    parser.add_argument("--config", type=Path, required=True, help="JSON file (emp.volumes.relay.config)")
-    path = parser.parse_args(arguments).config
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        config = load(path)
-        with _alone(Path(config.pid_file)):
-            asyncio.run(_serve(path, config))
-    except EmpError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return process.main("python -m emp.volumes.relay", "Relay one volume.", _run, arguments)
+
+
+async def _run(path: Path) -> None:
+    config = load(path)
+    with _alone(Path(config.pid_file)):
+        await _serve(path, config)
 
 
 @contextlib.contextmanager
@@ -58,9 +52,7 @@ def _alone(pid_file: Path) -> Iterator[None]:
 
 
 async def _serve(path: Path, config: RelayConfig) -> None:
-    over = asyncio.Event()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(signum, over.set)
+    over = told_to_end()
     control_path = Path(config.control)
     with contextlib.ExitStack() as stack:
         port = None

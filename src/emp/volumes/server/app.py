@@ -42,7 +42,7 @@ def make_app(service: VolumeService) -> FastAPI:
     install_error_handlers(app)
     app.include_router(_orders(service))
     app.include_router(_claims(service))
-    app.include_router(_health(service))
+    app.include_router(health(_Figures(service)))
     return app
 
 
@@ -103,10 +103,11 @@ def _claims(service: VolumeService) -> APIRouter:
     return router
 
 
-def _health(service: VolumeService) -> APIRouter:
+def health(figures: Collector) -> APIRouter:
+    """Return the routes by which every daemon may ask how the service is, ``figures`` among its metrics."""
     router = APIRouter(dependencies=[Depends(require_role(*Role))])
     registry = CollectorRegistry()
-    registry.register(_Figures(service))
+    registry.register(figures)
 
     @router.get("/healthz")
     async def healthz() -> dict[str, str]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from emp.model.base import Model
-from emp.model.errors import BadInput
 from emp.model.names import Ip, Name
 
 
@@ -34,16 +32,3 @@ class Config(Model):
         if first <= self.port <= last:
             raise ValueError("port must lie outside of nbd_ports")
         return self
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read the file; raise ``BadInput`` with the field and the reason."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise BadInput(f"cannot read {path}: {error.strerror}", field="config") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "config"
-            reason = str(first["msg"]).removeprefix("Value error, ")
-            raise BadInput(f"{reason} (in {path})", field=where) from None
