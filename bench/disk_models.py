@@ -40,10 +40,10 @@ from emp.hypervisor.base import (
     StreamStatus,
 )
 from emp.hypervisor.qemu import QemuHypervisor, command_line, disks
-from emp.hypervisor.qemu.run_directory import DH_PARAMS
 from emp.lab.images import KERNEL_COMMAND_LINE, ensure_image
 from emp.model.evm import EvmSpec, Nic
 from emp.model.volume import NbdEndpoint
+from emp.wire import dh
 from emp.wire.pki import CertificateAuthority, Role
 
 LOOPBACK = "127.0.0.1"
@@ -110,7 +110,7 @@ class Bench:
         self.directory = directory
         self.nodes = [self._node(name) for name in ("left", "right")]
         self.authority.issue(Role.CONTROLLER, "volumes", [LOOPBACK]).write(directory / "server")
-        (directory / "server" / "dh-params.pem").write_bytes(DH_PARAMS)
+        (directory / "server" / dh.FILE).write_bytes(dh.FFDHE2048)
         self._servers: list[subprocess.Popen[bytes]] = []
         self.volumes = [self._volume(number) for number in range(volumes)]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from emp.hypervisor.base import BlockDevice, BlockSource, RelaySocket
-from emp.hypervisor.qemu.run_directory import DH_PARAMS
 from emp.model.volume import HostDevice, NbdEndpoint, RbdImage
+from emp.wire import dh
 from emp.wire.pki import Role
 from tests.qemu_bench import LOOPBACK, Bench
 
@@ -28,7 +28,7 @@ class Storage:
         self.opened = contextlib.ExitStack()
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
         nodes.authority.issue(Role.CONTROLLER, "volumes", [LOOPBACK]).write(self.directory / "server")
-        (self.directory / "server" / "dh-params.pem").write_bytes(DH_PARAMS)
+        (self.directory / "server" / dh.FILE).write_bytes(dh.FFDHE2048)
         self.relays = self.directory / "relays"
         self.relays.mkdir(mode=0o711)
 

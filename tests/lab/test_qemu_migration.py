@@ -27,10 +27,11 @@ from emp.hypervisor.base import (
     StreamStatus,
 )
 from emp.hypervisor.qemu.qmp import QmpSession
-from emp.hypervisor.qemu.run_directory import DH_PARAMS, RunDirectory
+from emp.hypervisor.qemu.run_directory import RunDirectory
 from emp.lab.images import KERNEL_COMMAND_LINE, ensure_image
 from emp.model.errors import HypervisorError, OutcomeUnknown
 from emp.model.volume import NbdEndpoint
+from emp.wire import dh
 from emp.wire.pki import CertificateAuthority, Role
 from tests.qemu_bench import (
     LOOPBACK,
@@ -302,7 +303,7 @@ def guest_frames(wire: socket.socket, nodes: Bench) -> list[str]:
 def volume_server(nodes: Bench) -> Iterator[BlockDevice]:
     """One volume on an NBD server under TLS, open to both nodes at once."""
     nodes.authority.issue(Role.CONTROLLER, "volumes", [LOOPBACK]).write(nodes.directory / "server")
-    (nodes.directory / "server" / "dh-params.pem").write_bytes(DH_PARAMS)
+    (nodes.directory / "server" / dh.FILE).write_bytes(dh.FFDHE2048)
     image = nodes.directory / "image"
     with image.open("wb") as file:
         file.truncate(16 << 20)

@@ -33,6 +33,7 @@ from pathlib import Path
 
 from emp.host.processes import Process, find
 from emp.model.errors import BadInput, HypervisorError
+from emp.wire import dh
 
 MACHINES = "evm"
 """Nothing else may lie in there: what belongs to no living machine is removed."""
@@ -42,17 +43,6 @@ uuid, uid and paths in another mount namespace of the same host."""
 MONITORS = ("control", "cancel", "guard")
 SOCKETS = (*MONITORS, "console", "qga")
 TLS_FILES = ("ca-cert.pem", "server-cert.pem", "server-key.pem", "client-cert.pem", "client-key.pem")
-DH_PARAMS = b"""-----BEGIN DH PARAMETERS-----
-MIIBCAKCAQEA//////////+t+FRYortKmq/cViAnPTzx2LnFg84tNpWp4TZBFGQz
-+8yTnc4kmz75fS/jY2MMddj2gbICrsRhetPfHtXV/WVhJDP1H18GbtCFY2VVPe0a
-87VXE15/V8k1mE8McODmi3fipona8+/och3xWKE2rec1MKzKT0g6eXq8CrGCsyT7
-YdEIqUuyyOP7uWrat2DX9GgdT0Kj3jlN9K5W7edjcrsZCwenyO4KbXCeAvzhzffi
-7MA0BM0oNC9hkXL+nOmFg/+OTxIy7vKBg8P+OxtMb61zO7X8vC7CIAXFjvGDfRaD
-ssbzSibBsu/6iGtCOGEoXJf//////////wIBAg==
------END DH PARAMETERS-----
-"""
-"""ffdhe2048 of RFC 7919, appendix A.1. Without the file, QEMU computes parameters of its own for each server: 0.3 to
-0.8 s in which its main loop stands still, for something that ECDHE never uses."""
 _SOCKET_PATH_LIMIT_BYTES = 107
 _LOG_TAIL_BYTES = 2000
 _RECORD = "machine.json"
@@ -160,7 +150,7 @@ class RunDirectory:
                     hint="the node's credentials must be there before a machine is started",
                 ) from error
             _write(target / name, content, uid, 0o440)
-        _write(target / "dh-params.pem", DH_PARAMS, uid, 0o440)
+        _write(target / dh.FILE, dh.FFDHE2048, uid, 0o440)
 
     def listen(self) -> dict[str, socket.socket]:
         """Return listening sockets for ``SOCKETS``: clients may connect at once, QEMU accepts when it is ready."""
