@@ -27,8 +27,6 @@ from tests.lab.conftest import Evm, Pool, run_lab
 from tests.lab.pool import until
 from tests.leaks import outliving
 
-CURL = ["curl", "--silent", "--show-error", "--max-time", "60", "--write-out", "\\n%{http_code}"]
-
 
 @pytest.fixture
 def n3(pool: Pool) -> Iterator[str]:

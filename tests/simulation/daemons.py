@@ -63,7 +63,6 @@ class Daemon:
     def __init__(self, world: World) -> None:
         self.world = world
         self.process: Process | None = None
-        self.down_until = 0.0
 
     @property
     def alive(self) -> bool:

@@ -15,7 +15,6 @@ from tests.simulation.patches import GROUND
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-Undo = Callable[[], None]
 DAY_S = 86_400.0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, get_origin
 
@@ -316,6 +316,3 @@ class SimWire:
 
     async def aclose(self) -> None:
         pass
-
-
-Dialled = Awaitable[SimLink]

@@ -47,10 +47,6 @@ async def handover(pool: Pool, volume: str) -> Handover:
     return Handover.model_validate((await pool.get(f"/v1/volumes/{volume}"))["handover"])
 
 
-async def until_state(pool: Pool, volume: str, *states: str) -> Any:
-    return await pool.until(f"/v1/volumes/{volume}", lambda v: v["state"] in states)
-
-
 async def test_each_volume_has_its_handover_with_its_figures(pool: Pool) -> None:
     before_s = time.time()
     done = await closed(pool, await migrate(pool))

@@ -27,7 +27,6 @@ from emp.model.errors import CommandFailed
 
 _IFF_UP = 0x1
 _IFF_PROMISC = 0x100
-_IFF_LOWER_UP = 0x10000
 
 # linux/rtnetlink.h, linux/netlink.h, linux/if_link.h, linux/neighbour.h
 _RTM_SETLINK, _RTM_NEWNEIGH, _RTM_DELNEIGH = 19, 28, 29
@@ -54,7 +53,6 @@ class Link:
     mac: str
     mtu_bytes: int
     up: bool
-    carrier: bool
     master: int | None
     """index of the bridge that it is a port of"""
     alias: str | None
@@ -81,7 +79,6 @@ def _link(message: Any) -> Link:
         mac=message.get("IFLA_ADDRESS") or "",
         mtu_bytes=message.get("IFLA_MTU"),
         up=bool(message["flags"] & _IFF_UP),
-        carrier=bool(message["flags"] & _IFF_LOWER_UP),
         master=message.get("IFLA_MASTER"),
         alias=message.get("IFLA_IFALIAS"),
         locked=bool(port and port.get("IFLA_BRPORT_LOCKED")),

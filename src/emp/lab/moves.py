@@ -14,8 +14,6 @@ from emp.lab.probing import Probing, window
 from emp.model.errors import HostError
 from emp.model.migration import Migration
 
-PACKETS = ("sent", "lost", "duplicated")
-
 
 @dataclass
 class Move:

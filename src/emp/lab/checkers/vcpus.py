@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,6 @@ class Execution:
     pid: int
     first_s: float
     last_s: float
-    cpu_s: float
 
 
 @dataclass
@@ -129,17 +127,17 @@ class VcpuWitness(Witness):
 
 
 def _execution(qemu: _Qemu) -> Iterator[Execution]:
-    busy = [(at_s, spent_ns) for at_s, spent_ns in _executing(tuple(qemu.ticks))]
+    busy = tuple(_executing(tuple(qemu.ticks)))
     if busy:
-        yield Execution(qemu.node, qemu.pid, busy[0][0], busy[-1][0], sum(ns for _, ns in busy) / 1e9)
+        yield Execution(qemu.node, qemu.pid, busy[0], busy[-1])
 
 
-def _executing(ticks: tuple[tuple[float, int], ...]) -> Iterator[tuple[float, int]]:
-    """Yield the busy ticks of the stretches in which three of four ticks are busy."""
-    counted: dict[int, bool] = defaultdict(bool)
+def _executing(ticks: tuple[tuple[float, int], ...]) -> Iterator[float]:
+    """Yield when the busy ticks were, of the stretches in which three of four ticks are busy."""
+    counted: set[int] = set()
     for first in range(len(ticks) - STRETCH + 1):
         stretch = [at for at in range(first, first + STRETCH) if ticks[at][1] >= BUSY_NS]
         if len(stretch) >= STRETCH - 1:
-            counted.update(dict.fromkeys(stretch, True))
+            counted.update(stretch)
     for at in sorted(counted):
-        yield ticks[at]
+        yield ticks[at][0]
