@@ -36,6 +36,7 @@ def run(
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Run the daemon with these settings.")
     ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Have the daemon log more.")] = False,
 ) -> None:
     from emp.cli.daemon import become
 
@@ -43,7 +44,7 @@ def run(
         return
     if config is None:
         raise BadInput("there is nothing to do", field="--config", hint="emp agent --config FILE, or emp agent --help")
-    become("emp.agent", ["--config", str(config)])
+    become("emp.agent", ["--config", str(config), *(["--verbose"] if verbose else [])])
 
 
 @app.command()

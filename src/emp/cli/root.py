@@ -24,11 +24,11 @@ class _Entry(NamedTuple):
 
 
 NOUNS = {
-    "evm": _Entry("emp.cli.evm", "Make, list, start, stop and delete EVMs; attach to their console."),
+    "evm": _Entry("emp.cli.evm", "Make, list, start, stop, recover and delete EVMs; attach to their console."),
     "migrate": _Entry("emp.cli.migrate", "Move a running EVM to another node."),
     "migration": _Entry("emp.cli.migration", "List, show, watch and abort migrations."),
-    "node": _Entry("emp.cli.node", "List, show, cordon and uncordon bare-metal nodes."),
-    "volume": _Entry("emp.cli.volume", "Make, list, show and delete volumes."),
+    "node": _Entry("emp.cli.node", "List, show, cordon, fence and readmit bare-metal nodes."),
+    "volume": _Entry("emp.cli.volume", "Make, list, show, attach, resize and delete volumes."),
     "lab": _Entry("emp.lab.cli", "A whole pool on this machine, in network namespaces."),
     "agent": _Entry("emp.cli.agent", "Run the daemon of a bare-metal node, or ask it on the node."),
     "controller": _Entry("emp.cli.daemon", "Run the daemon of a pool."),

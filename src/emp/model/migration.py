@@ -111,7 +111,7 @@ class WatchLine(Model):
     """One thing that is monitored while a migration runs: its threshold, the worst that was seen, and the verdict."""
 
     check: str
-    """such as ``no-convergence``, ``deadline``, ``stream-stalled``, ``target-silent``"""
+    """such as ``convergence``, ``deadline``, ``target-agent`` (``emp.migration.watch.Check``)"""
     threshold: str
     """from the policy, with its unit, for people"""
     worst: str | None = None
