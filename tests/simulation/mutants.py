@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from emp.agent import adoption, guest_clock
-from emp.agent.residents import Resident, Residents
+from emp.agent.guests import Guests
+from emp.agent.resident import Resident
 from emp.controller.boot import Boot
 from emp.migration import source, target, way_back
 from emp.migration.events import AbortAsked, Event, SendGo, StreamMoved, TargetLoaded, Timer, TimerFired, WriteRecord
@@ -126,8 +127,8 @@ def clock_set_while_it_leaves() -> None:
     module: Any = guest_clock
     right = module.set_right
 
-    def leave(self: Residents, resident: Resident) -> None:
+    def leave(self: Guests, resident: Resident) -> None:
         resident.clock = None
 
-    Residents.leave_clock = leave  # type: ignore[method-assign]
+    Guests.leave_clock = leave  # type: ignore[method-assign]
     module.set_right = lambda machine, may_go_on, told: right(machine, lambda: True, told)

@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import pytest
 
-from emp.agent import residents as module
+from emp.agent import guests
 from emp.agent.journal import Journal
-from emp.agent.residents import Resident, Residents
+from emp.agent.resident import Resident
+from emp.agent.residents import Residents
 from emp.hypervisor.base import MachineEvent, MachineEventKind, NoGuestAgent, RunState
 from emp.hypervisor.qemu.events import Broadcast
 from emp.migration.records import Record, RecordKind
@@ -51,7 +52,7 @@ def machine() -> Machine:
 
 @pytest.fixture
 async def residents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Residents]:
-    monkeypatch.setattr(module, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(guests, "_AGAIN_S", 0.01)
     journal = Journal.open(tmp_path / "journal")
     await journal.append(Record(RecordKind.OWN, "web", 3))
     made = Residents(journal, cast(Any, None), cast(Any, None), memory_bytes=1)

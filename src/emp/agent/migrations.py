@@ -143,7 +143,7 @@ class Migrations:
             self._residents.shelf.put(resident.entry.model_copy(update={"peer": order.target}))
             began = self._source_role(state, order, order.target)
             self._roles.remember(began)  # so that an abort finds it while the link is being opened
-            self._residents.leave_clock(resident)
+            self._residents.guests.leave_clock(resident)
             try:
                 await began.start()
             except BaseException:
@@ -291,28 +291,28 @@ class Migrations:
         )
 
     async def _source_ended(self, role: SourceRole) -> None:
-        evm = role.state.evm
+        evm, guests = role.state.evm, self._residents.guests
         match role.phase:
             case RolePhase.DONE:
                 await self._residents.depart(evm)
             case RolePhase.ABORTED:
-                await self._residents.catch_up(evm)
+                await guests.catch_up(self._residents.get(evm))
             case RolePhase.LOST:
-                await self._residents.crashed(self._residents.get(evm), role.state.cause or "lost in a migration")
+                await guests.crashed(self._residents.get(evm), role.state.cause or "lost in a migration")
         self._residents.changed.notify()
 
     async def _target_ended(self, role: TargetRole) -> None:
-        evm = role.state.evm
+        evm, guests = role.state.evm, self._residents.guests
         self._residents.unreserve(evm)
         match role.phase:
             case RolePhase.RUNNING:
                 assert role.assembly is not None
-                self._residents.settle(role.entry, role.assembly)
-                await self._residents.catch_up(evm)  # what the guest did before anybody listened here
+                arrived = self._residents.settle(role.entry, role.assembly)
+                await guests.catch_up(arrived)  # what the guest did before anybody listened here
             case RolePhase.LOST:
                 lost = self._residents.note(role.entry, EvmState.CRASHED, role.state.cause)
                 lost.assembly = role.assembly
-                await self._residents.crashed(lost, role.state.cause or "lost in a migration")
+                await guests.crashed(lost, role.state.cause or "lost in a migration")
             case _:
                 self._residents.shelf.drop(evm)
 
