@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from emp.controller.reach import Reach
+from emp.model.addresses import Assigned
 from emp.model.errors import (
     BadInput,
     Conflict,
@@ -22,7 +24,7 @@ from emp.model.errors import (
     Refused,
     Unreachable,
 )
-from emp.model.evm import EvmState
+from emp.model.evm import EvmSpec, EvmState
 from tests.fakes.agent import Script
 from tests.fakes.pool import Pool, a_pool
 from tests.fakes.values import GIB, MIB, versions
@@ -304,6 +306,30 @@ async def test_an_abort_before_the_commit_returns_the_evm(pool: Pool) -> None:
     assert (await closed(pool, await migrate(pool, target="n2")))["outcome"] == "completed"
     again = await pool.post(f"/v1/migrations/{begun['id']}/abort")
     assert (again["outcome"], again["id"]) == ("aborted", begun["id"]), "a second abort gets the same answer"
+
+
+async def test_a_cloud_hears_of_a_migration_at_the_commit_and_of_an_abort_never(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An abort must not wait for a cloud that refuses. What was ordered once is on record: it may have to be undone."""
+    ordered: list[tuple[str, bool]] = []
+
+    async def assign(_: Reach, spec: EvmSpec, node: str, *, insist: bool = False) -> Assigned:
+        ordered.append((node, insist))
+        return Assigned(took_s=0.0, calls=1)
+
+    await pool.create("web", node="n1")
+    monkeypatch.setattr(Reach, "is_routed", True)
+    monkeypatch.setattr(Reach, "assign", assign)
+    pool.agents["n1"].script = Script()
+    begun = await migrate(pool, target="n2")
+    await pool.until(f"/v1/migrations/{begun['id']}", lambda m: m["stage"] == "source-brownout")
+    await pool.post(f"/v1/migrations/{begun['id']}/abort")
+    assert not (await closed(pool, begun))["addresses_ordered"]
+    assert ordered == []
+    pool.agents["n1"].script = Script.free()
+    assert (await closed(pool, await migrate(pool, target="n2")))["addresses_ordered"]
+    assert ordered == [("n2", False)]
 
 
 async def test_an_abort_after_the_commit_is_refused(pool: Pool) -> None:

@@ -168,6 +168,9 @@ class Steps:
 
     async def readdress(self, *, tell_again: bool = False) -> None:
         """Have the cloud send what is for the EVM to the target, however long it takes."""
+        if not self.reassignment.is_over:
+            self._tally.orders_addresses()
+            await self.save()  # before there is an order that nobody would know of
         await self.reassignment.finish(self._evm().spec, tell_again=tell_again)
 
     async def detach(self, role: Role) -> None:
@@ -177,7 +180,8 @@ class Steps:
             await self.moves.take_back(single)
             await self._shut_out(role, (*single, *multi))
             await self._until_known(self._live.source, lambda: self.moves.bring_home(single))
-            await self._until_known(None, lambda: self.reassignment.bring_home(self._evm().spec))
+            if self._live.addresses_ordered:  # else an abort would wait for a cloud that it does not concern
+                await self._until_known(None, lambda: self.reassignment.bring_home(self._evm().spec))
         else:
             # Not the one for the other's failure: a volume whose move is broken off stands still.
             each = self._detach_from_source(multi), self._move_away(single), self.readdress()

@@ -13,7 +13,7 @@ from emp.model.clock import GuestClock
 from emp.model.migration import Migration, Outcome, Report, Stage, VolumeMove, VolumeStep
 from emp.model.orders import Prepared, Role, RolePhase, RoleStatus
 
-_WEIGHTY = ("stage", "outcome", "cause", "hint", "committed", "abort_asked", "nonce", "report")
+_WEIGHTY = ("stage", "outcome", "cause", "hint", "committed", "addresses_ordered", "abort_asked", "nonce", "report")
 _COMMITTED = (RolePhase.GIVEN, RolePhase.ACTIVATED, RolePhase.DONE, RolePhase.RUNNING)
 _ENDING = (Phase.FINISHING, Phase.DETACHING, Phase.CLOSED)
 _BACK = (Phase.SETTLING, Phase.DETACHING)
@@ -83,6 +83,9 @@ class Tally:
         """Take how volumes were moved. What was known of one already stands: a restarted controller looks again."""
         self._moves = tuple(({move.volume: move for move in (*moves, *self._moves)}).values())
         self._set(report=self.migration.report.model_copy(update={"volumes": self._moves}))
+
+    def orders_addresses(self) -> None:
+        self._set(addresses_ordered=True)
 
     def readdressed(self, move: AddressMove) -> None:
         """Take how the addresses were moved; what was known already stands."""

@@ -239,6 +239,8 @@ class Migration(Model):
     hint: str | None = None
     committed: bool = False
     """GIVEN is known to be on the source's disk: it only goes forward"""
+    addresses_ordered: bool = False
+    """a cloud may have been told that the target has the EVM's addresses: should it go back, it is told otherwise"""
     abort_asked: str | None = None
     """who asked for an abort, while it is under way"""
     placement: str | None = None
