@@ -27,16 +27,21 @@ def turn(files: LabFiles, **knobs: Any) -> None:
 
     Raises ``HostError`` if the cloud does not take them.
     """
-    from emp.lab.cloud.knobs import Knobs  # pydantic's models take their time, and most commands need none
-
     argv = command_in(files, CTL.name, [sys.executable, "-m", "emp.lab.cloud_control", region.url()])
-    text = Knobs(**knobs).model_dump_json()
-    done = subprocess.run(argv, input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, input=as_json(**knobs), capture_output=True, text=True, check=False)
     if done.returncode:
         raise HostError(f"the cloud does not take the knobs: {done.stderr.strip()[-500:]}")
 
 
-async def _send(url: str, knobs: Any) -> None:
+def as_json(**knobs: Any) -> str:
+    """Return ``knobs`` with all others as they are by default."""
+    from emp.lab.cloud.knobs import Knobs  # pydantic's models take their time, and most commands need none
+
+    return Knobs(**knobs).model_dump_json()
+
+
+async def send(url: str, knobs: Any) -> None:
+    """From the controller's place: have the cloud at ``url`` take ``knobs``. Raises ``EmpError`` if it does not."""
     from emp.wire.http import WireClient
     from emp.wire.identity import Identity
     from emp.wire.tls import mutual_client
@@ -46,4 +51,4 @@ async def _send(url: str, knobs: Any) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_send(sys.argv[1], json.load(sys.stdin)))
+    asyncio.run(send(sys.argv[1], json.load(sys.stdin)))
