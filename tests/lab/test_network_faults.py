@@ -29,9 +29,11 @@ from emp.lab.places import NAMESPACES
 from emp.lab.probing import Probing
 from emp.lab.topology import CLIENT, FABRIC, LINK_PORT, UPLINK
 from emp.lab.up import Options, up
-from emp.model.migration import Migration, Outcome
+from emp.model.migration import Outcome
 from emp.network.tap_driver import QUEUE_FRAMES, interface_name
 from tests.frames import ethernet
+from tests.lab.aborts import GRACE_S, STAGES, aborted_in, check_streams, ends, wait_hit
+from tests.lab.clocks import check_right, clock, settle, until_told
 from tests.lab.conftest import Pool
 from tests.lab.flood import Flood, packet_socket
 from tests.lab.pool import Subject, mend, subject, until
@@ -67,26 +69,6 @@ def mended(pool: Pool, evm: Subject) -> Iterator[None]:
     until(lambda: evm.record.migration is None, "no migration is open")
 
 
-def ends(evm: Subject) -> tuple[str, str]:
-    """Return the source and the target of its next migration."""
-    source = evm.record.owner
-    return ("n1", "n2") if source == "n1" else ("n2", "n1")
-
-
-def wait_hit(pool: Pool, node: str, point: str, since_s: float) -> None:
-    hits = pool.files.faults(node)
-    until(lambda: any(hit.point == point and hit.at_s >= since_s for hit in faults.hits(hits)), f"{node} is at {point}")
-
-
-def check_streams(probing: Probing, evm: Subject) -> None:
-    """No UDP packet was lost or came twice, and the TCP connection is the same one."""
-    seen = probing.stop()["targets"]["evm"]
-    udp, tcp = seen["udp"]["total"], seen["tcp"]
-    assert (udp["lost"], udp["duplicated"], udp["answered_twice"]) == (0, 0, 0), udp
-    assert (tcp["resets"], tcp["reconnects"], tcp["total"]["lost"]) == (0, 0, 0), tcp
-    assert udp["received"] > 0
-
-
 # ---------------------------------------------------------------- an abort
 
 
@@ -101,34 +83,12 @@ def neighbours(pool: Pool, evm: Subject) -> dict[str, str | None]:
     return found
 
 
-def aborted_in(stage: str, pool: Pool, evm: Subject) -> Migration:
-    source, target = ends(evm)
-    points = pool.files.faults(source)
-    match stage:
-        case "source brownout":
-            moving = evm.begin_slow(target)
-            evm.client.migrations.abort(moving.id)
-        case "pre-switchover":
-            faults.arm(points, "source.continue-stream.before", "raise:EIO")
-            moving = evm.begin(target)
-        case "device transfer":
-            since_s = time.monotonic()
-            faults.arm(points, "source.continue-stream.before", "delay:200")
-            moving = evm.begin(target, blackout_deadline_s=0.5)
-            wait_hit(pool, source, "source.continue-stream.before", since_s)
-            pool.stop(target, f"qemu:{evm.name}")
-        case "completed":
-            faults.arm(points, "journal.given.before_fsync", "raise:EIO")
-            moving = evm.begin(target)
-    return evm.end_of(moving)
-
-
-@pytest.mark.parametrize("stage", ["source brownout", "pre-switchover", "device transfer", "completed"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_of_an_abort_nobody_hears_and_no_packet_is_lost(pool: Pool, evm: Subject, stage: str) -> None:
     source, _ = ends(evm)
     mac, address = evm.spec.nics[0].mac, evm.spec.nics[0].address
     with (
-        Probing(pool.files, {"evm": address}, rate_hz=1000) as probing,
+        Probing(pool.files, {"evm": address}, rate_hz=1000, grace_s=GRACE_S) as probing,
         FrameWitness(pool.topology, [mac]) as witness,
     ):
         before = neighbours(pool, evm)
@@ -136,11 +96,31 @@ def test_of_an_abort_nobody_hears_and_no_packet_is_lost(pool: Pool, evm: Subject
         ended = aborted_in(stage, pool, evm)
         assert (ended.outcome, ended.committed) == (Outcome.ABORTED, False)
         evm.check_only_on(source)
-        check_streams(probing, evm)
+        check_streams(probing)
         assert neighbours(pool, evm) == before
     assert {seen.node for seen in witness.seen} == {source}, "and so the capture has seen something"
     assert witness.dropped == 0
     assert not ended.report.frames_forwarded
+
+
+@pytest.mark.parametrize("stage", ["device transfer", "completed"])
+def test_after_an_abort_in_the_blackout_the_clock_is_right_and_has_never_stepped_back(
+    pool: Pool, evm: Subject, stage: str
+) -> None:
+    settle(evm)
+    before = clock(evm, "clock watch")
+    since_s = evm.client.evms.clock(evm.name).at_s
+    ended = aborted_in(stage, pool, evm)
+    assert ended.outcome is Outcome.ABORTED
+    told = until_told(evm, lambda clock: clock.is_right and clock.at_s > since_s, "is right again")
+    check_right(evm)
+    after = clock(evm)
+    assert after["samples"] > before["samples"], "it was watched all the time"
+    assert after["stepped_back_us"] == 0
+    pause_ms = ended.report.abort_pause_ms
+    assert pause_ms is not None
+    assert told.is_set, "it was behind"
+    assert (after["stepped_ahead_us"] - before["stepped_ahead_us"]) / 1000 > pause_ms / 2
 
 
 # ---------------------------------------------------------------- the tunnel is cut
@@ -236,7 +216,7 @@ def test_a_tunnel_that_is_cut_is_made_again_and_nothing_is_lost(
     source, target = ends(evm)
     since_s = time.monotonic()
     faults.arm(pool.files.faults(source), POINTS[moment], f"delay:{HELD_MS}")
-    with Probing(pool.files, {"evm": evm.spec.nics[0].address}, rate_hz=200) as probing:
+    with Probing(pool.files, {"evm": evm.spec.nics[0].address}, rate_hz=200, grace_s=GRACE_S) as probing:
         moving = evm.begin(target)
         wait_hit(pool, source, POINTS[moment], since_s)
         _, frames = tunnels(pool, source, target)
@@ -245,7 +225,7 @@ def test_a_tunnel_that_is_cut_is_made_again_and_nothing_is_lost(
             ended = evm.end_of(moving)
             assert ended.outcome is Outcome.COMPLETED, ended.cause
             assert visitor.answers(50) == list(range(50))
-        check_streams(probing, evm)
+        check_streams(probing)
     evm.check_only_on(target)
     assert (ended.report.frames_forwarded or 0) >= 50
     assert ended.report.frames_lost == 0

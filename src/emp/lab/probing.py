@@ -71,13 +71,22 @@ class ClientProgram:
 
 
 class Probing(ClientProgram):
-    """``with Probing(files, {"evm": "10.77.1.0"}) as probing:`` sends from then on; ``mark`` begins a window."""
+    """``with Probing(files, {"evm": "10.77.1.0"}) as probing:`` sends from then on; ``mark`` begins a window.
+
+    ``grace_s``: the end waits so long for replies; one that is still on its way then counts as lost.
+    """
 
     def __init__(
-        self, files: LabFiles, targets: Mapping[str, str], *, rate_hz: float = 1000, udp_only: bool = False
+        self,
+        files: LabFiles,
+        targets: Mapping[str, str],
+        *,
+        rate_hz: float = 1000,
+        udp_only: bool = False,
+        grace_s: float = 0.5,
     ) -> None:
         words = [f"{name}={address}" for name, address in targets.items()]
-        words += ["--rate", str(rate_hz), *(["--udp-only"] if udp_only else [])]
+        words += ["--rate", str(rate_hz), "--grace", str(grace_s), *(["--udp-only"] if udp_only else [])]
         super().__init__(files, "emp.lab.prober", words)
 
 
