@@ -4,8 +4,8 @@
 
 PY := .venv/bin/python
 SOURCES := src scripts tests $(wildcard bench)
-# Two at a time, each with namespaces and labs of its own; a file stays together, as its tests share a lab. The search
-# takes all processors by itself.
+# Two at a time, each with namespaces and labs of its own; a file stays together, as its tests share a lab. Three are no
+# faster, as the guests' emulators slow each other down. The search takes all processors by itself.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 AS_ROOT := $(PY) scripts/as_root.py "the lab makes network namespaces, taps and mounts"
 
