@@ -215,12 +215,14 @@ class Source:
 
 class Machine:
     def __init__(self) -> None:
+        self.counts = asyncio.Event()
+        """it says how many buffers have been used"""
+        self.counts.set()
         self.answers = asyncio.Event()
         self.says = Received(7, (60,))
 
     async def received(self, nic: int, *, sizes: bool = True, again: bool = False) -> Received:
-        if sizes:
-            await self.answers.wait()
+        await (self.answers if sizes else self.counts).wait()
         return self.says
 
 
@@ -445,6 +447,32 @@ async def test_what_the_machine_threw_away_comes_back_once_the_guest_runs_again(
     await source.forwarder.settled()
     assert numbers(source.port.got) == [1]
     assert source.port.calls[-2:] == ["thrown [60] [61, 62] 0", "forget"]
+
+
+async def test_an_abort_waits_for_what_the_guest_had_received(source: Source) -> None:
+    """The hypervisor is told to go back right after the guest has stopped."""
+    source.port.was_thrown = [frame(1)]
+    source.machine.counts.clear()
+    source.forwarder.stopped(cast(Any, source.machine))
+    looking = asyncio.create_task(source.forwarder.looked())
+    await asyncio.sleep(0.01)  # in which it may not go on
+    assert not looking.done()
+    source.machine.counts.set()
+    await looking
+    source.machine.answers.set()
+    source.forwarder.goes_back(cast(Any, source.machine))
+    source.machine.says = Received(8, (60, 61))
+    await put_back(source)
+    await source.forwarder.settled()
+    assert numbers(source.port.got) == [1]
+
+
+async def test_an_abort_waits_for_that_but_a_moment(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forwarding, "_LOOKED_S", 0.01)
+    source.machine.counts.clear()
+    source.forwarder.stopped(cast(Any, source.machine))
+    async with asyncio.timeout(5):
+        await source.forwarder.looked()
 
 
 async def test_what_came_before_the_stop_is_remembered_over_a_burst(source: Source) -> None:

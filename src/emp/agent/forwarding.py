@@ -48,6 +48,8 @@ _LAST_S, _LAST_MOST_S = 0.2, 5.0
 """for the word that the last frames have been taken: at least, however long the network has taken to move, and at most,
 however much longer it might have taken"""
 _LOOK_S = 0.05
+_LOOKED_S = 0.05
+"""for a machine to say what its guest had received when it stopped"""
 _BACK_S = 1.0
 """until a guest that runs again has got the mark"""
 _MODULUS = 1 << 16
@@ -259,6 +261,14 @@ class Forwarder:
     async def all_taken(self) -> None:
         """Return when the target has taken everything that was sent."""
         await self._tunnel.emptied()
+
+    async def looked(self) -> None:
+        """Return when it is known what the guest had received when it stopped, if it has, or soon without that.
+
+        To be awaited before the guest runs here again: later it cannot be known any more.
+        """
+        if self._got_before:
+            await asyncio.wait(self._got_before, timeout=_LOOKED_S)
 
     def goes_back(self, machine: Machine) -> None:
         """Before the commit, and perhaps before the guest runs here again: look out for that, as it soon gets more than

@@ -348,8 +348,6 @@ class SourceRole(Role[Source]):
                 except EmpError as error:
                     self.feed(events.AbortAsked(f"the switchover was refused: {error}"))
             case events.CancelStream():
-                if self._forwarder is not None:
-                    self._forwarder.goes_back(self.machine)
                 self.spawn(self._cancel_stream())
             case events.SendGo():
                 message = {"type": "go", "epoch": self.state.epoch_target, "nonce": self.state.nonce}
@@ -437,6 +435,9 @@ class SourceRole(Role[Source]):
 
     async def _cancel_stream(self) -> None:
         """Repeat until the hypervisor says what became of the stream; it may be stuck in a write for a while."""
+        if self._forwarder is not None:
+            await self._forwarder.looked()
+            self._forwarder.goes_back(self.machine)
         while self.state.phase is SourcePhase.CANCELLING:
             try:
                 await self.machine.cancel_stream()
