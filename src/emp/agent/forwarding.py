@@ -166,14 +166,13 @@ class Forwarder:
         self.held += len(held)
         self._copies[nic] += swallowed.thrown  # what is queued the machine gives to its guest itself
         with contextlib.suppress(OSError):  # the task says it
-            held += self._pulled(nic, port, _AT_ONCE)
+            held += self._for_the_target(nic, port.pull(_AT_ONCE), _AT_ONCE)
         self._tunnel.send(nic, held)
         self._say_if_caught_up()
 
-    def _pulled(self, nic: int, port: Port, most: int) -> list[bytes]:
-        """Take what there is for the target, up to ``most`` frames."""
+    def _for_the_target(self, nic: int, pulled: Sequence[bytes], most: int) -> list[bytes]:
+        """Return what of the frames goes there. ``most``: so many were asked for."""
         own = self._own[nic]
-        pulled = port.pull(most)
         if len(pulled) < most:
             self._behind.discard(nic)
         # The target's announcements come by here too. The guest must not see them: a bridge in it would take its pods
@@ -197,20 +196,20 @@ class Forwarder:
         if not is_held_sent and received is not None:
             await asyncio.wait({received}, timeout=_LOOK_S)
             self._send_held(nic, port, received.result() if received.done() else None)
-        frames: list[bytes] = []
+        pulled: list[bytes] = []
         while True:
             # A flood must not take the event loop from the migration.
-            await asyncio.sleep(_GATHERED_S if 0 < len(frames) < _BATCH else 0)
+            await asyncio.sleep(_GATHERED_S if 0 < len(pulled) < _BATCH else 0)
             await self._tunnel.writable()
             if self._copied_bytes > _COPIES_BYTES:
                 await self._runs.wait()
             try:
                 await port.filled()
-                frames = self._pulled(nic, port, _BATCH)
+                pulled = port.pull(_BATCH)
             except OSError as error:
                 log.warning("%s: %s is gone, frames for it are lost: %s", self._name, port.interface, error)
                 return
-            if frames:
+            if frames := self._for_the_target(nic, pulled, _BATCH):
                 self._frame_at_s = asyncio.get_running_loop().time()
                 self._tunnel.send(nic, frames)
             self._say_if_caught_up()

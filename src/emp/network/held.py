@@ -31,7 +31,8 @@ import os
 import random
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from emp.host import packet, tap
 from emp.network.base import Swallowed
@@ -52,7 +53,9 @@ _KNOWN_BY = 32
 _WAITING_BYTES = 16 << 20
 _SPACING = 64
 """frames from one spacer to the next; a guest's ring remembers 1,024"""
-_SPACER_BYTES = range(64, 1024)
+_NEAR = 1024
+"""frames among which a spacer's length is to be the only one of its kind"""
+_SPACER_BYTES = range(64, 1400)
 _PURGED = 3
 """frames at most that are taken to have been thrown away"""
 _RING_HEADER_BYTES = 12
@@ -113,9 +116,9 @@ class Held:
         if self._mark not in kept:
             return Swallowed([], []), ahead
         at_mark = kept.index(self._mark)
-        # If neither was met, the frames that wait may have gone in before the mark or behind it.
-        first = at_mark + 1 if is_swallowed else _place(ahead, kept[:at_mark] if is_at_mark else kept)
-        if not first:  # it is not known, or nothing of what came before
+        # If neither was met, the frames that wait may have gone in before the mark or behind it, and some not at all.
+        first = at_mark + 1 if is_swallowed else at_mark - len(ahead) if is_at_mark else _place(ahead, kept)
+        if not first or first < 0:  # it is not known, or nothing of what came before
             return Swallowed([], []), ahead
         last = first - 1
         purged = next((n for n in range(_PURGED + 1) if n <= last and self._is_last(kept[: last - n], received)), 0)
@@ -157,12 +160,15 @@ class Held:
         """Return which frame may be the first that the guest got after the stop, if the last of ``kept`` is the one
         in the last buffer."""
         if not hidden:
-            least = max(0, len(kept) - len(after) - _STRANGE)
-            return [at for at in range(least, len(kept)) if self._fill(kept[at:], after)]
+            newest = kept[-len(after) - _STRANGE :]
+            beginnings = enumerate(self._beginnings(newest, after, exactly=True), 1)
+            return [len(kept) - count for count, lefts in beginnings if 0 in lefts][::-1]
         # Of the hidden ones only the number is known: right if each is a frame, and no frame may have been stopped.
         at = len(kept) - hidden - len(after)
-        is_plain = at >= 0 and all(self._fills_one_buffer(frame) for frame in kept[at:])
-        return [at] if is_plain and self._fill(kept[at + hidden :], after) else []
+        if at < 0 or not all(self._fills_one_buffer(frame) for frame in kept[at:]):
+            return []
+        *_, lefts = self._beginnings(kept[at + hidden :], after, exactly=True)
+        return [at] if 0 in lefts else []
 
     def _fills_one_buffer(self, frame: bytes) -> bool:
         receiver = frame[packet.RECEIVER]
@@ -181,27 +187,27 @@ class Held:
 
         Frames for another MAC may have got to the guest, or have been stopped by the card's filter.
         """
-        return bool(self._beginnings(kept, received, stops_at_the_oldest=True))
+        lefts = {len(received)}
+        for lefts in self._beginnings(kept, received, exactly=False):
+            if 0 in lefts:  # what is older than the ring may be as it likes
+                break
+        return bool(lefts)
 
-    def _beginnings(self, frames: Sequence[bytes], received: Sequence[int], *, stops_at_the_oldest: bool) -> set[int]:
-        """Return where in ``received`` the first of the frames may begin, if the last one ends it.
+    def _beginnings(self, frames: Sequence[bytes], received: Sequence[int], *, exactly: bool) -> Iterator[set[int]]:
+        """Yield for each frame, from the last one on, where in ``received`` it may begin, if the last one ends it. With
+        none any more it ends.
 
-        ``stops_at_the_oldest``: what is older than ``received`` may be as it likes.
+        ``exactly``: no frame begins before ``received``.
         """
         lefts = {len(received)}
-        """how much of the ring may be older than the frame that is looked at"""
         for frame in reversed(frames):
             wanted = _RING_HEADER_BYTES + len(frame) - packet.HEADER_BYTES
             before = lefts if frame[packet.RECEIVER] not in self._own else set()
-            firsts = (_first_buffer(received, left, wanted, exactly=not stops_at_the_oldest) for left in lefts)
+            firsts = (_first_buffer(received, left, wanted, exactly=exactly) for left in lefts)
             lefts = {first for first in firsts if first is not None} | before
-            if not lefts or (stops_at_the_oldest and 0 in lefts):
+            yield lefts
+            if not lefts:
                 break
-        return lefts
-
-    def _fill(self, frames: Sequence[bytes], received: Sequence[int]) -> bool:
-        """Whether the frames, but for such as may have been stopped, fill these buffers and no others."""
-        return 0 in self._beginnings(frames, received, stops_at_the_oldest=False)
 
     def _for_the_guest(self, frames: Sequence[bytes]) -> list[bytes]:
         return [frame for frame in frames if frame[packet.SENDER] != _US]
@@ -222,7 +228,7 @@ class Held:
 
     def _strange_size(self) -> int:
         """Return a length that no frame near has, of the Ethernet frame."""
-        near = {len(frame) - packet.HEADER_BYTES for frame in list(self._kept)[-4 * _SPACING :]}
+        near = {len(frame) - packet.HEADER_BYTES for frame in islice(reversed(self._kept), _NEAR)}
         return random.choice([size for size in _SPACER_BYTES if size not in near])
 
     def _look(self, most: int) -> None:
