@@ -34,11 +34,13 @@ def larger_share() -> Iterator[bool]:
     whether it was allowed.
     """
     for base, name, most in _SHARES:
-        group = base / _GROUP
+        if not (base / "cgroup.procs").exists():
+            continue
+        was_in, group = base / _group_of(os.getpid(), base), base / _GROUP
         try:
             group.mkdir(exist_ok=True)
-            (group / name).write_text(str(most))
-            (group / "cgroup.procs").write_text(str(os.getpid()))
+            _write(group / name, most)
+            _write(group / "cgroup.procs", os.getpid())
         except OSError:
             with contextlib.suppress(OSError):
                 group.rmdir()
@@ -46,8 +48,21 @@ def larger_share() -> Iterator[bool]:
         try:
             yield True
         finally:
-            (base / "cgroup.procs").write_text(str(os.getpid()))
+            _write(was_in / "cgroup.procs", os.getpid())
             with contextlib.suppress(OSError):  # something that was started is still in it
                 group.rmdir()
         return
     yield False
+
+
+def _group_of(pid: int, base: Path) -> str:
+    """Return where below ``base`` a process is (cgroups(7), /proc/PID/cgroup: number:controllers:path)."""
+    parts = (line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    places = {controller: path for _, controllers, path in parts for controller in controllers.split(",")}
+    return places["cpu" if base.name == "cpu" else ""].lstrip("/")
+
+
+def _write(setting: Path, value: int) -> None:
+    """Write to a file that is there: elsewhere than in a control group file system it would be made."""
+    with setting.open("r+") as opened:
+        opened.write(str(value))
