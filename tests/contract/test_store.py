@@ -210,8 +210,8 @@ async def test_create_if_absent_has_one_winner(store: Store) -> None:
         ("key", [absent("")], []),
         ("ops", [], [Put("/a", b"1"), Put("/a", b"2")]),
         ("ops", [], [Put("/a", b"1"), Delete("/a")]),
-        ("ops", [], [Get("/a")] * 129),
-        ("compares", [absent("/a")] * 129, []),
+        ("ops", [], [Get("/a")] * 513),
+        ("compares", [absent("/a")] * 513, []),
         ("compares", [Compare("/a", "version", "=", b"1")], []),
         ("value", [], [Put("/a", "text")]),  # type: ignore[arg-type]
         ("value", [], [Put("/a", b"x" * 600_000), Put("/b", b"x" * 600_000)]),
@@ -223,7 +223,7 @@ async def test_bad_transactions_are_refused_whole(
 ) -> None:
     start = await revision_of(store)
     with pytest.raises(BadInput) as caught:
-        await store.txn(compares, [Put("/fine", b""), *ops][-129:])
+        await store.txn(compares, [Put("/fine", b""), *ops][-513:])
     assert caught.value.field == field
     with pytest.raises(BadInput):
         await store.txn([absent("/a")], [], list(ops) or [Get("")])

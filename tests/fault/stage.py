@@ -43,7 +43,7 @@ from tests.leaks import outliving
 
 T = TypeVar("T")
 
-MEMORY_BYTES = 96 << 20
+MEMORY_BYTES = 104 << 20
 REWRITTEN_BYTES = 4 << 20
 REWRITE_BYTES_PER_S = 16 << 20
 JOURNAL_HZ = 40

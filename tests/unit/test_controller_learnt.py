@@ -26,6 +26,17 @@ async def pool(tmp_path: Path) -> AsyncIterator[Pool]:
         yield made
 
 
+async def test_an_evm_may_have_as_many_pods_as_is_said_with_two_addresses_each(tmp_path: Path) -> None:
+    async with a_pool(tmp_path, "n1") as made:
+        made.subnet["ipv6"] = {"subnet": "fd77::/64", "evms": "fd77::1:0:0:0/80"}
+        await made.restart()
+        cards = {"nics": 4, "ipv6": ["auto"] * 4}
+        evm = await made.create("many", node="n1", **cards, pods=[f"p{n}=auto" for n in range(128)])
+        assert len({pod["ipv6"]["address"] for pod in evm["spec"]["pods"]}) == 128
+        await made.delete("/v1/evms/many")
+        assert (await made.create("again", node="n1", **cards, pods=["p=auto"]))["spec"]["nics"][0]["ipv6"]
+
+
 def report(pool: Pool, node: str, evm: str, **what: Any) -> None:
     agent = pool.agents[node]
     agent.evms[evm] = agent.evms[evm].model_copy(update=what)
