@@ -235,15 +235,20 @@ def routed(*there: InterfaceFacts, **changes: object) -> Facts:
 
 
 def test_interfaces_with_room_pass() -> None:
-    (check,) = (check for check in preflight(routed(eni("eni-2", "n2"))) if check.name == "addresses")
-    assert (check.ok, "eni-2 with 49 of 50 slots free" in check.message) == (True, True)
+    six = Ipv6(address="fd77::1:0:0:4", prefix_length=128)
+    nics = (facts().spec.nics[0].model_copy(update={"ipv6": six}),)
+    given = routed(eni("eni-2", "n2", ipv6_slots=30, ipv6_free=28))
+    given = dataclasses.replace(given, spec=given.spec.model_copy(update={"nics": nics}))
+    (check,) = (check for check in preflight(given) if check.name == "addresses")
+    assert check.ok
+    assert check.message == "1 of IPv4 and 1 of IPv6 to eni-2 with 49 of 50 IPv4 and 28 of 30 IPv6 slots free"
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (routed(), "n2 has no network interface for addresses of EVMs"),
-        (routed(eni("eni-2", "n2", free=0)), "1 slots are needed on n2: eni-2 has 0 of 50 free"),
+        (routed(eni("eni-2", "n2", free=0)), "1 slots of IPv4 are needed on n2: eni-2 has 0 of 50 free"),
         (
             routed(eni("eni-2", "n2", source_dest_check=True)),
             "the source/destination check of eni-2 on n2 is on: aws ec2 modify-network-interface-attribute "

@@ -251,8 +251,13 @@ def addresses(facts: Facts) -> Check:
     there = [eni for eni in cloud.interfaces if eni.node == facts.target.name]
     here = [eni for eni in cloud.interfaces if eni.node == facts.source.name]
     bad = [*_delegated(cloud), *_checked([*here, *there]), *_short_of_slots(wanted, there, facts.target.name)]
-    shown = ", ".join(f"{eni.id} with {eni.free} of {eni.slots} slots free" for eni in there)
-    return Check(name="addresses", ok=not bad, message="; ".join(bad) or f"{len(wanted)} to {shown}")
+    six = sum(":" in address for address in wanted)
+    shown = ", ".join(
+        f"{eni.id} with {eni.free} of {eni.slots} IPv4 and {eni.ipv6_free} of {eni.ipv6_slots} IPv6 slots free"
+        for eni in there
+    )
+    told = f"{len(wanted) - six} of IPv4 and {six} of IPv6 to {shown}"
+    return Check(name="addresses", ok=not bad, message="; ".join(bad) or told)
 
 
 def _delegated(cloud: AddressFacts) -> list[str]:
@@ -279,7 +284,7 @@ def _short_of_slots(wanted: Set[str], there: Sequence[InterfaceFacts], target: s
     found = []
     if sum(eni.free for eni in there) < four:
         shown = ", ".join(f"{eni.id} has {eni.free} of {eni.slots} free" for eni in there)
-        found.append(f"{four} slots are needed on {target}: {shown}; attach another network interface to it")
+        found.append(f"{four} slots of IPv4 are needed on {target}: {shown}; attach another network interface to it")
     if sum(eni.ipv6_free for eni in there) < six:
         shown = ", ".join(f"{eni.id} has {eni.ipv6_free} of {eni.ipv6_slots} free" for eni in there)
         found.append(f"{six} slots of IPv6 are needed on {target}: {shown}; attach another network interface to it")

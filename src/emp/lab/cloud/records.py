@@ -143,9 +143,9 @@ class Instance:
     address: str | None = None
     """of its primary network interface, in ``subnet``; None: it has no interface"""
     more_addresses: tuple[str, ...] = ()
+    """of its other network interfaces, one each, likewise"""
     ipv6: str | None = None
     """of its primary network interface"""
-    """of its other network interfaces, one each, likewise"""
     source_dest_check: bool = True
     """of its interfaces, at first"""
 
