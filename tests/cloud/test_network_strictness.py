@@ -290,6 +290,33 @@ def test_a_move_that_is_ordered_twice_takes_no_longer(ec2: Any, simulator: Simul
     assert addresses(ec2, primary(ec2, I2)["NetworkInterfaceId"]) == ["10.77.0.102", TAKEN]
 
 
+def test_an_ipv6_address_takes_as_long_and_is_nobodys_meanwhile(
+    ec2: Any, simulator: Simulator, clock: HandClock
+) -> None:
+    simulator.turn(remap=BY_HAND)
+    one, two = (primary(ec2, instance)["NetworkInterfaceId"] for instance in (I1, I2))
+    address = f"{_HEX6}::20"
+
+    def assign_ipv6(eni: str, **more: Any) -> None:
+        ec2.assign_ipv6_addresses(NetworkInterfaceId=eni, **(more or {"Ipv6Addresses": [address]}))
+
+    def held(eni: str) -> list[str]:
+        return [each["Ipv6Address"] for each in show_eni(ec2, eni)["Ipv6Addresses"]]
+
+    assign_ipv6(one)
+    assert held(one) == []
+    for eni in (one, two):
+        assert refused(lambda eni=eni: assign_ipv6(eni)) == "InvalidIPAddress.InUse"  # type: ignore[misc]
+    assert refused(lambda: assign_ipv6(one, Ipv6AddressCount=50)) == "PrivateIpAddressLimitExceeded"
+    clock.advance(2.1)
+    assert (held(one), held(two)) == ([address], [])
+    ec2.unassign_ipv6_addresses(NetworkInterfaceId=one, Ipv6Addresses=[address])
+    assign_ipv6(two)
+    assert (held(one), held(two)) == ([], [])
+    clock.advance(2.1)
+    assert (held(one), held(two)) == ([], [address])
+
+
 def test_the_last_order_for_an_address_counts(ec2: Any, simulator: Simulator, clock: HandClock) -> None:
     simulator.turn(remap=BY_HAND)
     take(ec2, I1, TAKEN)

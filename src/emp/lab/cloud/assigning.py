@@ -63,9 +63,7 @@ class Assignments:
         eni.prefixes += prefixes
         for address in moved:
             if not self._is_coming(address, eni):  # given twice, it takes no longer
-                due_s = self._clock() + self._knobs().remap.draw_s(self.moves)
-                self.remaps[address] = Remap(address, eni.id, due_s)
-                self.moves += 1
+                self._send(address, eni, self._draw_s())
         for address in set(wanted) & set(eni.addresses):
             self.remaps.pop(address, None)  # it was about to leave, and stays
         return {
@@ -73,6 +71,14 @@ class Assignments:
             "AssignedPrivateIpAddresses": [{"PrivateIpAddress": address} for address in wanted],
             "AssignedIpv4Prefixes": [{"Ipv4Prefix": prefix} for prefix in prefixes],
         }
+
+    def _draw_s(self) -> float:
+        """Return how long the next address is on its way."""
+        self.moves += 1
+        return self._knobs().remap.draw_s(self.moves - 1)
+
+    def _send(self, address: str, eni: Interface, takes_s: float) -> None:
+        self.remaps[address] = Remap(address, eni.id, self._clock() + takes_s)
 
     def _check_moves(self, eni: Interface, wanted: Iterable[str], *, may: bool) -> list[str]:
         """Return those that have to come from another interface. Only a secondary one of the same subnet does."""
@@ -108,12 +114,20 @@ class Assignments:
         return None
 
     def assign_ipv6(self, request: Request) -> Answer:
-        """``API_AssignIpv6Addresses.html``: what another interface has stays there, as there is no reassignment."""
+        """``API_AssignIpv6Addresses.html``: what another interface has stays there, as there is no reassignment.
+
+        No page says when an address that was assigned is reached. Here it is on its way as one of IPv4 that moves,
+        and no interface's in any answer meanwhile.
+        """
         check_simulated(request, ("Ipv6Prefixes", "Ipv6PrefixCount"))
         eni = self.find(request["NetworkInterfaceId"])
         addresses.one_way(request, "Ipv6Addresses", "Ipv6AddressCount")
         fresh = self.chosen_ipv6(eni, request, request.get("Ipv6Addresses", ()))
-        eni.ipv6 += fresh
+        for address in fresh:
+            if takes_s := self._draw_s():
+                self._send(address, eni, takes_s)
+            else:
+                eni.ipv6.append(address)
         return {"NetworkInterfaceId": eni.id, "AssignedIpv6Addresses": fresh, "AssignedIpv6Prefixes": []}
 
     def unassign_ipv6(self, request: Request) -> Answer:
@@ -149,13 +163,14 @@ class Assignments:
         subnet = self._vpc.subnets[eni.subnet]
         chosen = [addresses.check_ipv6(address, subnet) for address in named]
         _check_once(chosen)
-        taken = {address for each in self.interfaces.values() for address in each.ipv6}
+        taken = {address for each in self.interfaces.values() for address in each.ipv6} | self.remaps.keys()
         if held := [address for address in chosen if address in taken]:
             raise CloudError("InvalidIPAddress.InUse", f"Address {held[0]} is in use")
         count, ends = _count(request, "Ipv6AddressCount"), subnet.usable_ipv6
         if count and ends is None:
             raise CloudError("InvalidParameterValue", f"The subnet {subnet.id} has no IPv6")
-        check_slots(eni, self._limits(eni), 0, len(eni.ipv6) + len(chosen) + count)
+        coming = sum(self._is_coming(address, eni) for address in self.remaps if ":" in address)
+        check_slots(eni, self._limits(eni), 0, len(eni.ipv6) + coming + len(chosen) + count)
         candidate = ends[0] if ends else None
         while candidate is not None and len(chosen) < len(named) + count:
             if (text := str(candidate)) not in taken and text not in chosen:
@@ -171,7 +186,7 @@ class Assignments:
         return free
 
     def check_room(self, eni: Interface, more: int) -> None:
-        coming = sum(self._is_coming(address, eni) for address in self.remaps)
+        coming = sum(self._is_coming(address, eni) for address in self.remaps if ":" not in address)
         check_slots(eni, self._limits(eni), len(eni.addresses) + len(eni.prefixes) + coming + more, 0)
 
     def _limits(self, eni: Interface) -> NetworkLimits:

@@ -93,7 +93,7 @@ class Interface:
 
 @dataclass
 class Remap:
-    """A secondary address on its way from one interface to another."""
+    """A secondary address on its way from one interface to another, or of IPv6 to its interface from none."""
 
     address: str
     target: str

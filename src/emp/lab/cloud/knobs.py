@@ -38,7 +38,8 @@ PROFILES = {"instant": INSTANT, "aws": AWS}
 class RemapDelay(Model):
     """How long an address takes from one interface to another: ``least_s`` and an exponential tail, up to ``most_s``.
 
-    AWS gives no figures (it says that it is asynchronous). The nth move of a cloud under the same seed takes the same.
+    AWS gives no figures (it says that it is asynchronous), and says nothing of IPv6, which takes as long here from the
+    order to assign it. The nth move of a cloud under the same seed takes the same.
     """
 
     least_s: float = Field(default=0.0, ge=0)

@@ -157,7 +157,7 @@ class Network:
             for eni in self._interfaces.values():
                 if change.address in eni.addresses:
                     eni.addresses.remove(change.address)
-            target.addresses.append(change.address)
+            (target.ipv6 if ":" in change.address else target.addresses).append(change.address)
 
     def failed(self, change: AddressChange) -> None:
         """The data plane could not; it is to be asked again."""
