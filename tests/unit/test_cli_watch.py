@@ -53,4 +53,6 @@ def test_the_report_says_what_the_cloud_took_for_the_addresses() -> None:
     assert address_line(moved) == (
         "the cloud reassigned 3 addresses within 2.25 s in 2 tries; those of IPv6 were nobody's for 0.5 s"
     )
+    unseen = moved.model_copy(update={"ipv6_gap_is_least": True})
+    assert address_line(unseen).endswith("those of IPv6 were nobody's for at least 0.5 s")
     assert address_line(moved.model_copy(update={"tries": 1, "ipv6_gap_s": None})).endswith("within 2.25 s")

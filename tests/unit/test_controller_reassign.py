@@ -30,6 +30,7 @@ class World:
         self.at = "n1"
         self.insisted: list[str] = []
         self.told: list[tuple[str, AddressMovedOrder]] = []
+        self.lost: tuple[str, ...] = ()
         self.said: list[str | None] = []
         self.reassignment: Reassignment
 
@@ -41,6 +42,9 @@ class World:
         if insist:
             self.insisted.append(node)
         return Assigned(took_s=2.0, calls=1)
+
+    def nobodys(self, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        return self.lost
 
     async def release(self, addresses: tuple[str, ...]) -> None:
         self.at = ""
@@ -103,6 +107,15 @@ async def test_what_is_refused_is_told_to_people_and_tried_again(world: World, e
     assert last is None
     assert world.reassignment.made is not None
     assert world.reassignment.made.tries == 3
+
+
+async def test_of_an_address_that_is_nobodys_it_is_not_said_that_the_source_forwards(world: World) -> None:
+    world.refusing = [Refused("no slot")]
+    world.lost = ("fd77::1:0:0:4",)
+    await world.reassignment.finish(a_spec())
+    first = str(world.said[0])
+    assert first.startswith("packets for fd77::1:0:0:4 of web are lost, as no interface has the address; ")
+    assert "those for addresses that n1 still has come to it" in first
 
 
 async def test_a_source_that_does_not_answer_is_told_again(world: World) -> None:

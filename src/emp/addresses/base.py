@@ -27,6 +27,13 @@ class AddressMover(Protocol):
         """Take ``addresses`` from every interface of the pool; return once none has them. Idempotent."""
         ...
 
+    def nobodys(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        """Return which of ``addresses`` were no interface's when it was last looked: what is sent to them is lost.
+
+        A cloud that cannot reassign an address in one step has it so between two orders, the second of which may fail.
+        """
+        ...
+
     async def facts(self, addresses: Sequence[str]) -> AddressFacts:
         """Return what the cloud says of ``addresses`` and of the pool's interfaces; raises as ``assign``."""
         ...

@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, ip_address
 from pathlib import Path
 from typing import Any
 
+from emp.addresses.gaps import Gaps
 from emp.aws.api import READ_S, Ec2Api, code_of, make_client
 from emp.aws.patience import Pace, Time
 from emp.model.addresses import AddressFacts, Assigned, InterfaceFacts
@@ -36,6 +37,7 @@ _LOOKS = Pace(first_s=0.1, share=0.1, longest_s=2.0)
 """the source forwards meanwhile: to look late costs nothing but its being needed that much longer"""
 _FILTER_VALUES = 200
 """https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_Filter.html"""
+IPV4, IPV6 = "IPv4", "IPv6"
 _FULL = "PrivateIpAddressLimitExceeded"
 
 _REFUSALS: dict[str, tuple[type[EmpError], str, str]] = {
@@ -56,11 +58,13 @@ class _Order:
     node: str
     addresses: tuple[str, ...]
     ordered_s: dict[str, float] = field(default_factory=dict)
-    full: set[str] = field(default_factory=set)
-    """interfaces that took no more"""
+    full: set[tuple[str, str]] = field(default_factory=set)
+    """interfaces that took no more, and of which family"""
     calls: int = 0
-    gap_since_s: float | None = None
-    """since when an IPv6 address is nobody's"""
+
+
+Give = Callable[[_Order, str, Sequence[str]], Awaitable[None]]
+"""gives addresses to an interface"""
 
 
 class Ec2AddressMover:
@@ -100,7 +104,10 @@ class Ec2AddressMover:
         """instance -> IPv4 and IPv6 addresses that an interface of it takes"""
         self._coming: dict[str, str] = {}
         """address -> the interface that it was last ordered to, until it is there"""
+        self._gaps = Gaps(self._times.clock)
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._filling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """by node"""
         self._out: set[asyncio.Task[None]] = set()
 
     async def aclose(self) -> None:
@@ -117,15 +124,13 @@ class Ec2AddressMover:
         while insist:
             insist = not await self._insist(order)
         patience = self._times.patience(self._confirm_s, _LOOKS)
-        gap_s = None
         while True:
             there = await self._at([node])
             missing = self._missing(order, there)
-            if order.gap_since_s is not None and not _ipv6(missing):
-                gap_s, order.gap_since_s = self._times.clock() - order.gap_since_s, None
             if not missing:
                 took_s = round(self._times.clock() - began_s, 3)
-                return Assigned(took_s=took_s, calls=order.calls, ipv6_gap_s=None if gap_s is None else round(gap_s, 3))
+                gap_s, is_least = self._gaps.close(_ipv6(addresses))
+                return Assigned(took_s=took_s, calls=order.calls, ipv6_gap_s=gap_s, ipv6_gap_is_least=is_least)
             now_s = self._times.clock()
             due = [a for a in missing if now_s - order.ordered_s.get(a, -AGAIN_S) >= AGAIN_S]
             if due:
@@ -142,21 +147,26 @@ class Ec2AddressMover:
         """Order what is there already to stay; return whether that is sure."""
         for eni in await self._at([order.node]):
             if held := [address for address in order.addresses if address in eni.addresses and ":" not in address]:
-                order.calls += 1
                 try:
-                    await self._undivided(order.addresses[0], self._give_ipv4(eni.id, held))
+                    await self._undivided(order.addresses[0], self._give_ipv4(order, eni.id, held))
                 except OutcomeUnknown as error:
                     log.warning("%s; giving the order again", error)
                     return False
         return True
 
-    async def _give_ipv4(self, eni: str, addresses: Sequence[str]) -> None:
+    async def _give_ipv4(self, order: _Order, eni: str, addresses: Sequence[str]) -> None:
+        order.calls += 1
         await self._api.ask(
             "assign_private_ip_addresses",
             NetworkInterfaceId=eni,
             PrivateIpAddresses=list(addresses),
             AllowReassignment=True,
         )
+
+    async def _give_ipv6(self, order: _Order, eni: str, addresses: Sequence[str]) -> None:
+        order.calls += 1
+        await self._api.ask("assign_ipv6_addresses", NetworkInterfaceId=eni, Ipv6Addresses=list(addresses))
+        self._gaps.given(addresses)
 
     async def _undivided(self, key: str, work: Coroutine[Any, Any, None]) -> None:
         """Carry out orders to their end, although the caller may be cancelled: a late one would undo the next."""
@@ -174,55 +184,86 @@ class Ec2AddressMover:
         held = {address for eni in there for address in eni.addresses}
         for address in held & set(order.addresses):
             self._coming.pop(address, None)
+            self._gaps.given([address])
         return [address for address in order.addresses if address not in held]
 
     async def _order(self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts]) -> None:
         try:
             if ipv4 := [address for address in due if address not in _ipv6(due)]:
-                await self._order_ipv4(order, ipv4, there)
+                await self._fill(order, ipv4, there, self._give_ipv4, IPV4)
             if ipv6 := _ipv6(due):
-                await self._order_ipv6(order, ipv6, there)
+                await self._order_ipv6(order, ipv6)
         except OutcomeUnknown as error:
             log.warning("%s; looking again", error)  # and if need be the order is given again, which does no harm
 
-    async def _order_ipv4(self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts]) -> None:
+    async def _order_ipv6(self, order: _Order, due: Sequence[str]) -> None:
+        """One of a node at a time: between a look at its slots and the order nobody else must be given them."""
+        async with self._filling[order.node]:
+            everywhere = await self._at(list(self._instances))
+            self._gaps.looked(due, {address: eni.id for eni in everywhere for address in eni.addresses})
+            there = [_of_ipv6(eni) for eni in everywhere if eni.node == order.node]
+            due = [address for address in due if not any(address in eni.addresses for eni in there)]
+            fresh = [address for address in due if self._coming.get(address) not in {eni.id for eni in there}]
+            try:
+                if fresh:  # what finds no room must not be taken from where it is
+                    _share(order.node, fresh, _usable(order, there, IPV6), IPV6)
+                await self._take_ipv6(order, fresh, everywhere)
+                await self._fill(order, due, there, self._give_ipv6, IPV6)
+            except Conflict as error:
+                log.info("%s; looking again", error)  # the one that had it is not done yet
+            except (BadInput, NotFound, Refused):
+                await self._give_back(order, due)
+                raise
+
+    async def _take_ipv6(self, order: _Order, addresses: Sequence[str], everywhere: Sequence[InterfaceFacts]) -> None:
+        for eni in everywhere:
+            if not (held := [address for address in addresses if address in eni.addresses]):
+                continue
+            order.calls += 1
+            self._gaps.taken(held, eni.id)
+            for address in held:
+                self._coming.pop(address, None)
+            try:
+                await self._api.ask("unassign_ipv6_addresses", NetworkInterfaceId=eni.id, Ipv6Addresses=held)
+            except EmpError as error:
+                if not isinstance(error, OutcomeUnknown):
+                    self._gaps.kept(held)
+                raise
+
+    async def _give_back(self, order: _Order, addresses: Sequence[str]) -> None:
+        """What the target does not take is its old interface's again: it is reached there, and forwarded."""
+        for eni, some in self._gaps.origins(addresses).items():
+            try:
+                await self._give_ipv6(order, eni, some)
+            except EmpError as error:  # what led here is raised
+                log.error("%s cannot be given back to %s, and are no interface's: %s", ", ".join(some), eni, error)
+            else:
+                log.warning("%s are given back to %s", ", ".join(some), eni)
+
+    async def _fill(
+        self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts], give: Give, family: str
+    ) -> None:
         left = list(due)
         for eni in there:  # where it has its slot already, if the order was given before
             if again := [address for address in left if self._coming.get(address) == eni.id]:
-                order.calls += 1
-                await self._give_ipv4(eni.id, again)
+                try:
+                    await give(order, eni.id, again)
+                except Conflict as error:
+                    log.info("%s: by the earlier order", error)  # which no answer shows yet
                 self._ordered(order, again, eni.id)
                 left = [address for address in left if address not in again]
         while left:
-            usable = [eni for eni in there if eni.id not in order.full]
-            eni, some = _share(order.node, left, usable)
-            order.calls += 1
+            eni, some = _share(order.node, left, _usable(order, there, family), family)
             try:
-                await self._give_ipv4(eni.id, some)
+                await give(order, eni.id, some)
             except Refused as error:
                 if code_of(error) != _FULL:
                     raise
-                order.full.add(eni.id)  # others' are on their way to it, that no answer shows yet
+                order.full.add((eni.id, family))  # others' are on their way to it, that no answer shows yet
                 continue
             self._ordered(order, some, eni.id)
             left = [address for address in left if address not in some]
-            there = [each.model_copy(update={"free": each.free - len(some)}) if each is eni else each for each in there]
-
-    async def _order_ipv6(self, order: _Order, due: Sequence[str], there: Sequence[InterfaceFacts]) -> None:
-        parts = _parts_ipv6(order.node, due, there)  # first: what finds no room must not be taken from where it is
-        for eni in await self._at(list(self._instances)):
-            if eni.node != order.node and (held := [address for address in due if address in eni.addresses]):
-                order.calls += 1
-                order.gap_since_s = order.gap_since_s or self._times.clock()
-                await self._api.ask("unassign_ipv6_addresses", NetworkInterfaceId=eni.id, Ipv6Addresses=held)
-        for eni, some in parts:
-            order.calls += 1
-            try:
-                await self._api.ask("assign_ipv6_addresses", NetworkInterfaceId=eni.id, Ipv6Addresses=some)
-            except Conflict as error:
-                log.info("%s; looking again", error)  # the one that had it is not done yet
-            else:
-                self._ordered(order, some, eni.id)
+            there = [_less(each, len(some)) if each.id == eni.id else each for each in there]
 
     def _ordered(self, order: _Order, addresses: Iterable[str], eni: str) -> None:
         now_s = self._times.clock()
@@ -237,6 +278,7 @@ class Ec2AddressMover:
             if not any(held.values()):
                 for address in addresses:
                     self._coming.pop(address, None)
+                self._gaps.close(_ipv6(addresses))
                 return
             for eni, some in held.items():
                 await self._undivided(addresses[0], self._unassign(eni, some))
@@ -255,6 +297,9 @@ class Ec2AddressMover:
             log.info("%s; looking again", error)
 
     # ------------------------------------------------------------------ looking
+
+    def nobodys(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        return self._gaps.open(addresses)
 
     async def facts(self, addresses: Sequence[str]) -> AddressFacts:
         there = await self._at(list(self._instances))
@@ -297,9 +342,9 @@ class Ec2AddressMover:
         ipv4 = [each["PrivateIpAddress"] for each in record["PrivateIpAddresses"]]
         ipv6 = [each["Ipv6Address"] for each in record.get("Ipv6Addresses", ())]
         prefixes = [each["Ipv4Prefix"] for each in record.get("Ipv4Prefixes", ())]
-        coming = sum(
-            e == record["NetworkInterfaceId"] and a not in ipv4 for a, e in self._coming.items() if ":" not in a
-        )
+        shown = {*ipv4, *ipv6}
+        coming = [a for a, eni in self._coming.items() if eni == record["NetworkInterfaceId"] and a not in shown]
+        coming_ipv6 = len(_ipv6(coming))
         slots, ipv6_slots = self._slots[instance]
         ipv6_prefixes = record.get("Ipv6Prefixes", ())
         return InterfaceFacts(
@@ -307,9 +352,9 @@ class Ec2AddressMover:
             node=self._nodes[instance],
             addresses=(*ipv4, *ipv6),
             slots=slots,
-            free=max(0, slots - len(ipv4) - len(prefixes) - coming),
+            free=max(0, slots - len(ipv4) - len(prefixes) - (len(coming) - coming_ipv6)),
             ipv6_slots=ipv6_slots,
-            ipv6_free=max(0, ipv6_slots - len(ipv6) - len(ipv6_prefixes)),
+            ipv6_free=max(0, ipv6_slots - len(ipv6) - len(ipv6_prefixes) - coming_ipv6),
             prefixes=tuple(prefixes),
             source_dest_check=record["SourceDestCheck"],
         )
@@ -339,37 +384,37 @@ def _ipv6(addresses: Iterable[str]) -> list[str]:
     return [address for address in addresses if ip_address(address).version == 6]
 
 
-def _share(node: str, addresses: Sequence[str], there: Sequence[InterfaceFacts]) -> tuple[InterfaceFacts, list[str]]:
+def _of_ipv6(eni: InterfaceFacts) -> InterfaceFacts:
+    return eni.model_copy(update={"slots": eni.ipv6_slots, "free": eni.ipv6_free})
+
+
+def _less(eni: InterfaceFacts, slots: int) -> InterfaceFacts:
+    return eni.model_copy(update={"free": eni.free - slots})
+
+
+def _usable(order: _Order, there: Sequence[InterfaceFacts], family: str) -> list[InterfaceFacts]:
+    return [_less(eni, eni.free) if (eni.id, family) in order.full else eni for eni in there]
+
+
+def _share(
+    node: str, addresses: Sequence[str], there: Sequence[InterfaceFacts], family: str
+) -> tuple[InterfaceFacts, list[str]]:
     """Return an interface to give addresses to in one call, and which: the first with room for all, else the roomiest.
 
     Raises ``Refused`` where none has room, so that an EVM is never split over what cannot hold it.
     """
     room = sum(eni.free for eni in there)
     if room < len(addresses):
-        raise _no_room(node, there)
+        raise _no_room(node, there, family)
     whole = next((eni for eni in there if eni.free >= len(addresses)), None)
     chosen = whole or max(there, key=lambda eni: eni.free)
     return chosen, list(addresses[: chosen.free])
 
 
-def _parts_ipv6(
-    node: str, addresses: Sequence[str], there: Sequence[InterfaceFacts]
-) -> list[tuple[InterfaceFacts, list[str]]]:
-    """Return which addresses to give to which interface, as ``_share``. Raises ``Refused`` where none has room."""
-    as_ipv4 = {eni.id: eni.model_copy(update={"slots": eni.ipv6_slots, "free": eni.ipv6_free}) for eni in there}
-    parts, left = [], list(addresses)
-    while left:
-        eni, some = _share(node, left, list(as_ipv4.values()))
-        parts.append((eni, some))
-        as_ipv4[eni.id] = eni.model_copy(update={"free": eni.free - len(some)})
-        left = left[len(some) :]
-    return parts
-
-
-def _no_room(node: str, there: Sequence[InterfaceFacts]) -> Refused:
-    shown = "; ".join(f"{eni.id} has {eni.free} of {eni.slots} slots free" for eni in there)
+def _no_room(node: str, there: Sequence[InterfaceFacts], family: str) -> Refused:
+    shown = "; ".join(f"{eni.id} has {eni.free} of {eni.slots} {family} slots free" for eni in there)
     return Refused(
-        f"no network interface of {node} has room for the addresses: {shown or 'it has none'}",
+        f"no network interface of {node} has room for the {family} addresses: {shown or 'it has none'}",
         field="interfaces",
         hint="attach another network interface to the node, or move other EVMs away",
         code=_FULL,

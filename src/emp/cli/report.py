@@ -65,7 +65,8 @@ def report_lines(migration: Migration, *, verbose: bool = False) -> list[str]:
 def address_line(move: AddressMove) -> str:
     """Return what it took until the cloud sent to the target."""
     tries = f" in {move.tries} tries" if move.tries > 1 else ""
-    gap = "" if move.ipv6_gap_s is None else f"; those of IPv6 were nobody's for {seconds(move.ipv6_gap_s)}"
+    least = "at least " if move.ipv6_gap_is_least else ""
+    gap = "" if move.ipv6_gap_s is None else f"; those of IPv6 were nobody's for {least}{seconds(move.ipv6_gap_s)}"
     return f"the cloud reassigned {move.addresses} addresses within {seconds(move.reassign_s)}{tries}{gap}"
 
 

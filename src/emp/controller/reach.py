@@ -22,6 +22,10 @@ class Reach:
         """Have the EVM reached at ``node``; as ``AddressMover.assign``. None: there is nothing to be done."""
         return await self._mover.assign(_of(spec), node=node, insist=insist) if self._mover else None
 
+    def nobodys(self, spec: EvmSpec) -> tuple[str, ...]:
+        """As ``AddressMover.nobodys``."""
+        return self._mover.nobodys(_of(spec)) if self._mover else ()
+
     async def release(self, spec: EvmSpec) -> None:
         if self._mover is not None:
             await self._mover.release(_of(spec))

@@ -9,7 +9,8 @@
       | forwards a last time     |
 
 It begins when either end is known to be committed. What is refused is tried again, and people are told: the source
-forwards meanwhile, so no packet waits for it. Nothing is remembered but the migration that is open: a controller that
+forwards meanwhile what comes to it, so no packet waits. An IPv6 address may be nobody's for that time
+(``AddressMover.nobodys``). Nothing is remembered but the migration that is open: a controller that
 was killed looks at the cloud, and gives the order again.
 """
 
@@ -82,10 +83,7 @@ class Reassignment:
                 assigned = await self._reach.assign(spec, live.target)
             except EmpError as error:
                 log.error("%s: %s", live.id, error)
-                self.alarm = (
-                    f"packets for {live.evm} still come to {live.source}, which forwards them and has to stay up: "
-                    f"{error.message}; tried again in {pause_s:g} s"
-                )
+                self.alarm = f"{self._whereabouts(spec)}: {error.message}; tried again in {pause_s:g} s"
                 await self._say()
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -97,7 +95,18 @@ class Reassignment:
                 calls=assigned.calls,
                 tries=tries,
                 ipv6_gap_s=assigned.ipv6_gap_s,
+                ipv6_gap_is_least=assigned.ipv6_gap_is_least,
             )
+
+    def _whereabouts(self, spec: EvmSpec) -> str:
+        """Say what becomes of packets for the EVM meanwhile."""
+        live = self._migration
+        if not (lost := self._reach.nobodys(spec)):
+            return f"packets for {live.evm} still come to {live.source}, which forwards them and has to stay up"
+        return (
+            f"packets for {', '.join(lost)} of {live.evm} are lost, as no interface has the address; "
+            f"those for addresses that {live.source} still has come to it, which forwards them and has to stay up"
+        )
 
     async def _tell_source(self, made: AddressMove) -> None:
         """Let it end its forwarding; a source that is down, or has forgotten, forwards nothing."""

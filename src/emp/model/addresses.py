@@ -46,7 +46,10 @@ class Assigned(Model):
     calls: int
     """orders; 0: they were there"""
     ipv6_gap_s: float | None = None
-    """for so long IPv6 addresses were nobody's: they cannot be reassigned in one step; None: there were none"""
+    """for so long IPv6 addresses, the longest one, were no interface's, as they cannot be reassigned in one step: from
+    the order to unassign one to the answer to the one that assigned it. None: the EVM has no IPv6 address"""
+    ipv6_gap_is_least: bool = False
+    """it was longer: it began, or was over, before this controller looked"""
 
 
 class AddressMove(Model):
@@ -58,4 +61,6 @@ class AddressMove(Model):
     calls: int
     tries: int = 1
     ipv6_gap_s: float | None = None
-    """see ``Assigned``; packets for them that came meanwhile are lost"""
+    """see ``Assigned``; packets for them that came meanwhile, or before the last order took effect, are lost"""
+    ipv6_gap_is_least: bool = False
+    """see ``Assigned``"""
