@@ -32,7 +32,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.network_figures import L2, VPC, Case, Run, cases, row, table, verdict
+from bench.network_figures import L2, REMAP_S, VPC, Case, Run, cases, row, table, verdict
 from bench.network_subject import NODES, Subject
 from emp.client import Client
 from emp.host.schedule import before_others, larger_share
@@ -47,8 +47,6 @@ from emp.model.node import Versions
 
 NAME = "bench-network"
 RUNS = 20
-REMAP_S = 2.0
-"""what the cloud of ``vpc`` takes to send an address to its new interface"""
 DRIVERS = (L2, VPC)
 WIDTH = 150
 """of the tables"""

@@ -19,6 +19,10 @@ REST_MS = 5.0
 """of the gap: what neither the pause nor the emulator takes, in the median"""
 REORDERED = 0.001
 """share of a fast stream's packets"""
+REMAP_S = 2.0
+"""what the cloud of ``vpc`` takes to send an address to its new interface"""
+IPV6_LOST_S = 0.5
+"""of an IPv6 address, beyond ``REMAP_S`` and the time in which it is nobody's"""
 STALL_OVER_GAP_MS = 250.0
 """of a bulk transfer, in each run"""
 FEW_PODS, MANY_PODS, BROWNOUT_RATIO = 1, 100, 1.5
@@ -118,7 +122,8 @@ class Run:
 def row(driver: str, case: Case, runs: Sequence[Run]) -> dict[str, Any]:
     """Return the figures of one case: counts are sums, times medians unless they say otherwise.
 
-    ``tcp_stall_ms``, ``client_late_ms`` and ``tcp_stall_over_gap_ms`` (of each run's stall less its gap) are the worst.
+    ``tcp_stall_ms``, ``client_late_ms`` and ``tcp_stall_over_gap_ms`` (of each run's stall less its gap) are the worst,
+    and so is ``ipv6_lost_over_gap_s``: what a run lost, as the time that it takes to send it, less ``ipv6_gap_s``.
     """
     stalls = [run.stall_ms for run in runs if run.stall_ms is not None]
     over = [run.stall_ms - run.gap_ms for run in runs if run.stall_ms is not None]
@@ -127,6 +132,7 @@ def row(driver: str, case: Case, runs: Sequence[Run]) -> dict[str, Any]:
     bulk = [run.bulk_bytes_per_s for run in runs if run.bulk_bytes_per_s]
     resets = [run.resets for run in runs if run.resets is not None]
     nobodys = [run.ipv6_gap_s for run in runs if run.ipv6_gap_s is not None]
+    lost_s = [run.stream.lost / run.rate_hz - run.ipv6_gap_s for run in runs if run.ipv6_gap_s is not None]
     return {
         "driver": driver,
         "case": case.name,
@@ -150,6 +156,7 @@ def row(driver: str, case: Case, runs: Sequence[Run]) -> dict[str, Any]:
         "tcp_stall_over_gap_ms": round(max(over), 1) if over else None,
         "bulk_bytes_per_s": [round(statistics.median(way)) for way in zip(*bulk, strict=True)] if bulk else None,
         "ipv6_gap_s": spread(nobodys, digits=3) if nobodys else None,
+        "ipv6_lost_over_gap_s": round(max(lost_s), 3) if lost_s else None,
         "unanswered": sum(run.unanswered for run in runs),
         "wrong": sum(run.wrong for run in runs),
         "violations": [f"run {at}: {wrong}" for at, run in enumerate(runs, 1) for wrong in run.violations],
@@ -225,12 +232,17 @@ def _udp(case: Case, mine: dict[str, Any]) -> list[Demand]:
 
 
 def _ipv6(case: Case, mine: dict[str, Any]) -> list[Demand]:
-    """What is lost while the address is nobody's is told, and not forbidden; connections live through it."""
+    """What is lost while the address is nobody's, and until the order to assign it takes effect, is told and may be: no
+    more, and connections live through it."""
+    over_s = mine["ipv6_lost_over_gap_s"]
     nobodys, resets = mine["ipv6_gap_s"], mine["tcp_resets"]
     counts = f"{mine['lost']} lost, {mine['duplicated']} duplicated of {mine['sent']}"
     told = "not measured" if nobodys is None else f"{nobodys['median']:g} s, at worst {nobodys['worst']:g} s"
     return [
         (f"{case.name}: nobody's for", nobodys is not None, f"{told}; {counts}"),
+        (f"{case.name}: lost <= that + {REMAP_S:g} + {IPV6_LOST_S:g} s",
+         over_s is not None and over_s <= REMAP_S + IPV6_LOST_S,
+         "not measured" if over_s is None else f"at worst {over_s:.3f} s more"),
         (f"{case.name}: duplicated 0", mine["duplicated"] == 0 < mine["sent"], counts),
         (f"{case.name}: TCP resets 0", resets == 0 == mine["unanswered"],
          f"{resets}, {mine['unanswered']} unanswered"),

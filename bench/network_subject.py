@@ -17,6 +17,7 @@ from emp.lab.checkers.frames import FrameWitness
 from emp.lab.guest_control import Guest
 from emp.lab.probing import ClientProgram, Probing, window
 from emp.lab.state import LabFiles, LabState
+from emp.model.addresses import AddressMove
 from emp.model.api import EvmCreate
 from emp.model.errors import HostError
 from emp.model.migration import Migration, Outcome
@@ -55,7 +56,7 @@ class Moved:
             capture_dropped=self.dropped,
             frames_held=report.frames_held,
             frames_forwarded=report.frames_forwarded,
-            ipv6_gap_s=report.addresses.ipv6_gap_s if report.addresses else None,
+            ipv6_gap_s=_ipv6_gap_s(report.addresses),
             emulator_ms=self.emulator_ms,
             **figures,
         )
@@ -297,6 +298,11 @@ def echoed(report: dict[str, Any], name: str, *targets: str) -> Stream:
     """Return what became of the requests of one window of the prober, over all these targets."""
     figures = [window(report, target, name) for target in targets]
     return _sum([Stream(*(part[key] for key in ("sent", "lost", "duplicated", "reordered"))) for part in figures])
+
+
+def _ipv6_gap_s(move: AddressMove | None) -> float | None:
+    """Return how long addresses were nobody's; a lower bound is no measurement."""
+    return None if move is None or move.ipv6_gap_is_least else move.ipv6_gap_s
 
 
 def _sum(streams: list[Stream]) -> Stream:

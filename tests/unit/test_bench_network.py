@@ -17,6 +17,8 @@ GOOD = Run(
     rate_hz=1000, stream=Stream(4000, 0), at_rest=Stream(2000, 0), gap_ms=90.0, pause_ms=20.0, target_brownout_s=0.5,
     emulator_ms=68.0, frames_held=70, frames_forwarded=80, resets=0, stall_ms=120.0, ipv6_gap_s=0.1,
 )  # fmt: skip
+TOO_MUCH = {"stream": Stream(4000, 2641)}
+"""of an address that is nobody's for 0.14 s"""
 
 
 def case(name: str, driver: str = L2) -> Case:
@@ -38,16 +40,17 @@ def broken(made: Sequence[dict[str, Any]], driver: str = L2) -> list[str]:
 
 
 def test_what_is_lost_over_ipv6_is_told_and_not_forbidden() -> None:
-    lossy = {"stream": Stream(4000, 150), "gap_ms": 200.0, "emulator_ms": None, "ipv6_gap_s": 0.14}
+    lossy = {"stream": Stream(4000, 2600), "gap_ms": 200.0, "emulator_ms": None, "ipv6_gap_s": 0.14}
     made = rows(VPC, {"udp-1k-ipv6": lossy})
     assert broken(made, VPC) == []
     (mine,) = (each for each in made if each["case"] == "udp-1k-ipv6")
-    assert (mine["lost"], mine["ipv6_gap_s"]["worst"]) == (300, 0.14)
-    for wrong in ({"resets": 1}, {"unanswered": 1}, {"stream": Stream(4000, 150, duplicated=1)}):
+    assert (mine["lost"], mine["ipv6_gap_s"]["worst"]) == (5200, 0.14)
+    assert mine["ipv6_lost_over_gap_s"] == 2.46
+    for wrong in ({"resets": 1}, {"unanswered": 1}, {"stream": Stream(4000, 150, duplicated=1)}, TOO_MUCH):
         found = broken(rows(VPC, {"udp-1k-ipv6": lossy | wrong}), VPC)
         assert [what for what in found if "udp-1k-ipv6" in what], wrong
-    mine["ipv6_gap_s"] = None
-    assert broken(made, VPC) == ["udp-1k-ipv6: nobody's for"]
+    mine["ipv6_gap_s"] = mine["ipv6_lost_over_gap_s"] = None
+    assert broken(made, VPC) == ["udp-1k-ipv6: nobody's for", "udp-1k-ipv6: lost <= that + 2 + 0.5 s"]
 
 
 @pytest.mark.parametrize("driver", [L2, VPC])
