@@ -297,7 +297,7 @@ def test_ipv6_addresses_stay_and_what_is_lost_of_them_is_told(pool: Pool, capsys
                 macs = [mac for mac, _ in evm.spec.addresses]
                 with (
                     FrameWitness(pool.topology, macs, addresses_of(evm)) as witness,
-                    Probing(pool.files, targets, rate_hz=500) as probing,
+                    Probing(pool.files, targets, rate_hz=500, grace_s=2 * REMAP_S) as probing,  # TCP's timer doubles
                 ):
                     migration = evm.migrate(node)
                     report = probing.stop()
@@ -308,6 +308,7 @@ def test_ipv6_addresses_stay_and_what_is_lost_of_them_is_told(pool: Pool, capsys
                 moved = migration.report.addresses
                 assert moved is not None
                 assert moved.ipv6_gap_s is not None
+                assert not moved.ipv6_gap_is_least
                 for name in targets:
                     udp, tcp = (report["targets"][name][kind]["total"] for kind in ("udp", "tcp"))
                     assert report["targets"][name]["tcp"]["resets"] == 0
@@ -318,7 +319,8 @@ def test_ipv6_addresses_stay_and_what_is_lost_of_them_is_told(pool: Pool, capsys
                     figures = f"sent {udp['sent']}, lost {udp['lost']}, gap {udp['gap_ms']:.0f} ms"
                     with capsys.disabled():
                         print(f"\n  {name} over IPv6: {figures}; nobody's for {moved.ipv6_gap_s} s", end="")
-                    assert udp["lost"] / 500 <= moved.ipv6_gap_s + 0.5, "no more than that time is lost"
+                    lost_s = udp["lost"] / 500
+                    assert REMAP_S / 2 <= lost_s <= moved.ipv6_gap_s + REMAP_S + 0.5, "what the cloud takes is on top"
                 assert echoes(kept, node)
                 is_only_at(evm, node)
             with agent_away(pool, evm.client, "n1"):

@@ -3,7 +3,7 @@
 IPv4 moves in one order, ``AllowReassignment``, that takes effect some time after it was answered; until then the old
 interface has the address in every answer. For IPv6 there is no such flag
 (https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_AssignIpv6Addresses.html): it is unassigned, then assigned,
-and nobody's in between.
+and nobody's in between (``gaps``). What its new interface refuses goes back to the old one.
 
 Each order is a loop that looks, acts if there is something to do, and looks again, as in ``emp.volumes.ebs``. The cloud
 goes by the last order that it gets, so one controller at a time may call, and of one EVM's addresses one order is out
