@@ -352,14 +352,15 @@ async def test_an_ipv6_address_that_finds_no_room_stays_where_it_is(
     assert {each["Ipv6Address"] for each in there} == set(IPV6), "the interface that has room for all of them"
 
 
+@pytest.mark.parametrize("remap_s", [0.0, 2.0])
 async def test_two_evms_that_want_the_last_ipv6_slot_are_never_nobodys(
-    mover: Ec2AddressMover, simulator: Simulator, ec2: Any
+    mover: Ec2AddressMover, simulator: Simulator, ec2: Any, remap_s: float
 ) -> None:
     """Both see it free; one gets it, and what it refuses to the other stays where it is reached."""
     for address in IPV6:
         await mover.assign([address], node="n1")
     leave_ipv6(ec2, I2, 1)
-    simulator.turn(limits=None)
+    simulator.turn(remap=RemapDelay(least_s=remap_s), limits=None)
     made = await asyncio.gather(*(mover.assign([each], node="n2") for each in IPV6), return_exceptions=True)
     assert sorted(type(each).__name__ for each in made) == ["Assigned", "Refused"]
     assert sorted(str(holder_ipv6(ec2, address)) for address in IPV6) == sorted([I1, I2])
@@ -414,6 +415,19 @@ async def test_the_ipv6_gap_goes_on_over_an_order_that_is_refused_and_given_agai
     moved = await mover.assign(IPV6, node="n2")
     assert (moved.ipv6_gap_s, moved.ipv6_gap_is_least) == (7.0, False)
     assert (mover.nobodys(IPV6), holder_ipv6(ec2, IPV6[0])) == ((), I2)
+
+
+async def test_an_ipv6_address_that_its_interface_does_not_give_up_is_not_nobodys(
+    mover: Ec2AddressMover, simulator: Simulator, clock: HandClock, ec2: Any
+) -> None:
+    await mover.assign(IPV6, node="n1")
+    simulator.turn(limits=None, faults=[Fault(harm=Harm.DENIED, action="UnassignIpv6Addresses")])
+    with pytest.raises(Refused, match="UnauthorizedOperation"):
+        await mover.assign(IPV6, node="n2")
+    assert (mover.nobodys(IPV6), holder_ipv6(ec2, IPV6[0])) == ((), I1)
+    clock.advance(7.0)
+    moved = await mover.assign(IPV6, node="n2")
+    assert (moved.ipv6_gap_s, moved.ipv6_gap_is_least) == (0.0, False)
 
 
 async def test_after_a_restart_the_ipv6_gap_is_a_lower_bound(

@@ -238,6 +238,7 @@ class Ec2AddressMover:
             except EmpError as error:  # what led here is raised
                 log.error("%s cannot be given back to %s, and are no interface's: %s", ", ".join(some), eni, error)
             else:
+                self._coming |= dict.fromkeys(some, eni)
                 log.warning("%s are given back to %s", ", ".join(some), eni)
 
     async def _fill(
