@@ -74,6 +74,10 @@ def _turn_on(interface: str) -> None:
         Path(f"/proc/sys/net/ipv6/conf/{interface}", name).write_text(value)
 
 
+def _set(name: str, value: int) -> None:
+    Path("/proc/sys/net/ipv6/conf", name).write_text(str(value))
+
+
 def setting(name: str) -> int:
     return int(Path("/proc/sys/net/ipv6/conf", name).read_text())
 
@@ -366,6 +370,20 @@ async def test_a_node_that_forwards_still_has_its_router(segment: Segment, drive
     _advertise(segment, router)
     _until_there(segment, router)
     assert setting(f"{port.interface}/accept_ra") == 0
+    await port.close()
+
+
+async def test_only_what_took_router_advertisements_takes_them_from_a_node_that_forwards(
+    segment: Segment, driver: VpcDriver
+) -> None:
+    segment.ip("left", "link add off type bridge", "link add lan type bridge", "link add shut type bridge")
+    for name, value in (("off/accept_ra", 0), ("shut/disable_ipv6", 1), ("lan/forwarding", 1)):
+        _set(name, value)
+    (port,) = await driver.plug(spec())
+    segment.ip("left", "link add later type bridge")
+    untouched = {"all": 1, "default": 1, "later": 1, "lan": 1, "shut": 1, "off": 0}
+    assert {name: setting(f"{name}/accept_ra") for name in untouched} == untouched
+    assert (setting("later/forwarding"), setting("eth0/accept_ra")) == (1, 2)
     await port.close()
 
 

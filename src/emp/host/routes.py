@@ -68,16 +68,23 @@ def forward_ipv6() -> None:
 
     A node that forwards takes no more router advertisements where ``accept_ra`` is 1, and loses at once the default
     route that it has from one; it goes on with 2 (Linux, Documentation/networking/ip-sysctl.rst). So what took them
-    before gets 2 first. Where the node forwards already, its owner has decided.
+    before gets 2 first. Those that are made later (containers', taps) take none, as on every router.
+    Where the node forwards already, its owner has decided.
     """
     conf = _SYSCTL / "ipv6/conf"
     if int((conf / "all/forwarding").read_text()) != 0:
         return
-    for accepts in conf.glob("*/accept_ra"):
-        with contextlib.suppress(FileNotFoundError):  # the interface has just gone
-            if int(accepts.read_text()) == 1:
-                _set(str(accepts.relative_to(_SYSCTL)), 2)
+    for interface in conf.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has just gone
+            if interface.name not in ("all", "default") and _takes_advertisements(interface):
+                _set(f"ipv6/conf/{interface.name}/accept_ra", 2)
     _set("ipv6/conf/all/forwarding", 1)
+
+
+def _takes_advertisements(interface: Path) -> bool:
+    """Whether it does so only as long as nobody forwards."""
+    wanted = {"accept_ra": 1, "forwarding": 0, "disable_ipv6": 0}
+    return all(int((interface / name).read_text()) == value for name, value in wanted.items())
 
 
 def _set(name: str, value: int) -> None:
