@@ -33,29 +33,36 @@ LINK_LOCAL = "fe80::/64"
 
 Message = tuple[int, int, bytes]
 """kind, flags and body"""
+Batch = tuple[bytes, int]
+"""messages as they are sent, and how many"""
 
 
-def add_routes(index: int, destinations: Iterable[str]) -> None:
-    """Send what is for these IPv4 and IPv6 addresses out of a link, wherever it was sent before. Idempotent. Raise
-    ``CommandFailed``.
+class Routes:
+    """The way to these IPv4 and IPv6 addresses by a link. The messages are made here once: a hundred addresses take
+    longer to parse than the kernel takes to route them.
 
     ``LINK_LOCAL`` may be among them; other links keep theirs.
     """
-    messages = [
-        _route(_NEW_ROUTE, _CREATE if destination == LINK_LOCAL else _CREATE | _REPLACE, index, destination)
-        for destination in destinations
-    ]
-    _ask(messages, but=errno.EEXIST)
 
+    def __init__(self, index: int, destinations: Iterable[str]) -> None:
+        ways = [(_way(index, destination), destination == LINK_LOCAL) for destination in destinations]
+        self._add = _batches(
+            [(_NEW_ROUTE, _CREATE if is_shared else _CREATE | _REPLACE, way) for way, is_shared in ways]
+        )
+        self._remove = _batches([(_DELETE_ROUTE, 0, way) for way, _ in ways])
 
-def remove_routes(index: int, destinations: Iterable[str]) -> None:
-    """Undo ``add_routes``. Idempotent. Raise ``CommandFailed``."""
-    _ask([_route(_DELETE_ROUTE, 0, index, destination) for destination in destinations], but=errno.ESRCH)
+    def add(self) -> None:
+        """Send what is for them out of the link, wherever it was sent before. Idempotent. Raise ``CommandFailed``."""
+        _ask(self._add, but=errno.EEXIST)
+
+    def remove(self) -> None:
+        """Undo ``add``. Idempotent. Raise ``CommandFailed``."""
+        _ask(self._remove, but=errno.ESRCH)
 
 
 def add_neighbours(index: int, behind: Iterable[tuple[str, str]]) -> None:
     """Say for good which MAC each (MAC, IP address) behind a link has, so that nobody is asked there."""
-    _ask([_neighbour(index, mac, address) for mac, address in behind])
+    _ask(_batches([_neighbour(index, mac, address) for mac, address in behind]))
 
 
 def set_ipv4(name: str, value: int) -> None:
@@ -94,12 +101,12 @@ def _set(name: str, value: int) -> None:
         raise command_failed(["sysctl", f"net/{name}={value}"], error.errno or -1, str(error.strerror)) from error
 
 
-def _route(kind: int, flags: int, index: int, destination: str) -> Message:
+def _way(index: int, destination: str) -> bytes:
     there = ip_network(destination)
     family = socket.AF_INET if there.version == 4 else socket.AF_INET6
     head = struct.pack("=BBBBBBBBI", family, there.prefixlen, 0, 0, MAIN, _STATIC, _LINK, _UNICAST, 0)
     where = attribute(_DESTINATION, there.network_address.packed) + attribute(_OUT_INTERFACE, struct.pack("=I", index))
-    return kind, flags, head + where
+    return head + where
 
 
 def _neighbour(index: int, mac: str, address: str) -> Message:
@@ -110,14 +117,18 @@ def _neighbour(index: int, mac: str, address: str) -> Message:
     return _NEW_NEIGHBOUR, _CREATE | _REPLACE, head + attribute(_DESTINATION, ip.packed) + who
 
 
-def _ask(messages: Sequence[Message], *, but: int = 0) -> None:
+def _batches(messages: Sequence[Message]) -> tuple[Batch, ...]:
+    some = [messages[at : at + _AT_ONCE] for at in range(0, len(messages), _AT_ONCE)]
+    return tuple((b"".join(_message(number, one) for number, one in enumerate(few)), len(few)) for few in some)
+
+
+def _ask(batches: Iterable[Batch], *, but: int = 0) -> None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as asking:
-        for at in range(0, len(messages), _AT_ONCE):
-            some = messages[at : at + _AT_ONCE]
-            asking.send(b"".join(_message(number, message) for number, message in enumerate(some)))
-            answers = [struct.unpack_from("=i", asking.recv(4096), 16)[0] for _ in some]  # each 0 or minus errno
+        for messages, count in batches:
+            asking.send(messages)
+            answers = [struct.unpack_from("=i", asking.recv(4096), 16)[0] for _ in range(count)]  # 0 or minus errno
             if failed := [-code for code in answers if code and -code != but]:
-                raise command_failed(["netlink", "routes", str(len(some))], failed[0], os.strerror(failed[0]))
+                raise command_failed(["netlink", "routes", str(count)], failed[0], os.strerror(failed[0]))
 
 
 def _message(number: int, message: Message) -> bytes:

@@ -48,14 +48,14 @@ class VpcPort(TapPort):
     ) -> None:
         six = any(_is_ipv6(address) for address in addresses)
         super().__init__(interface, index, tap_fd, macs=macs, routed=six)
-        self._routes = (*addresses, *([routes.LINK_LOCAL] if six else []))
+        self._routes = routes.Routes(index, (*addresses, *([routes.LINK_LOCAL] if six else [])))
         self._elsewhere = asyncio.Event()
 
     async def open(self) -> None:
-        routes.add_routes(self._index, self._routes)
+        self._routes.add()
 
     async def block(self) -> None:
-        routes.remove_routes(self._index, self._routes)
+        self._routes.remove()
 
     async def announce(self, addresses: Sequence[tuple[str, str]]) -> None:
         """Nobody is to be told: the cloud routes by its own table."""
@@ -75,7 +75,7 @@ class VpcPort(TapPort):
         await self._elsewhere.wait()
 
     def release(self) -> None:
-        routes.remove_routes(self._index, self._routes)
+        self._routes.remove()
 
 
 class VpcDriver(TapDriver):
