@@ -274,6 +274,30 @@ async def test_a_guest_that_looks_for_duplicates_of_its_address_finds_none(segme
     await port.close()
 
 
+@pytest.mark.parametrize("way", ["asks", "sends", "is sent to"])
+async def test_a_guest_of_many_link_local_addresses_has_few_neighbours_on_its_node(
+    segment: Segment, driver: VpcDriver, way: str
+) -> None:
+    """The table is bounded for the whole node (gc_thresh3), so one guest must not fill it."""
+    (port,) = await driver.plug(spec())
+    await port.open()
+    for n in range(1, 301):
+        one = f"fe80::{n:x}:1"
+        if way == "asks":
+            frame = solicits(one, ROUTED_GATEWAY)
+        else:
+            frame = packet(*((one, ROUTED_GATEWAY) if way == "sends" else (ADDRESS, one)), b"hello")
+        guest_sends(port.tap_fd, frame)
+    segment.settle()
+    shown = segment.command("left", "ip", "-6", "neigh", "show", "dev", port.interface, "nud", "all").splitlines()
+    made = [line for line in shown if "PERMANENT" not in line and line.startswith("fe80:")]
+    assert len(made) <= 4 * 2, "four for each MAC"
+    assert port.traffic().spoofed_frames >= 300 - 4 * 2
+    guest_sends(port.tap_fd, solicits(ADDRESS, ROUTED_GATEWAY))
+    assert [answer for answer in received(port.tap_fd, 9, within_s=0.5) if answer[38:54] == IPv6Address(ADDRESS).packed]
+    await port.close()
+
+
 async def test_blocking_an_open_port_cuts_both_ways(segment: Segment, driver: VpcDriver) -> None:
     (port,) = await driver.plug(spec())
     (other,) = await driver.plug(spec("db", address="fd77::e:9", pods=0))

@@ -9,8 +9,10 @@ is dropped without a word: it is QEMU's own announcement of a guest that it has 
 held for that guest (``emp.agent.forwarding``).
 
 A tap that the node routes to is a link of its own: the guest's link-local addresses are its own affair there (they are
-never forwarded, RFC 4291, 2.5.6). What has no way back is dropped: a frame whose source no route leads to by this tap.
-For IPv4 the kernel has a filter of its own for that (``rp_filter``), for IPv6 it is a rule here.
+never forwarded, RFC 4291, 2.5.6). But each makes a neighbour of the node, whose table is bounded for all guests
+together (``gc_thresh3``): it may have a few at a time, and sends to none but the gateway's. What has no way back is
+dropped: a frame whose source no route leads to by this tap. For IPv4 the kernel has a filter of its own for that
+(``rp_filter``), for IPv6 it is a rule here.
 
 A frame sees the rules of before a change or those of after it, but the kernel looks a set up as it is then. So where a
 look may find neither (an anonymous set of old rules, an element that is replaced), finding nothing must mean dropping.
@@ -26,6 +28,7 @@ from ipaddress import ip_address
 
 from emp.host import nft
 from emp.model.errors import CommandFailed, HostError
+from emp.model.evm import ROUTED_GATEWAY
 
 _PREFIX = "emp-guard-"
 _COUNTER = "spoofed"
@@ -37,6 +40,16 @@ def table_of(interface: str) -> str:
 
 _NO_WAY_BACK = "fib saddr . iif oif missing drop"
 """nft(8): no route leads to the source by the interface that it came in by"""
+_LOCALS_PER_MAC = 4
+"""link-local addresses that a guest has at a routed tap: one, and others of before it was started again"""
+_LOCAL_S = 300
+"""so long after its last word one makes room; longer than the kernel keeps an idle neighbour (``gc_stale_time``, 60)"""
+
+
+_LOCALS = f"""ip6 saddr != fe80::/10 ip6 saddr != @six goto refuse
+        ip6 daddr fe80::/10 ip6 daddr != {ROUTED_GATEWAY} goto refuse
+        ip6 saddr fe80::/10 jump says_local"""
+"""the set of them refuses what it has no room for"""
 
 
 def rules(interface: str, macs: Iterable[str], addresses: Iterable[str], *, routed: bool = False) -> str:
@@ -46,19 +59,21 @@ def rules(interface: str, macs: Iterable[str], addresses: Iterable[str], *, rout
     node routes IPv6 to this tap.
     """
     four, six = _by_version(addresses)
-    table = table_of(interface)
+    table, known = table_of(interface), set(macs)
+    local = f"local {{ type ipv6_addr; size {_LOCALS_PER_MAC * len(known)}; flags dynamic, timeout; }}"
     return f"""
 add table netdev {table}
 flush table netdev {table}
 add set netdev {table} macs {{ type ether_addr; }}
 add set netdev {table} four {{ type ipv4_addr; }}
 add set netdev {table} six {{ type ipv6_addr; }}
+add set netdev {table} {local}
 flush set netdev {table} macs
 flush set netdev {table} four
 flush set netdev {table} six
 table netdev {table} {{
     counter {_COUNTER} {{ }}
-    set macs {{ type ether_addr; elements = {{ {", ".join(sorted(set(macs)))} }} }}
+    set macs {{ type ether_addr; elements = {{ {", ".join(sorted(known))} }} }}
     set four {{ type ipv4_addr; elements = {{ {", ".join(["0.0.0.0", *four])} }} }}
     set six {{ type ipv6_addr; elements = {{ {", ".join(["::", *six])} }} }}
     chain refuse {{
@@ -70,8 +85,12 @@ table netdev {table} {{
     }}
     chain advertised {{
     }}
+    chain says_local {{
+        update @local {{ ip6 saddr timeout {_LOCAL_S}s }} return
+        goto refuse
+    }}
     chain says_six {{
-        {"ip6 saddr != fe80::/10" if routed else ""} ip6 saddr != @six goto refuse
+        {_LOCALS if routed else "ip6 saddr != @six goto refuse"}
         icmpv6 type nd-router-advert goto refuse
         icmpv6 type nd-redirect goto refuse
         {_NO_WAY_BACK if routed else ""}
