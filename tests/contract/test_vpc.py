@@ -285,10 +285,10 @@ async def test_removing_leaves_no_route_behind(segment: Segment, driver: VpcDriv
 async def test_an_ipv6_address_is_refused_where_the_node_has_none(segment: Segment, driver: VpcDriver) -> None:
     six = Ipv6(address="fd77::5", prefix_length=128, gateway=ROUTED_GATEWAY)
     nic = Nic(mac=MAC, address=ADDRESS, prefix_length=16, ipv6=six)
-    with pytest.raises(Refused, match="fd77::5 cannot be routed: eth0 has no IPv6") as caught:
+    with pytest.raises(Refused, match="web has IPv6 addresses, and eth0 has no IPv6 address: give it") as caught:
         await driver.plug(spec().model_copy(update={"nics": (nic,)}))
     assert caught.value.hint is not None
-    assert "give eth0 the IPv6 address" in caught.value.hint
+    assert "choose another node" in caught.value.hint
     assert await driver.leftovers() == frozenset()
 
 

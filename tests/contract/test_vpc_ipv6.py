@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from emp.model.errors import HostError
+from emp.model.errors import Refused
 from emp.model.evm import ROUTED_GATEWAY, EvmSpec, Ipv6, Nic, Pod
 from emp.network.vpc import GATEWAY_MAC, VpcDriver
 from tests import frames
@@ -439,15 +439,30 @@ async def test_a_kernel_that_cannot_bind_a_guest_to_its_addresses_is_told_of(
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(HostError, match="IPv6 cannot be routed to a guest") as caught:
+    assert driver.no_ipv6 is None
+    await driver.start()
+    assert "CONFIG_NFT_FIB_NETDEV" in str(driver.no_ipv6)
+    with pytest.raises(Refused, match="web has IPv6 addresses, and nothing would bind a guest to its addresses"):
         await driver.plug(spec())
-    assert "CONFIG_NFT_FIB_NETDEV" in str(caught.value.hint)
     assert setting("all/forwarding") == 0
     assert await driver.leftovers() == frozenset()
     only_ipv4 = Nic(mac=MAC, address=ADDRESS4, prefix_length=16)
     (port,) = await driver.plug(spec().model_copy(update={"pods": (), "nics": (only_ipv4,)}))
     await port.open()
     await port.close()
+
+
+async def test_a_node_says_why_it_takes_no_ipv6(segment: Segment, driver: VpcDriver) -> None:
+    assert driver.no_ipv6 is None
+    segment.ip("left", f"addr del {NODE}/64 dev eth0")
+    assert driver.no_ipv6 == "eth0 has no IPv6 address: give it the one of the node's network interface"
+    segment.ip("left", "addr add fe80::7/64 dev eth0 nodad", f"addr add {NODE}/128 dev lo nodad")
+    assert driver.no_ipv6, "neither a link-local one nor another interface's is one to route by"
+    with pytest.raises(Refused, match="web has IPv6 addresses, and eth0 has no IPv6 address") as caught:
+        await driver.plug(spec())
+    assert caught.value.field == "addresses"
+    segment.ip("left", f"addr add {NODE}/64 dev eth0 nodad")
+    assert driver.no_ipv6 is None
 
 
 async def test_opening_a_hundred_pods_with_both_is_fast_enough_for_the_blackout(

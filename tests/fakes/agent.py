@@ -117,6 +117,7 @@ class FakeAgent:
         self.journal: str | None = None
         self.boot_id = "boot"
         self.is_overlay = False
+        self.no_ipv6: str | None = None
         self.journal_id, self.journal_seq = "", 0
         self.open_roles: tuple[OpenRole, ...] = ()
         self.lending: tuple[str, ...] = ()
@@ -171,6 +172,7 @@ class FakeAgent:
             journal_seq=self.journal_seq,
             open_roles=self.open_roles,
             is_overlay=self.is_overlay,
+            no_ipv6=self.no_ipv6,
             lending=self.lending,
         )
 

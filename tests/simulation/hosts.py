@@ -138,6 +138,10 @@ class SimNetwork:
     def is_overlay(self) -> bool:
         return False
 
+    @property
+    def no_ipv6(self) -> str | None:
+        return None
+
     async def place(self, macs: Mapping[str, str]) -> None:
         here()
 

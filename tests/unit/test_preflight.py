@@ -144,6 +144,15 @@ def test_an_ipv6_address_is_of_the_subnets_ipv6_block() -> None:
     assert failures(facts(spec=spec, subnet_ipv6="fd77::/64")) == {}
 
 
+def test_the_target_takes_ipv6_if_the_evm_has_it() -> None:
+    spec, lacks = a_spec("web"), a_report("n2", no_ipv6="eth0 has no IPv6 address")
+    six = Ipv6(address="fd77::1:5", prefix_length=128)
+    with_six = spec.model_copy(update={"nics": (spec.nics[0].model_copy(update={"ipv6": six}),)})
+    assert failures(facts(lacks)) == {}
+    assert failures(facts(lacks, spec=with_six, subnet_ipv6="fd77::/64")) == {"ipv6": "n2: eth0 has no IPv6 address"}
+    assert failures(facts(spec=with_six, subnet_ipv6="fd77::/64")) == {}, "nor of an agent that does not say"
+
+
 def test_nodes_whose_own_addresses_are_elsewhere_say_nothing_of_the_segment() -> None:
     apart = facts(a_report("n2", address="192.0.2.2"), source=a_report("n1", address="192.0.2.1"))
     assert failures(apart) == {}

@@ -227,5 +227,6 @@ class Reporter:
             open_roles=self._parts.roles.open(),
             mtu_bytes=residents.mtu_bytes,
             is_overlay=residents.assembler.network.is_overlay,
+            no_ipv6=residents.assembler.network.no_ipv6,
             lending=self._parts.relays.lending,
         )

@@ -70,11 +70,11 @@ class Blueprints:
         Raises ``NotFound``, ``NodeDown``, ``Refused``, ``NoPlacement``, ``BadInput`` or ``Conflict``.
         """
         request = asked.request
-        placed = self._place(request)
-        versions = placed.node.report.versions
-        peers = compat.same_accelerator(self._nodes.ready(), versions)
         held, ipv6 = set(self._book.claims.held), parse_ipv6(request.ipv6, nics=request.nics)
         cards, pods = hand_out(self._network, held, nics=request.nics, pods=asked.pods, ipv6=ipv6)
+        placed = self._place(request, ipv6=bool(ipv6) or any(pod.ipv6 for pod in asked.pods))
+        versions = placed.node.report.versions
+        peers = compat.same_accelerator(self._nodes.ready(), versions)
         spec = EvmSpec(
             name=request.name,
             uuid=uuid.uuid4(),
@@ -91,13 +91,13 @@ class Blueprints:
         )
         return spec, placed
 
-    def _place(self, request: EvmCreate) -> Placed:
+    def _place(self, request: EvmCreate, *, ipv6: bool) -> Placed:
         ready = self._nodes.ready()
         images = sorted({image for node in ready for image in node.report.versions.images})
         if ready and request.image not in images:
             hint = f"images here: {', '.join(images) or 'none'}"
             raise BadInput(f"no ready node has the image {request.image!r}", field="image", hint=hint)
-        unfit = needs(request.memory_bytes, request.vcpus, request.image)
+        unfit = needs(request.memory_bytes, request.vcpus, request.image, ipv6=ipv6)
         if request.node is not None:
             return place_on(self._capacity.candidate(self._nodes.need_ready(request.node)), unfit)
         what = f"{request.name} ({format_size(request.memory_bytes)}, {request.vcpus} vCPU)"

@@ -133,7 +133,7 @@ class Evms:
     def _place_again(self, evm: Evm, node: str | None) -> Placed:
         """Where it was, unless another node was asked for or that one does not fit any more."""
         spec, name = evm.spec, evm.spec.name
-        unfit = [*needs(spec.memory_bytes, spec.vcpus, spec.image), cannot_run(spec)]
+        unfit = [*needs(spec.memory_bytes, spec.vcpus, spec.image, ipv6=spec.has_ipv6), cannot_run(spec)]
         if node is not None:
             return place_on(self._capacity.candidate(self._nodes.need_ready(node), but=name), unfit)
         candidates = self._capacity.candidates(but=name)

@@ -140,11 +140,23 @@ def cannot_run(spec: EvmSpec) -> Unfit:
     return check
 
 
-def needs(memory_bytes: int, vcpus: int, image: str) -> list[Unfit]:
-    """Return what every node must pass that is to run an EVM."""
-    return [
-        not_there, cordoned, untrusted, without_image(image), short_of_vcpus(vcpus), short_of_memory(memory_bytes)
-    ]  # fmt: skip
+def without_ipv6(candidate: Candidate) -> str | None:
+    """An EVM with IPv6 addresses is refused by an agent that cannot bring them to it."""
+    why = candidate.node.report.no_ipv6
+    return None if why is None else f"it takes no IPv6 addresses, as {why}"
+
+
+def needs(memory_bytes: int, vcpus: int, image: str, *, ipv6: bool = False) -> list[Unfit]:
+    """Return what every node must pass that is to run an EVM. ``ipv6``: it has such addresses."""
+    always = [
+        not_there,
+        cordoned,
+        untrusted,
+        without_image(image),
+        short_of_vcpus(vcpus),
+        short_of_memory(memory_bytes),
+    ]
+    return [*always, without_ipv6] if ipv6 else always
 
 
 def excluded(name: str, reason: str) -> Unfit:

@@ -1,4 +1,4 @@
-"""An interface's counters and MTU, each in one system call or two: they are read for every EVM once a second."""
+"""What an interface has and has counted, each in a system call or two: it is read for every report, once a second."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 
 from emp.host.run import command_failed
 
@@ -16,6 +17,8 @@ _REQUEST = 0x1
 _NLMSG_ERROR = 2
 _LINK_64 = 1
 _SIOCGIFMTU = 0x8921
+_GLOBAL = "00"
+"""include/net/ipv6.h: IPV6_ADDR_SCOPE_TYPE of what is neither link-local, site-local nor the host's own"""
 _IFREQ = struct.Struct("16si20x")
 
 
@@ -54,3 +57,12 @@ def mtu_bytes(interface: str) -> int:
         except OSError as error:
             raise command_failed(["SIOCGIFMTU", interface], error.errno or -1, str(error.strerror)) from error
     return int(_IFREQ.unpack(answer)[1])
+
+
+def has_ipv6(interface: str) -> bool:
+    """Return whether an interface has an IPv6 address that is not link-local, in the calling thread's namespace."""
+    table = Path("/proc/thread-self/net/if_inet6")  # address, index, prefix length, scope, flags, name
+    if not table.exists():  # a kernel without IPv6
+        return False
+    rows = (line.split() for line in table.read_text().splitlines())
+    return any(name == interface and scope == _GLOBAL for _, _, _, scope, _, name in rows)

@@ -240,6 +240,14 @@ def mtu(facts: Facts) -> Check:
     return Check(name="mtu", ok=True, message=f"{here} bytes on both ends")
 
 
+def ipv6(facts: Facts) -> Check:
+    """The target's agent refuses an EVM with IPv6 addresses where it cannot bring them to it."""
+    if not facts.spec.has_ipv6:
+        return Check(name="ipv6", ok=True, message="none")
+    target, why = facts.target.name, facts.target.no_ipv6
+    return Check(name="ipv6", ok=why is None, message=f"{target} takes it" if why is None else f"{target}: {why}")
+
+
 def addresses(facts: Facts) -> Check:
     """Where a cloud routes addresses, it must be able to route them to the target."""
     cloud = facts.addresses
@@ -293,7 +301,7 @@ def _short_of_slots(wanted: Set[str], there: Sequence[InterfaceFacts], target: s
 
 CHECKS = (
     memory, vcpus, image, machine_type, cpu_model, accelerator, qemu, protocol, emp_version, journals, efs, subnet, mtu,
-    addresses,
+    ipv6, addresses,
 )  # fmt: skip
 
 

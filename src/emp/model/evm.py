@@ -115,6 +115,11 @@ class EvmSpec(Model):
         there: tuple[Nic | Pod, ...] = (*self.nics, *self.pods)
         return tuple(pair for each in there for pair in _addresses_of(each))
 
+    @property
+    def has_ipv6(self) -> bool:
+        """Whether a card or pod of it has an IPv6 address."""
+        return any(":" in address for _, address in self.addresses)
+
     def behind(self, nic: int) -> tuple[tuple[str, str], ...]:
         """Those of ``addresses`` that are reached through a card: its own first, then its pods'."""
         there: tuple[Nic | Pod, ...] = (self.nics[nic], *(pod for pod in self.pods if pod.nic == nic))

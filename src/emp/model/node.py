@@ -87,6 +87,8 @@ class NodeReport(Model):
     """what a frame to or from an EVM may carry here; None: not known"""
     is_overlay: bool = False
     """it must be told where other nodes' EVMs are"""
+    no_ipv6: str | None = None
+    """why it takes no EVM with IPv6 addresses; None: it does, or its agent is of before this was told"""
     lending: tuple[str, ...] = ()
     """migrations for whose target this node relays a volume"""
 

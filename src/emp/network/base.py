@@ -167,6 +167,11 @@ class NetworkDriver(Protocol):
         """Whether the driver must be told where other nodes' EVMs are (``place``)."""
         ...
 
+    @property
+    def no_ipv6(self) -> str | None:
+        """Why an EVM with IPv6 addresses cannot be here now, and what to do; None: it can."""
+        ...
+
     async def place(self, macs: Mapping[str, str]) -> None:
         """Take which other node has which MAC, of all EVMs of the pool. Raise ``HostError``."""
         ...

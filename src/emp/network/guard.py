@@ -23,12 +23,15 @@ interfaces nothing, and is in force while no agent runs (docs/design/0015).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from ipaddress import ip_address
 
 from emp.host import nft
 from emp.model.errors import CommandFailed, HostError
 from emp.model.evm import ROUTED_GATEWAY
+
+log = logging.getLogger(__name__)
 
 _PREFIX = "emp-guard-"
 _COUNTER = "spoofed"
@@ -137,8 +140,8 @@ def _advertised(table: str, six: Iterable[str], *, routed: bool) -> str:
     return "".join(f"add rule netdev {table} advertised {one} accept\n" for one in (*targets, *link_local))
 
 
-async def check_routed() -> None:
-    """Raise ``HostError`` where the kernel cannot look for the way back of an IPv6 source at a tap."""
+async def obstacle_to_routing() -> str | None:
+    """Return why this kernel cannot bind a guest that is routed to by IPv6 to its addresses; None: it can."""
     table = f"{_PREFIX}probe"
     try:
         await nft.apply(
@@ -146,11 +149,9 @@ async def check_routed() -> None:
             f"add rule netdev {table} probe meta protocol ip6 {_NO_WAY_BACK}\ndelete table netdev {table}\n"
         )
     except CommandFailed as error:
-        raise HostError(
-            f"IPv6 cannot be routed to a guest, as nothing would bind it to its addresses: {error.details['stderr']}",
-            field="addresses",
-            hint="the kernel needs CONFIG_NFT_FIB_NETDEV (module nft_fib_netdev); or declare IPv4 addresses alone",
-        ) from error
+        log.warning("IPv6 cannot be routed to guests: %s", error)
+        return "nothing would bind a guest to its addresses: the kernel needs CONFIG_NFT_FIB_NETDEV (nft_fib_netdev)"
+    return None
 
 
 class Guard:

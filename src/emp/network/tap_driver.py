@@ -60,6 +60,11 @@ class TapDriver(ABC):
     async def _plug(self, spec: EvmSpec, number: int) -> Port:
         """Make the tap of a NIC, blocked."""
 
+    @property
+    def no_ipv6(self) -> str | None:
+        """See ``NetworkDriver``: a segment carries it, whatever the node itself has."""
+        return None
+
     async def close(self) -> None:
         """Let go of the netlink socket; ports and bridge stay as they are. Idempotent."""
         await self._links.close()

@@ -22,7 +22,7 @@ from ipaddress import ip_address
 from socket import AF_INET6
 
 from emp.host import netlink, routes, tap
-from emp.host.link_stats import mtu_bytes
+from emp.host.link_stats import has_ipv6, mtu_bytes
 from emp.model.errors import HostError, Refused
 from emp.model.evm import ROUTED_GATEWAY, EvmSpec
 from emp.network import guard
@@ -86,6 +86,7 @@ class VpcDriver(TapDriver):
     def __init__(self, *, uplink: str) -> None:
         super().__init__()
         self._uplink = uplink
+        self._kernel_lacks: str | None = None
 
     async def start(self) -> None:
         await self._links.connect()
@@ -105,40 +106,42 @@ class VpcDriver(TapDriver):
         # would come back, as long as the cloud sends here what is not here any more.
         await self._links.add_rule(_RULES, iifname=self._uplink, table=routes.MAIN, suppress_prefixlen=31)
         await self._links.add_rule(_RULES + 1, iifname=self._uplink, action="blackhole")
+        self._kernel_lacks = await guard.obstacle_to_routing()
         await guard.sweep([link.name for link in await self._links.links()])
 
     @property
     def mtu_bytes(self) -> int:
         return mtu_bytes(self._uplink)
 
+    @property
+    def no_ipv6(self) -> str | None:
+        """See ``NetworkDriver``. What the kernel lacks is looked for as the driver starts."""
+        if not has_ipv6(self._uplink):
+            return f"{self._uplink} has no IPv6 address: give it the one of the node's network interface"
+        return self._kernel_lacks
+
     async def place(self, macs: Mapping[str, str]) -> None:
         """Nothing to do: the cloud knows."""
 
     async def plug(self, spec: EvmSpec) -> tuple[Port, ...]:
-        """See ``NetworkDriver``. Raise ``Refused`` for an IPv6 address on a node whose uplink has none, ``HostError``
-        where the kernel lacks what binds a guest to it."""
-        if six := _ipv6_of(spec):
-            await self._check_ipv6(six[0])
+        """See ``NetworkDriver``. Raise ``Refused`` for an EVM with IPv6 addresses where there is ``no_ipv6``."""
+        if spec.has_ipv6:
+            if why := self.no_ipv6:
+                hint = "choose another node, or an EVM without IPv6 addresses"
+                raise Refused(f"{spec.name} has IPv6 addresses, and {why}", field="addresses", hint=hint)
             await self._start_ipv6()
         return await super().plug(spec)
 
     async def adopt(self, spec: EvmSpec, tap_fds: Sequence[int]) -> tuple[Port, ...]:
         ports = await super().adopt(spec, tap_fds)
         try:
-            if _ipv6_of(spec):
+            if spec.has_ipv6:
                 await self._start_ipv6()
         except BaseException:
             for port in ports:
                 await port.close()
             raise
         return ports
-
-    async def _check_ipv6(self, address: str) -> None:
-        uplink = await self._links.link(self._uplink)
-        if uplink is None or not any(_is_ipv6(own) for own in await self._links.addresses(uplink.index)):
-            hint = f"give {self._uplink} the IPv6 address of the node's network interface, or declare only IPv4"
-            raise Refused(f"{address} cannot be routed: {self._uplink} has no IPv6", field="addresses", hint=hint)
-        await guard.check_routed()
 
     async def _start_ipv6(self) -> None:
         """Do for IPv6 what ``start`` does for IPv4, once an EVM needs it: a node without IPv6 is none the worse."""
@@ -182,10 +185,6 @@ class VpcDriver(TapDriver):
             os.close(descriptor)
             raise
         return port
-
-
-def _ipv6_of(spec: EvmSpec) -> list[str]:
-    return [address for _, address in spec.addresses if _is_ipv6(address)]
 
 
 def _is_ipv6(address: str) -> bool:
