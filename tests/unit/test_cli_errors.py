@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from emp.controller.addresses import parse_pods
 from emp.model import errors
 from emp.model.errors import EmpError
 from emp.wire.secret import Secret
@@ -160,6 +161,16 @@ def test_help_names_every_noun_and_imports_none(emp: Emp) -> None:
     for noun in ("evm", "migrate", "migration", "node", "volume", "lab", "agent", "controller"):
         assert f"│ {noun} " in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_help_errors_and_documentation_say_the_same_of_a_pods_addresses(emp: Emp) -> None:
+    form = "NAME[=ADDRESS[,ADDRESS]]"
+    code, out, _ = emp("evm create --help")
+    assert code == 0 and form in out and "or auto" in out
+    assert f"`--pod {form}`" in (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    with pytest.raises(errors.BadInput) as caught:
+        parse_pods(["a=auto,auto"])
+    assert caught.value.hint == f"write {form}: one of IPv4, one of IPv6 or auto"
 
 
 def test_a_shell_completes_nouns_and_verbs() -> None:

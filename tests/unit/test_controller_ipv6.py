@@ -85,8 +85,10 @@ def test_the_guest_is_told_of_it_and_it_is_claimed() -> None:
         (CLOUD, (), ("fd77::1:0:0:9",), AlreadyExists, "ipv6[0]", "fd77::1:0:0:9 is taken"),
         (CLOUD, ("a=fd77::1:0:0:5",), ("fd77::1:0:0:5",), AlreadyExists, "pods[0]", "fd77::1:0:0:5 is taken"),
         (CLOUD, (), ("auto", "auto", "auto"), BadInput, "ipv6", "3 IPv6 addresses for 2 network cards"),
-        (CLOUD, (), ("10.77.9.9",), BadInput, "ipv6[0]", "10.77.9.9 is not an IPv6 address"),
-        (CLOUD, (), ("nonsense",), BadInput, "ipv6[0]", "'nonsense' is not an IP address"),
+        (CLOUD, (), ("10.77.9.9",), BadInput, "ipv6[0]", "'10.77.9.9' is not an IPv6 address"),
+        (CLOUD, (), ("nonsense",), BadInput, "ipv6[0]", "'nonsense' is not an IPv6 address"),
+        (CLOUD, (), ("fd77::1:0:0:5/64",), BadInput, "ipv6[0]", "'fd77::1:0:0:5/64' is not an IP address"),
+        (CLOUD, ("a=fd77::1:0:0:5/64",), (), BadInput, "pods[0]", "'fd77::1:0:0:5/64' is not an IP address"),
         (CLOUD, ("a=fd77::1:0:0:5,auto",), (), BadInput, "pods[0]", "two IPv6 addresses for one pod"),
         (CLOUD, ("a=10.77.9.1,10.77.9.2",), (), BadInput, "pods[0]", "two IPv4 addresses for one pod"),
     ],
@@ -99,6 +101,7 @@ def test_what_cannot_be_given_is_refused(
     assert said in caught.value.message
     assert caught.value.field == field
     assert caught.value.hint
+    assert "10.77." not in caught.value.hint, "not of the other family"
 
 
 def test_a_block_that_is_used_up_beside_an_address_is_said() -> None:

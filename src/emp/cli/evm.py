@@ -34,7 +34,11 @@ def create(
     node: Annotated[str | None, typer.Option(help="Where; left out, placement picks.")] = None,
     pod: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=IPV4][,IPV6]", help="A pod in it, with its own MAC and addresses."),
+        typer.Option(
+            metavar="NAME[=ADDRESS[,ADDRESS]]",
+            help="A pod in it, with a MAC and addresses of its own: one of IPv4 (left out, one is chosen), one of "
+            "IPv6 or auto (left out, none).",
+        ),
     ] = None,
     nic: Annotated[list[str] | None, typer.Option(metavar="auto", help="One more NIC, its address chosen.")] = None,
     ipv6: Annotated[

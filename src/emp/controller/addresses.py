@@ -44,7 +44,7 @@ AUTO = "auto"
 
 
 def parse_pods(texts: Sequence[str]) -> tuple[PodWish, ...]:
-    """Read ``NAME``, ``NAME=IPV4``, ``NAME=IPV6`` and ``NAME=IPV4,IPV6``. Raises ``BadInput`` naming the place."""
+    """Read ``NAME[=ADDRESS[,ADDRESS]]``: one of IPv4, one of IPv6 or ``auto``. Raises ``BadInput`` naming the place."""
     wishes: list[PodWish] = []
     for index, text in enumerate(texts):
         field = f"pods[{index}]"
@@ -63,7 +63,7 @@ def _by_version(texts: Sequence[str], field: str) -> tuple[str | None, str | Non
         address = text if text == AUTO else check_ip(text, field=field)
         version = 6 if ":" in address or address == AUTO else 4
         if version in found:
-            hint = "write NAME, NAME=IPV4, NAME=IPV6 or NAME=IPV4,IPV6"
+            hint = "write NAME[=ADDRESS[,ADDRESS]]: one of IPv4, one of IPv6 or auto"
             raise BadInput(f"two IPv{version} addresses for one pod", field=field, hint=hint)
         found[version] = address
     return found.get(4), found.get(6)
@@ -77,11 +77,11 @@ def parse_ipv6(texts: Sequence[str], *, nics: int) -> tuple[str, ...]:
             field="ipv6",
             hint="one for each card, in their order; pods have theirs in pods",
         )
-    found = tuple(text if text == AUTO else check_ip(text, field=f"ipv6[{n}]") for n, text in enumerate(texts))
-    for index, text in enumerate(found):
+    for index, text in enumerate(texts):
         if text != AUTO and ":" not in text:
-            raise BadInput(f"{text} is not an IPv6 address", field=f"ipv6[{index}]", hint="like fd77::1:5, or auto")
-    return found
+            hint = "one of those that this pool hands out (network.ipv6.evms of its configuration), or auto"
+            raise BadInput(f"{text[:60]!r} is not an IPv6 address", field=f"ipv6[{index}]", hint=hint)
+    return tuple(text if text == AUTO else check_ip(text, field=f"ipv6[{n}]") for n, text in enumerate(texts))
 
 
 def hand_out(

@@ -96,8 +96,8 @@ class EvmCreate(Model):
     ipv6: tuple[str, ...] = Field(default=(), max_length=8)
     """IPv6 addresses of the first cards: each an address or ``auto``, beside the card's IPv4 address"""
     pods: tuple[str, ...] = Field(default=(), max_length=128)
-    """each ``NAME`` or ``NAME=ADDRESS``; ADDRESS is of IPv4, of IPv6, or of both with a comma between them. The pool
-    chooses an IPv4 address where none is named, and an IPv6 address where ``auto`` stands for it"""
+    """each ``NAME[=ADDRESS[,ADDRESS]]``: one of IPv4 (left out, the pool chooses one), one of IPv6 or ``auto``, for
+    which the pool chooses one (left out, it has none)"""
     root: str | None = None
     """the disk that it boots from, for an image with one: ``TYPE:SIZE`` (made from the image, deleted with the EVM) or
     an id; it is the first of the EVM's volumes"""

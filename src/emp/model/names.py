@@ -67,7 +67,8 @@ def check_ip(value: str, *, field: str = "address") -> str:
     try:
         return str(ipaddress.ip_address(value))
     except ValueError:
-        raise BadInput(f"{value[:60]!r} is not an IP address", field=field, hint="like 10.77.1.5") from None
+        hint = f"written like {'2001:db8::5' if ':' in value else '10.77.1.5'}, without a prefix length"
+        raise BadInput(f"{value[:60]!r} is not an IP address", field=field, hint=hint) from None
 
 
 def _size(value: object) -> int:
