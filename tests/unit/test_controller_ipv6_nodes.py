@@ -9,6 +9,7 @@ import pytest
 
 from emp.model.errors import BadInput, NoPlacement, Refused
 from tests.fakes.pool import Pool
+from tests.fakes.values import versions
 
 WHY = "eth0 has no IPv6 address"
 
@@ -63,6 +64,19 @@ async def test_preflight_refuses_a_target_without_it(pool: Pool) -> None:
     with pytest.raises(NoPlacement, match=WHY):
         await pool.post("/v1/evms/web/migrations", {})
     assert pool.agents["n1"].orders == []
+
+
+async def test_pods_of_an_image_that_gives_them_none_get_none(pool: Pool) -> None:
+    for agent in pool.agents.values():
+        images = {"debian": "sha256:dddd"}
+        agent.versions = versions(images=images, images_without_pod_ipv6=("debian",))
+        await agent.beat()
+    pods = ["a", "b=10.77.9.1,fd77::1:0:0:5"]
+    with pytest.raises(Refused, match="pods of the image debian have IPv4 addresses alone") as caught:
+        await pool.create("web", image="debian", pods=pods)
+    assert (caught.value.field, caught.value.hint) == ("pods[1]", "leave the IPv6 address out")
+    made = await pool.create("web", image="debian", ipv6=["auto"], pods=["a", "b=10.77.9.1"])
+    assert made["spec"]["nics"][0]["ipv6"], "the EVM itself has one"
 
 
 async def test_a_pool_without_ipv6_says_that_first(pool: Pool) -> None:

@@ -202,6 +202,7 @@ class Reporter:
     def report(self) -> NodeReport:
         config, facts, residents = self._config, self._parts.facts, self._parts.residents
         distrust, standing = self._parts.gate.distrust, self._parts.journal.standing
+        images = self._parts.images.all()
         return NodeReport(
             name=config.node,
             address=config.address,
@@ -217,7 +218,8 @@ class Reporter:
                 machines=facts.machines,
                 cpu_models=facts.cpu_models,
                 accelerator=facts.accelerator,
-                images=self._parts.images.digests(),
+                images={image.name: image.digest for image in images},
+                images_without_pod_ipv6=tuple(image.name for image in images if not image.pod_ipv6),
             ),
             evms=residents.reports(),
             boot_id=self._boot_id,

@@ -12,15 +12,17 @@ class NodeImage(Model):
     name: str
     digest: str
     kernel_command_line: str
+    pod_ipv6: bool = True
+    """it gives a pod the IPv6 address that its EVM's record says"""
 
 
 class Images:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def digests(self) -> dict[str, str]:
-        """Name -> digest of every image here."""
-        return {image.name: image.digest for image in map(self._read, self._directory.glob("*/image.json"))}
+    def all(self) -> list[NodeImage]:
+        """Return every image here."""
+        return [self._read(path) for path in sorted(self._directory.glob("*/image.json"))]
 
     def get(self, name: str) -> tuple[NodeImage, Path, Path]:
         """Return the image, its kernel and its initrd; raise ``NotFound`` if this node does not have it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emp.controller import compat
@@ -16,9 +17,10 @@ from emp.controller.placement import Placed, needs, place, place_on
 from emp.controller.volumes import Volumes, parse_wish, parse_wishes
 from emp.model.api import EvmCreate
 from emp.model.efs import NO_EFS, EfsFacts
-from emp.model.errors import AlreadyExists, BadInput, Conflict
+from emp.model.errors import AlreadyExists, BadInput, Conflict, Refused
 from emp.model.evm import EvmSpec
 from emp.model.names import format_size
+from emp.model.node import Versions
 from emp.model.volume import Volume
 
 SMALLEST_MEMORY_BYTES = 64 << 20
@@ -74,6 +76,7 @@ class Blueprints:
         cards, pods = hand_out(self._network, held, nics=request.nics, pods=asked.pods, ipv6=ipv6)
         placed = self._place(request, ipv6=bool(ipv6) or any(pod.ipv6 for pod in asked.pods))
         versions = placed.node.report.versions
+        _check_pods(request.image, asked.pods, versions)
         peers = compat.same_accelerator(self._nodes.ready(), versions)
         spec = EvmSpec(
             name=request.name,
@@ -120,6 +123,18 @@ def _wishes(request: EvmCreate) -> list[tuple[str, VolumeWish]]:
     if root.id is not None and root.id in request.volumes:
         raise BadInput(f"{root.id} is named twice", field="root", hint="name each volume once")
     return [("root", root if root.id else root.model_copy(update={"image": request.image})), *wishes]
+
+
+def _check_pods(image: str, pods: Sequence[PodWish], there: Versions) -> None:
+    if image not in there.images_without_pod_ipv6:
+        return
+    for index, pod in enumerate(pods):
+        if pod.ipv6 is not None:
+            raise Refused(
+                f"pods of the image {image} have IPv4 addresses alone",
+                field=f"pods[{index}]",
+                hint="leave the IPv6 address out",
+            )
 
 
 def _check_memory(memory_bytes: int) -> None:

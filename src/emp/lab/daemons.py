@@ -107,7 +107,7 @@ def _install(image: Image, directory: Path) -> None:
         shutil.copy(source, directory / name)
         (directory / name).chmod(0o644)  # QEMU reads it as a user of its own
     record = {"name": image.name, "digest": image.digest, "kernel_command_line": KERNEL_COMMAND_LINE}
-    (directory / "image.json").write_text(json.dumps(record))
+    (directory / "image.json").write_text(json.dumps(record | {"pod_ipv6": image.pod_ipv6}))
 
 
 def _offer(images: Sequence[Image], directory: Path) -> None:

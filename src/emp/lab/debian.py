@@ -16,6 +16,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from emp.lab.images import (
@@ -68,7 +69,7 @@ def ensure_debian(cache: Path | None = None, *, notice: Notice = lambda line: No
         notice(f"building the guest image {NAME} with mmdebstrap (about a minute) into {home}")
         publish(home, lambda target: _build(target, kernel, busybox))
         _give_to_the_owner(cache, home)
-    return read_image(home)
+    return replace(read_image(home), pod_ipv6=False)  # podman kube play has no way to give one
 
 
 def is_built(cache: Path | None = None) -> bool:

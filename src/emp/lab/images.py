@@ -81,6 +81,8 @@ class Image:
     kernel_version: str
     recipe_version: int = RECIPE_VERSION
     disk: Path | None = None
+    pod_ipv6: bool = True
+    """see ``emp.agent.images.NodeImage``"""
 
 
 def default_cache() -> Path:

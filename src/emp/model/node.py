@@ -26,6 +26,8 @@ class Versions(Model):
     """``kvm`` or ``tcg``"""
     images: dict[str, str]
     """image name -> digest, of what lies ready on this node"""
+    images_without_pod_ipv6: tuple[str, ...] = ()
+    """of those, the ones whose pods have IPv4 addresses alone"""
 
 
 class EvmReport(Model):
