@@ -19,7 +19,9 @@ from emp.lab.checkers.owners import Tenure, tenures
 from emp.lab.cloud.knobs import RemapDelay
 from emp.lab.guest_control import ECHO_PORT, socket_in
 from emp.lab.probing import Probing
-from emp.lab.topology import CLIENT
+from emp.lab.topology import CLIENT, UPLINK
+from emp.model.errors import Refused
+from emp.model.migration import Outcome
 from tests.lab.aborts import GRACE_S, ends
 from tests.lab.cloud import call, turn
 from tests.lab.conftest import Pool
@@ -328,3 +330,26 @@ def test_ipv6_addresses_stay_and_what_is_lost_of_them_is_told(pool: Pool, capsys
             assert echoes(kept, "with another")
             is_only_at(evm, "n1")
         assert evm.boot_id == boot
+
+
+def test_a_node_that_has_lost_its_ipv6_is_refused_before_anything_is_begun(pool: Pool, evm: Subject) -> None:
+    target = "n1" if evm.record.owner == "n2" else "n2"
+    why = f"{UPLINK} has no IPv6 address"
+    of_uplink = (f"{pool.topology.place(target).ipv6}/128", "dev", UPLINK)
+
+    def without_ipv6() -> str | None:
+        return evm.client.nodes.get(target).report.no_ipv6
+
+    run_sync("ip", "-n", pool.topology.namespace(target), "addr", "del", *of_uplink)
+    try:
+        until(lambda: why in (without_ipv6() or ""), f"{target} says so")
+        plan = evm.client.migrations.start(evm.name, target=target, dry_run=True)
+        with pytest.raises(Refused, match=f"cannot move to {target}: ipv6: {target}: {why}"):
+            evm.client.migrations.start(evm.name, target=target)
+        with pytest.raises(Refused, match=f"node {target} does not fit: it takes no IPv6 addresses, as {why}"):
+            evm.client.evms.create({"name": "six", "ipv6": ["auto"], "node": target})
+    finally:
+        run_sync("ip", "-n", pool.topology.namespace(target), "addr", "add", *of_uplink, "nodad")
+    assert [check.name for check in plan.checks if not check.ok] == ["ipv6"]
+    until(lambda: without_ipv6() is None, f"{target} has it again")
+    assert evm.migrate(target).outcome is Outcome.COMPLETED
