@@ -24,7 +24,7 @@ from emp.lab.pods import Container, containers
 from emp.lab.probing import Probing
 from emp.lab.topology import CLIENT
 from emp.lab.up import Options, up
-from emp.model.errors import Unreachable
+from emp.model.errors import Refused, Unreachable
 from emp.model.evm import EvmState
 from tests.lab.conftest import Pool
 from tests.lab.pool import Subject, subject, until
@@ -108,6 +108,14 @@ def test_the_root_disk_is_a_volume_made_from_the_image(worker: Subject) -> None:
     assert (root.type.value, root.image, root.size_bytes) == ("io2", "debian", 1 << 30)
     (disk,) = worker.guest().ask("disks")
     assert (disk["serial"], disk["bytes"]) == (root.serial, 1 << 30)
+
+
+def test_a_pod_of_it_is_given_no_ipv6_address_that_nothing_would_answer_on(worker: Subject) -> None:
+    asked = {"name": "six", "image": "debian", "root": "io2:1GiB", "memory_bytes": MEMORY_BYTES}
+    with pytest.raises(Refused, match="pods of the image debian have IPv4 addresses alone") as caught:
+        worker.client.evms.create({**asked, "pods": ["a", "b=auto"]})
+    assert caught.value.field == "pods[1]"
+    assert [evm.spec.name for evm in worker.client.evms.list().items] == [worker.name]
 
 
 def test_two_pods_of_a_kubernetes_file_do_not_notice_a_migration(
