@@ -180,10 +180,10 @@ def test_with_the_source_check_on_the_fabric_drops_what_the_target_would_send_to
     name, n2 = eni(pool, "n2")["NetworkInterfaceId"], pool.topology.place("n2")
     for foreign, own in (("10.77.9.9", n2.address), ("fd77::1:0:0:9", n2.ipv6)):
         try:
-            assert arrives(pool, "n2", foreign)
+            until(lambda foreign=foreign: arrives(pool, "n2", foreign), "it arrives")  # type: ignore[misc]
             call(pool, "modify_network_interface_attribute", NetworkInterfaceId=name, SourceDestCheck={"Value": True})
             until(lambda foreign=foreign: not arrives(pool, "n2", foreign), "it is dropped")  # type: ignore[misc]
-            assert arrives(pool, "n2", own)
+            until(lambda own=own: arrives(pool, "n2", own), "its own arrives")  # type: ignore[misc]
         finally:
             call(pool, "modify_network_interface_attribute", NetworkInterfaceId=name, SourceDestCheck={"Value": False})
         until(lambda foreign=foreign: arrives(pool, "n2", foreign), "it passes again")  # type: ignore[misc]

@@ -171,11 +171,11 @@ class SimNetwork:
 class SimImages:
     """Every node has the one image."""
 
-    def digests(self) -> dict[str, str]:
-        return {"micro": "sha256:aaaa"}
+    def all(self) -> list[NodeImage]:
+        return [NodeImage(name="micro", digest="sha256:aaaa", kernel_command_line="")]
 
     def get(self, name: str) -> tuple[NodeImage, Path, Path]:
-        return NodeImage(name=name, digest="sha256:aaaa", kernel_command_line=""), Path("kernel"), Path("initrd")
+        return self.all()[0], Path("kernel"), Path("initrd")
 
 
 class SimExport:
