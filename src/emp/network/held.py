@@ -39,6 +39,8 @@ from emp.network.base import Swallowed
 
 KEPT_BYTES = 16 << 20
 """of memory; a tap's queue of frames below 1,500 bytes, at least a third of it"""
+KEPT_FRAMES = 24_000
+"""those of a tap's queue, the guest's ring and a pause: all are looked through in the midst of the blackout"""
 _EACH_BYTES = 48
 """what a frame takes beside its content"""
 LOOK_S = 0.005
@@ -241,7 +243,7 @@ class Held:
             self._kept.append(frame)
             self._kept_bytes += _EACH_BYTES + len(frame)
             self._since_spacer += 1
-            while self._kept_bytes > KEPT_BYTES:
+            while self._kept_bytes > KEPT_BYTES or len(self._kept) > KEPT_FRAMES:
                 self._kept_bytes -= _EACH_BYTES + len(self._kept.popleft())
 
 
