@@ -395,6 +395,13 @@ async def test_it_is_found_behind_more_than_the_ring_remembers(
     assert thrown(port, ring, at_stop) == lost
 
 
+async def test_no_spacer_is_taken_for_one_that_the_ring_has_forgotten(
+    port: TapPort, network: Network, ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.choice", min)  # lengths that may come again do
+    await test_it_is_found_behind_more_than_the_ring_remembers(port, network, ring, 2500, 1)
+
+
 async def test_in_doubt_nothing_is_given_twice(port: TapPort, network: Network, ring: Ring) -> None:
     """More has come since than the ring remembers, and what a filter may have stopped is among it."""
     port.watch(WATCHED)

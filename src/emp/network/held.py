@@ -90,6 +90,8 @@ class Held:
         self._kept: deque[bytes] = deque()
         self._kept_bytes = 0
         self._since_spacer = 0
+        self._sizes: deque[int] = deque(maxlen=KEPT_FRAMES // _SPACING)
+        """of marks and spacers"""
         self._mark: bytes | None = None
         self._send_spacer()
         self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._tick)
@@ -229,9 +231,12 @@ class Held:
         return packet.PLAIN + (self._own[0] if self._own else _NOBODY) + _US + _LOCAL_EXPERIMENTAL
 
     def _strange_size(self) -> int:
-        """Return a length that no frame near has, of the Ethernet frame."""
+        """Return a length that no frame near has, and no other of ours that is remembered, of the Ethernet frame."""
         near = {len(frame) - packet.HEADER_BYTES for frame in islice(reversed(self._kept), _NEAR)}
-        return random.choice([size for size in _SPACER_BYTES if size not in near])
+        free = [size for size in _SPACER_BYTES if size not in near]
+        size = random.choice([size for size in free if size not in self._sizes] or free)
+        self._sizes.append(size)
+        return size
 
     def _look(self, most: int) -> None:
         assert self._watching is not None
