@@ -8,16 +8,13 @@ the bridge; they wait in its queue while the machine does not read.
 from __future__ import annotations
 
 import socket
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
-from types import TracebackType
-from typing import Self
 
 from emp.host import packet
 from emp.lab.checkers.frames import monotonic_s
-from emp.lab.kernel import CLONE_NEWNET, join_namespace
+from emp.lab.checkers.witness import Witness
+from emp.lab.kernel import in_network
 from emp.lab.places import NAMESPACES
 from emp.lab.topology import Topology
 
@@ -46,32 +43,21 @@ class Passed:
         return max(0.0, min(own_s) - max(resumed_s, min(self.to_guest_s))) * 1000
 
 
-class TapCapture:
+class TapCapture(Witness):
     """``with TapCapture(topology, "n2", tap, "10.77.1.0") as capture: ...``, then ``capture.passed``."""
 
     def __init__(self, topology: Topology, node: str, tap: str, address: str) -> None:
+        super().__init__("tap capture")
         self.passed = Passed()
         self._address = IPv4Address(address).packed
         self._tap = tap
-        with ThreadPoolExecutor(1, f"open a packet socket on {node}") as visitor:
-            self._socket = visitor.submit(self._open, topology, node).result()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tap capture")
+        self._socket = in_network(str(NAMESPACES / topology.namespace(node)), self._open)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
+    def close(self) -> None:
         self._socket.close()
 
-    def _open(self, topology: Topology, node: str) -> socket.socket:
-        """In a thread of its own, which leaves our network for the node's and ends there."""
-        join_namespace(str(NAMESPACES / topology.namespace(node)), CLONE_NEWNET)
+    @staticmethod
+    def _open() -> socket.socket:
         mine = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
         mine.settimeout(0.05)
         mine.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
@@ -80,7 +66,7 @@ class TapCapture:
         packet.attach(mine, [*udp, (_RETURN, 0, 0, _SNAP_BYTES), (_RETURN, 0, 0, 0)])
         return mine
 
-    def _run(self) -> None:
+    def watch(self) -> None:
         while not self._stop.is_set():
             try:
                 data, ancillary, _, address = self._socket.recvmsg(_SNAP_BYTES, 128)

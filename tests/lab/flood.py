@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-import threading
 import time
-from types import TracebackType
-from typing import Self
 
+from emp.lab.checkers.witness import Witness
 from emp.lab.kernel import in_network
 from emp.lab.places import NAMESPACES
 from emp.lab.topology import Topology
@@ -50,18 +48,17 @@ def packet_socket(topology: Topology, where: str, interface: str) -> socket.sock
     return in_network(str(NAMESPACES / topology.namespace(where)), bound)
 
 
-class Flood:
+class Flood(Witness):
     """``with Flood(socket, frame, rate_hz): ...`` sends in a thread until its end, never faster than that."""
 
     def __init__(self, sender: socket.socket, frame: bytes, rate_hz: int) -> None:
+        super().__init__("flood")
         self._sender = sender
         self._rate_hz = rate_hz
         self._buffer = ctypes.create_string_buffer(frame, len(frame))
         vector = _Vector(ctypes.cast(self._buffer, ctypes.c_void_p), len(frame))
         self._vector = ctypes.pointer(vector)
         self._messages = (_Message * _BATCH)(*(_Message(vectors=self._vector, vector_count=1) for _ in range(_BATCH)))
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="flood")
         self._sent = [(time.monotonic(), 0)]
         """after each call: when, and how many in all"""
 
@@ -76,17 +73,7 @@ class Flood:
         spans = zip(self._sent, self._sent[4:], strict=False)
         return max((after[1] - before[1]) / (after[0] - before[0]) for before, after in spans)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
+    def watch(self) -> None:
         due_s = time.monotonic()
         while not self._stop.wait(max(0.0, due_s - time.monotonic())):
             count = _libc.sendmmsg(self._sender.fileno(), self._messages, _BATCH, 0)
