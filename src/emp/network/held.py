@@ -117,9 +117,9 @@ class Held:
             ahead += [] if is_at_mark else frames
         self._look(_LAST_LOOKS)
         kept = list(self._kept)
-        if self._mark not in kept:
+        at_mark = self._at_mark(kept)
+        if at_mark is None:
             return Swallowed([], []), ahead
-        at_mark = kept.index(self._mark)
         # If neither was met, the frames that wait may have gone in before the mark or behind it, and some not at all.
         first = at_mark + 1 if is_swallowed else at_mark - len(ahead) if is_at_mark else _place(ahead, kept)
         if not first or first < 0:  # it is not known, or nothing of what came before
@@ -139,9 +139,10 @@ class Held:
             return None
         self._look(_LAST_LOOKS)
         kept = list(self._kept)
-        if self._mark is None or not before or self._mark not in kept:
+        at_mark = self._at_mark(kept)
+        if at_mark is None or not before:
             return []
-        found = self._anchor(kept, kept.index(self._mark), after)
+        found = self._anchor(kept, at_mark, after)
         if found is None:
             return None
         behind, known = found
@@ -151,6 +152,10 @@ class Held:
                 if count <= at and self._is_last(kept[: at - count], before):
                     return self._for_the_guest(kept[at - count : at])
         return []
+
+    def _at_mark(self, kept: Sequence[bytes]) -> int | None:
+        """Return where the mark is; it is among the newest, as a rule."""
+        return next((at for at in reversed(range(len(kept))) if kept[at] == self._mark), None)
 
     def _anchor(self, kept: Sequence[bytes], at_mark: int, after: Sequence[int]) -> tuple[int, int] | None:
         """Return behind which frame of ours, the mark or a spacer after it, and behind which buffer that one is."""
